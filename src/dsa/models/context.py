@@ -1,0 +1,70 @@
+"""What one forward pass hands from layer to layer, and what an observer sees of it.
+
+One `DSAContext` is made when a forward begins (by the caller, or by the hook on the decoder) and travels as the
+keyword argument `dsa_context`. Nothing of a pass is kept in a module, so checkpointing, chunking and concurrent
+calls cannot mix passes up.
+
+Shapes: `B` batch, `T` query tokens, `S` key tokens, `H`/`G` query / KV heads, `D`/`Dv` head dims of keys / values,
+`K` top-k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from dsa.modules.indexer import IndexInputs
+
+
+@dataclass
+class AttentionCall:
+    """One attached layer's attention in one forward, as an observer sees it.
+
+    Args:
+        layer: Layer number.
+        query: `[B, T, H, D]`, RoPE applied.
+        key: `[B, S, G, D]`, RoPE applied, cached tokens included.
+        value: `[B, S, G, Dv]`.
+        index: The indexer's queries and weights of these `T` tokens and its keys of all `S` tokens, as stored
+            in fp32. Computed with gradients if they are enabled in the pass and the indexer requires them.
+        indices: int32 `[B, T, K]`, what was selected; `None` where the layer ran dense.
+        key_start: int32 `[B, T]`, first visible key per query.
+        key_end: int32 `[B, T]`, one past the last visible key.
+        scale: Factor on `query . key`.
+        softcap: `softcap * tanh(scores / softcap)` where the model has it.
+        sink_logits: One logit per head in the softmax's denominator where the model has it, `[H]`.
+    """
+
+    layer: int
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    index: IndexInputs
+    indices: torch.Tensor | None
+    key_start: torch.Tensor
+    key_end: torch.Tensor
+    scale: float
+    softcap: float | None = None
+    sink_logits: torch.Tensor | None = None
+
+
+@dataclass
+class DSAContext:
+    """State of one forward pass.
+
+    Args:
+        mode: `"sparse"` runs as configured. `"dense"` runs full attention in every layer (indexers still
+            store their keys), for warm-up and for measuring the dense model.
+        observer: Called by every layer that has an indexer, after its attention.
+        select: Replaces the indexer's selection: given the call (its `indices` are then `None`), returns the
+            indices to attend to. Baselines (window, oracle) are measured through it.
+        indices: Selection by layer, for layers that share another's.
+    """
+
+    mode: Literal["sparse", "dense"] = "sparse"
+    observer: Callable[[AttentionCall], None] | None = None
+    select: Callable[[AttentionCall], torch.Tensor] | None = None
+    indices: dict[int, torch.Tensor] = field(default_factory=dict)
