@@ -16,7 +16,8 @@ from typing import Literal
 
 import torch
 
-from dsa.modules.indexer import IndexInputs
+from dsa.modules.indexer import Rope
+from dsa.ops.quantize.types import QuantizedKeys
 
 
 @dataclass
@@ -28,8 +29,12 @@ class AttentionCall:
         query: `[B, T, H, D]`, RoPE applied.
         key: `[B, S, G, D]`, RoPE applied, cached tokens included.
         value: `[B, S, G, Dv]`.
-        index: The indexer's queries and weights of these `T` tokens and its keys of all `S` tokens, as stored
-            in fp32. Computed with gradients if they are enabled in the pass and the indexer requires them.
+        hidden_states: `[B, T, hidden_size]`, what the attention layer received: the indexer's input.
+        rope: The indexer's angles for these `T` tokens, `None` in layers without RoPE. With `hidden_states`
+            a trainer can run the indexer again, with gradients, as often as it updates it.
+        index_query: `[B, T, Hi, Di]`.
+        index_key: Index keys of all `S` tokens as the cache stores them: fp32 `[B, S, Di]` or `QuantizedKeys`.
+        index_weight: fp32 `[B, T, Hi]`.
         indices: int32 `[B, T, K]`, what was selected; `None` where the layer ran dense.
         key_start: int32 `[B, T]`, first visible key per query.
         key_end: int32 `[B, T]`, one past the last visible key.
@@ -42,7 +47,11 @@ class AttentionCall:
     query: torch.Tensor
     key: torch.Tensor
     value: torch.Tensor
-    index: IndexInputs
+    hidden_states: torch.Tensor
+    rope: Rope | None
+    index_query: torch.Tensor
+    index_key: torch.Tensor | QuantizedKeys
+    index_weight: torch.Tensor
     indices: torch.Tensor | None
     key_start: torch.Tensor
     key_end: torch.Tensor
