@@ -1,0 +1,63 @@
+"""Sparse attention on Hugging Face models: attach, detach, indexer checkpoints, saving and loading.
+
+Names are looked up lazily: registering the configuration classes (`dsa.models.saving`) happens in the middle of
+importing transformers, when most of it cannot be imported yet.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dsa.models.attach import (
+        AttachReport,
+        LayerReport,
+        attach,
+        config_of,
+        detach,
+        indexers_of,
+        is_attached,
+        report_of,
+    )
+    from dsa.models.checkpoint import load_indexers, save_indexers
+    from dsa.models.context import AttentionCall, DSAContext
+
+_HOMES = {
+    "AttachReport": "attach",
+    "AttentionCall": "context",
+    "DSAContext": "context",
+    "LayerReport": "attach",
+    "attach": "attach",
+    "config_of": "attach",
+    "detach": "attach",
+    "indexers_of": "attach",
+    "is_attached": "attach",
+    "load_indexers": "checkpoint",
+    "report_of": "attach",
+    "save_indexers": "checkpoint",
+}
+
+__all__ = [
+    "AttachReport",
+    "AttentionCall",
+    "DSAContext",
+    "LayerReport",
+    "attach",
+    "config_of",
+    "detach",
+    "indexers_of",
+    "is_attached",
+    "load_indexers",
+    "report_of",
+    "save_indexers",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'dsa.models' has no attribute {name!r}")
+    value = getattr(import_module(f"dsa.models.{_HOMES[name]}"), name)
+    # `attach` is also the name of the submodule just imported, which would hide the function from here on.
+    globals()[name] = value
+    return value

@@ -1,0 +1,59 @@
+"""DeepSeek Sparse Attention for any Hugging Face model.
+
+`import dsa` costs next to nothing: torch and transformers are imported when something of theirs is asked for. It
+also makes sure that, whenever transformers' Auto classes are imported, they know the models that `dsa` saves.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from dsa import _auto_classes
+from dsa.config import DSAConfig, LayerConfig
+
+if TYPE_CHECKING:
+    from dsa import ops
+    from dsa.models import (
+        AttachReport,
+        AttentionCall,
+        DSAContext,
+        attach,
+        config_of,
+        detach,
+        is_attached,
+        load_indexers,
+        save_indexers,
+    )
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AttachReport",
+    "AttentionCall",
+    "DSAConfig",
+    "DSAContext",
+    "LayerConfig",
+    "attach",
+    "config_of",
+    "detach",
+    "is_attached",
+    "load_indexers",
+    "ops",
+    "save_indexers",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "ops":
+        return import_module("dsa.ops")
+    if name in __all__:
+        return getattr(import_module("dsa.models"), name)
+    raise AttributeError(f"module 'dsa' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
+
+
+_auto_classes.register_when_imported()

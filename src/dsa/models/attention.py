@@ -1,0 +1,350 @@
+"""The attention function of attached models, and the hooks that feed it.
+
+transformers calls `dsa_attention` for every attention layer of an attached model. A layer with an indexer has a
+hook in front that computes the index tensors from the hidden states, stores the index keys in the cache and adds
+both to the call as the keyword argument `dsa_index`; other layers arrive without it and run dense.
+
+Shapes: `B` batch, `T` query tokens, `S` key tokens, `H`/`G` query / KV heads, `D`/`Dv` head dims of keys / values,
+`K` top-k.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.cache_utils import EncoderDecoderCache
+
+from dsa.config import DSAConfig
+from dsa.models.context import AttentionCall, DSAContext
+from dsa.models.families import Family
+from dsa.models.masks import split_mask, visible_ranges
+from dsa.modules.cache import IndexKeys, indexed_layer
+from dsa.modules.indexer import Indexer, Rope
+from dsa.ops import QuantizedKeys, dense_attention, index_topk, quantize_index_keys, sparse_attention
+
+IMPLEMENTATION = "dsa"
+
+QUERIES_AT_A_TIME = 4096
+"""Queries whose selection is held at once when nobody asked to see it: int32 `[B, 4096, K]`."""
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What attaching decided for one full-attention layer."""
+
+    layer: int
+    config: DSAConfig
+    family: Family
+    parameters: tuple[str, ...]
+    """Names of the attention module's positional parameters, in order."""
+
+
+@dataclass(frozen=True)
+class LayerIndex:
+    """What the hook hands to the attention function of one layer."""
+
+    plan: LayerPlan
+    hidden_states: torch.Tensor
+    rope: Rope | None = None
+    query: torch.Tensor | None = None
+    key: IndexKeys | None = None
+    weight: torch.Tensor | None = None
+
+
+def dsa_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    dsa_index: LayerIndex | None = None,
+    dsa_context: DSAContext | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention interface: `query [B, H, T, D]`, `key [B, G, S, D]`, `value [B, G, S, Dv]`.
+
+    Returns:
+        `[B, T, H, Dv]`, and no weights.
+
+    Raises:
+        NotImplementedError: Attention dropout, or a mask that is not ranges of positions.
+    """
+    if dropout:
+        raise NotImplementedError(
+            "dsa does not apply attention dropout; set the model's attention dropout to 0 to train it sparse"
+        )
+    scale = float(scaling) if scaling is not None else query.shape[-1] ** -0.5
+    query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    start, end, kept = split_mask(attention_mask, query.shape[1], key.shape[1])
+    context = dsa_context if dsa_context is not None else DSAContext()
+    attention = _Attention(query, key, value, start, end, kept, scale, softcap, s_aux)
+    if dsa_index is None:
+        return attention.dense(), None
+    plan = dsa_index.plan
+    call = _observed_call(attention, dsa_index) if context.observer or context.select else None
+    short = key.shape[1] <= plan.config.layer_top_k(plan.layer) and plan.config.dense_shortcut
+    if plan.config.is_dense(plan.layer) or context.mode == "dense" or (short and context.select is None):
+        out = attention.dense()
+    elif context.select is not None:
+        assert call is not None
+        call.indices = context.select(call)
+        out = attention.sparse(call.indices)
+    else:
+        out = _sparse_layer(attention, dsa_index, context, call)
+    if call is not None and context.observer is not None and dsa_index.query is not None:
+        context.observer(call)
+    return out, None
+
+
+def _sparse_layer(
+    attention: _Attention, index: LayerIndex, context: DSAContext, call: AttentionCall | None
+) -> torch.Tensor:
+    """Selects and attends, a block of queries at a time unless the whole selection is wanted."""
+    plan, config = index.plan, index.plan.config
+    source = config.shared_with(plan.layer)
+    if source is not None:
+        return attention.sparse(context.indices[source])
+    is_shared = any(config.shared_with(layer) == plan.layer for layer in config.layers)
+    if call is not None or is_shared or torch.is_grad_enabled():
+        indices = _select(attention, index, 0, attention.query.shape[1])
+        if is_shared:
+            context.indices[plan.layer] = indices
+        if call is not None:
+            call.indices = indices
+        return attention.sparse(indices)
+    blocks = []
+    for begin in range(0, attention.query.shape[1], QUERIES_AT_A_TIME):
+        stop = min(begin + QUERIES_AT_A_TIME, attention.query.shape[1])
+        indices = _select(attention, index, begin, stop)
+        blocks.append(attention.rows(begin, stop).sparse(indices))
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)
+
+
+def _select(attention: _Attention, index: LayerIndex, begin: int, stop: int) -> torch.Tensor:
+    """Selection int32 `[B, stop - begin, K]` of some queries; positions with padding in them become -1."""
+    plan, config = index.plan, index.plan.config
+    assert index.query is not None and index.key is not None and index.weight is not None
+    start, end = attention.ranges()
+    with torch.no_grad():
+        indices = index_topk(
+            index.query[:, begin:stop].detach(),
+            _without_holes(index.key, attention.kept),
+            index.weight[:, begin:stop].detach(),
+            config.layer_top_k(plan.layer),
+            sinks=config.sinks,
+            local=config.layer_local(plan.layer),
+            key_start=start[:, begin:stop],
+            key_end=end[:, begin:stop],
+        )
+        if attention.kept is not None:
+            flat = indices.clamp(min=0).flatten(1).long()
+            seen = attention.kept.gather(1, flat).view_as(indices)
+            indices = torch.where(seen, indices, -1)
+    return indices
+
+
+def _without_holes(keys: IndexKeys, kept: torch.Tensor | None) -> IndexKeys:
+    """Index keys that rank last (NaN) where `kept` bool `[B, S]` says that nobody may see the token."""
+    if kept is None:
+        return keys
+    if isinstance(keys, QuantizedKeys):
+        return QuantizedKeys(keys.data, keys.scale.masked_fill(~kept, torch.nan), keys.dtype)
+    return keys.masked_fill(~kept[..., None], torch.nan)
+
+
+@dataclass(frozen=True)
+class _Attention:
+    """One layer's tensors, token-major, and the two ways to attend with them."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    start: torch.Tensor | None
+    end: torch.Tensor | None
+    kept: torch.Tensor | None
+    scale: float
+    softcap: float | None
+    sink_logits: torch.Tensor | None
+
+    def ranges(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """`key_start, key_end` int32 `[B, T]`, the default written out."""
+        if self.start is not None and self.end is not None:
+            return self.start, self.end
+        batch, tokens, keys = self.query.shape[0], self.query.shape[1], self.key.shape[1]
+        positions = torch.arange(keys - tokens + 1, keys + 1, dtype=torch.int32, device=self.query.device)
+        end = positions.expand(batch, -1)
+        return torch.zeros_like(end), end
+
+    def rows(self, begin: int, stop: int) -> _Attention:
+        """The same for the queries `begin` to `stop`."""
+        start, end = self.ranges()
+        return _Attention(
+            self.query[:, begin:stop],
+            self.key,
+            self.value,
+            start[:, begin:stop],
+            end[:, begin:stop],
+            self.kept,
+            self.scale,
+            self.softcap,
+            self.sink_logits,
+        )
+
+    def sparse(self, indices: torch.Tensor) -> torch.Tensor:
+        out, _ = sparse_attention(
+            self.query,
+            self.key,
+            self.value,
+            indices,
+            scale=self.scale,
+            softcap=self.softcap,
+            sink_logits=self.sink_logits,
+        )
+        return out
+
+    def dense(self) -> torch.Tensor:
+        tokens, keys = self.query.shape[1], self.key.shape[1]
+        if self.kept is not None:
+            return self._dense_with_holes()
+        if self.start is None and self.softcap is None and self.sink_logits is None and tokens in (1, keys):
+            # torch's own kernel, where its upper-left causal mask and ours are the same.
+            out = F.scaled_dot_product_attention(
+                self.query.transpose(1, 2),
+                self.key.transpose(1, 2),
+                self.value.transpose(1, 2),
+                is_causal=tokens > 1,
+                scale=self.scale,
+                enable_gqa=self.query.shape[2] != self.key.shape[2],
+            )
+            return out.transpose(1, 2).contiguous()
+        out, _ = dense_attention(
+            self.query,
+            self.key,
+            self.value,
+            scale=self.scale,
+            softcap=self.softcap,
+            sink_logits=self.sink_logits,
+            key_start=self.start,
+            key_end=self.end,
+        )
+        return out
+
+    def _dense_with_holes(self) -> torch.Tensor:
+        """Dense attention that leaves out padding between visible tokens: every kept position is listed."""
+        assert self.kept is not None
+        start, end = self.ranges()
+        positions = torch.arange(self.key.shape[1], dtype=torch.int32, device=self.query.device)
+        blocks = []
+        for begin in range(0, self.query.shape[1], QUERIES_AT_A_TIME // 16):
+            stop = begin + QUERIES_AT_A_TIME // 16
+            visible = (positions >= start[:, begin:stop, None]) & (positions < end[:, begin:stop, None])
+            indices = torch.where(visible & self.kept[:, None], positions, -1)
+            blocks.append(self.rows(begin, stop).sparse(indices))
+        return torch.cat(blocks, dim=1)
+
+
+def _observed_call(attention: _Attention, index: LayerIndex) -> AttentionCall:
+    start, end = attention.ranges()
+    return AttentionCall(
+        layer=index.plan.layer,
+        query=attention.query,
+        key=attention.key,
+        value=attention.value,
+        hidden_states=index.hidden_states,
+        rope=index.rope,
+        index_query=index.query,
+        index_key=index.key,
+        index_weight=index.weight,
+        indices=None,
+        key_start=start,
+        key_end=end,
+        scale=attention.scale,
+        softcap=attention.softcap,
+        sink_logits=attention.sink_logits,
+    )
+
+
+def before_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Forward pre-hook of every attached attention layer: runs its indexer and adds `dsa_index`."""
+    plan: LayerPlan = module.dsa_plan
+
+    def argument(name: str) -> Any:
+        if name in kwargs:
+            return kwargs[name]
+        position = plan.parameters.index(name) if name in plan.parameters else len(args)
+        return args[position] if position < len(args) else None
+
+    hidden_states = argument("hidden_states")
+    cache = argument(plan.family.cache)
+    indexer: Indexer | None = getattr(module, "indexer", None)
+    stored = None
+    if cache is not None:
+        stored = indexed_layer(cache, plan.layer, plan.config.index_dtype if indexer is not None else None)
+    if indexer is None:
+        index = LayerIndex(plan, hidden_states)
+    else:
+        rope = plan.family.rope_of(module, argument("position_embeddings"), indexer.rope_dim)
+        query, key, weight = indexer(hidden_states, rope)
+        keys: IndexKeys = key.float()
+        if stored is not None:
+            keys = stored.append_index(key.detach())
+        elif plan.config.index_dtype == "int8":
+            keys = quantize_index_keys(key.detach())
+        index = LayerIndex(plan, hidden_states, rope, query, keys, weight)
+    return args, {**kwargs, "dsa_index": index}
+
+
+def before_decoder(module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Forward pre-hook of the decoder: checks that the call can be served and makes its context."""
+    if module.config._attn_implementation != IMPLEMENTATION:
+        raise ValueError(
+            f"attn_implementation was changed to {module.config._attn_implementation!r} while dsa is attached, so "
+            f"nothing would be sparse; call dsa.detach(model) first, or set it back to {IMPLEMENTATION!r}"
+        )
+    _check_positions(module, args, kwargs)
+    if kwargs.get("dsa_context") is None:
+        kwargs = {**kwargs, "dsa_context": DSAContext()}
+    return args, kwargs
+
+
+def _check_positions(decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    trained = getattr(decoder.config, "max_position_embeddings", None)
+    tokens = kwargs.get("input_ids", args[0] if args else None)
+    if tokens is None:
+        tokens = kwargs.get("inputs_embeds")
+    if trained is None or tokens is None:
+        return
+    cache = kwargs.get("past_key_values")
+    if isinstance(cache, EncoderDecoderCache):
+        cache = cache.self_attention_cache
+    total = tokens.shape[1] + (int(cache.get_seq_length()) if cache is not None else 0)
+    if total <= trained:
+        return
+    name = type(decoder).__name__
+    if not hasattr(decoder, "rotary_emb"):
+        raise ValueError(
+            f"{total} tokens are more than the {trained} positions that {name} has embeddings for; shorten the prompt"
+        )
+    if not getattr(decoder, "dsa_warned_positions", False):
+        decoder.dsa_warned_positions = True
+        warnings.warn(
+            f"{total} tokens are more than the {trained} positions that {name} was trained on: positions from "
+            f"{trained} on are extrapolated by its RoPE ({decoder.rotary_emb.rope_type}), and quality may fall",
+            stacklevel=2,
+        )
+
+
+def register() -> None:
+    """Makes `attn_implementation="dsa"` known to transformers."""
+    AttentionInterface.register(IMPLEMENTATION, dsa_attention)
+    AttentionMaskInterface.register(IMPLEMENTATION, visible_ranges)

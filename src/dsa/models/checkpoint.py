@@ -1,0 +1,241 @@
+"""The indexers' own file: one safetensors with a format version, the config and what identifies the base model.
+
+Weights are named `layers.<layer>.<parameter of Indexer>`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
+
+from dsa.config import DSAConfig
+from dsa.models.attach import config_of, indexers_of
+from dsa.models.families import decoder_of
+
+FORMAT = "dsa-indexers"
+VERSION = 1
+FILE_NAME = "indexers.safetensors"
+SHIPPED = Path(__file__).parent / "shipped" / FILE_NAME
+
+_SIZES = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+_SAMPLES = 64
+_SAME_MODEL = 0.05
+"""Relative distance of sampled base weights up to which a checkpoint is taken to be for this model.
+
+Rounding to bf16 is near 0.002 and light fine-tuning stays well below; another training run is near 1.4.
+"""
+
+
+@dataclass(frozen=True)
+class StoredIndexers:
+    """What an indexer file holds."""
+
+    path: Path
+    config: DSAConfig
+    base_model: dict[str, Any]
+    weights: dict[str, torch.Tensor]
+
+
+def save_indexers(model: PreTrainedModel, path: str | Path, dtype: torch.dtype | None = None) -> Path:
+    """Writes the indexers of an attached model, whole or not at all.
+
+    Args:
+        model: An attached model.
+        path: The file, or a folder that gets `indexers.safetensors`.
+        dtype: Storage of the weights; as they are by default.
+
+    Returns:
+        The file.
+
+    Raises:
+        ValueError: The model is not attached, or the file would not be safetensors.
+        OSError: It cannot be written; what was there before is still there.
+    """
+    config = config_of(model)
+    file = _indexer_file(Path(path))
+    weights = {
+        f"layers.{layer}.{name}": parameter.detach().to("cpu", dtype or parameter.dtype).contiguous()
+        for layer, indexer in indexers_of(model).items()
+        for name, parameter in indexer.state_dict().items()
+    }
+    metadata = {
+        "format": FORMAT,
+        "version": str(VERSION),
+        "config": json.dumps(config.to_dict()),
+        "base_model": json.dumps(describe_base_model(model)),
+    }
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
+    os.close(handle)
+    try:
+        save_file(weights, temporary, metadata=metadata)
+        with open(temporary, "rb") as written:
+            os.fsync(written.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, file)
+    except SafetensorError as error:
+        raise OSError(f"cannot write the indexers to {file}: {error}") from error
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+    return file
+
+
+def read_indexers(source: str | Path) -> StoredIndexers:
+    """Reads an indexer file without looking at a model.
+
+    Args:
+        source: The file, the folder it is in, or `"default"`.
+
+    Raises:
+        FileNotFoundError: Nothing is there.
+        ValueError: Not an indexer file, of a newer version, truncated or corrupt. Only safetensors are read.
+    """
+    file = SHIPPED if source == "default" else _indexer_file(Path(source))
+    if not file.is_file():
+        raise FileNotFoundError(f"indexers: no file at {file}; `dsa train MODEL --out DIR` writes one")
+    try:
+        with safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+            _check_format(file, metadata)
+            weights = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        config = DSAConfig.from_dict(json.loads(metadata["config"]))
+        base_model = json.loads(metadata["base_model"])
+    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"indexers: {file} is truncated or corrupt ({error}); copy it again, or train new ones"
+        ) from error
+    return StoredIndexers(file, config, base_model, weights)
+
+
+def check_indexers(stored: StoredIndexers, model: PreTrainedModel, config: DSAConfig) -> None:
+    """Refuses indexers that do not belong to a model or do not fit a config.
+
+    Raises:
+        ValueError: Names what differs.
+    """
+    ours, theirs = describe_base_model(model), stored.base_model
+    for key in _SIZES:
+        if ours[key] != theirs.get(key):
+            raise ValueError(
+                f"indexers: {stored.path} was trained for another model: its {key} is {theirs.get(key)!r}, "
+                f"that of {type(model).__name__} is {ours[key]!r}; train indexers for this model"
+            )
+    distance = _distance(ours["sample"], theirs.get("sample", []))
+    if distance > _SAME_MODEL:
+        raise ValueError(
+            f"indexers: {stored.path} was trained for another model of the same size "
+            f"({theirs.get('name') or 'unnamed'}): sampled base weights differ by {distance:.0%}; "
+            "train indexers for this model"
+        )
+    for name in ("index_heads", "index_head_dim", "rope_dim"):
+        if getattr(config, name) != getattr(stored.config, name):
+            raise ValueError(
+                f"indexers: {stored.path} has {name}={getattr(stored.config, name)}, but the config asks for "
+                f"{getattr(config, name)}; leave {name} out to take the file's"
+            )
+    have = {int(name.split(".")[1]) for name in stored.weights}
+    want = {layer for layer in range(theirs["num_hidden_layers"]) if config.has_indexer(layer)}
+    missing = sorted(want & set(_full_layers(model)) - have)
+    if missing:
+        raise ValueError(
+            f"indexers: {stored.path} has none for layer {missing[0]}, which the config makes sparse; "
+            "leave the layer dense, or train it"
+        )
+
+
+def fill_indexers(model: PreTrainedModel, stored: StoredIndexers) -> None:
+    """Copies stored weights into the indexers of an attached model; those of layers without one are left out.
+
+    Raises:
+        ValueError: A weight is missing or has another shape.
+    """
+    for layer, indexer in indexers_of(model).items():
+        prefix = f"layers.{layer}."
+        weights = {k.removeprefix(prefix): v for k, v in stored.weights.items() if k.startswith(prefix)}
+        try:
+            indexer.load_state_dict(weights)
+        except RuntimeError as error:
+            raise ValueError(f"indexers: {stored.path} does not fit layer {layer}: {error}") from error
+
+
+def load_indexers(model: PreTrainedModel, source: str | Path) -> None:
+    """Puts stored weights into a model that is attached already, after the checks of `attach`."""
+    stored = read_indexers(source)
+    check_indexers(stored, model, config_of(model))
+    fill_indexers(model, stored)
+
+
+def describe_base_model(model: PreTrainedModel) -> dict[str, Any]:
+    """What identifies a base model: its sizes, its name, and a few of its weights.
+
+    Names change when a model is copied and dtypes when it is converted; a sample of weights, compared with a
+    tolerance, survives both.
+    """
+    config = model.config.get_text_config(decoder=True)
+    heads = config.num_attention_heads
+    return {
+        "model_type": config.model_type.removeprefix("dsa_"),
+        "name": Path(str(config.name_or_path)).name,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": getattr(config, "num_key_value_heads", None) or heads,
+        "sample": _sample(model),
+    }
+
+
+def _sample(model: PreTrainedModel) -> list[float]:
+    """Evenly spaced entries of the decoder's largest weights, half of them embeddings."""
+    decoder = decoder_of(model)
+    embeddings = model.get_input_embeddings().weight
+    others = [p for n, p in decoder.named_parameters() if ".indexer." not in n and p.ndim == 2 and p is not embeddings]
+    middle = others[len(others) // 2]
+    return [round(x, 6) for weight in (embeddings, middle) for x in _spread(weight, _SAMPLES // 2)]
+
+
+def _spread(weight: torch.Tensor, count: int) -> list[float]:
+    positions = torch.arange(count, device=weight.device) * (weight.numel() - 1) // (count - 1)
+    rows, columns = positions // weight.shape[1], positions % weight.shape[1]
+    return weight.detach()[rows, columns].float().cpu().tolist()
+
+
+def _distance(ours: list[float], theirs: list[float]) -> float:
+    if len(ours) != len(theirs):
+        return float("inf")
+    a, b = torch.tensor(ours), torch.tensor(theirs)
+    return float((a - b).norm() / b.norm().clamp(min=1e-12))
+
+
+def _full_layers(model: PreTrainedModel) -> list[int]:
+    from dsa.models.families import full_attention_layers
+
+    return [layer for layer, full in enumerate(full_attention_layers(model.config)) if full]
+
+
+def _check_format(file: Path, metadata: dict[str, str]) -> None:
+    if metadata.get("format") != FORMAT:
+        raise ValueError(
+            f"indexers: {file} is not an indexer file (its format is {metadata.get('format')!r}, not {FORMAT!r})"
+        )
+    if metadata.get("version") != str(VERSION):
+        raise ValueError(
+            f"indexers: {file} has format version {metadata.get('version')}, this dsa reads version {VERSION}; "
+            "update dsa, or train new ones"
+        )
+
+
+def _indexer_file(path: Path) -> Path:
+    if path.is_dir() or not path.suffix:
+        return path / FILE_NAME
+    if path.suffix != ".safetensors":
+        raise ValueError(f"indexers: only .safetensors files are read and written, got {path.name}")
+    return path

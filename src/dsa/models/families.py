@@ -1,0 +1,173 @@
+"""The model families that dsa attaches to, and where each of them keeps things.
+
+One row per transformers `model_type`. A family not in the table is refused by name: what differs between models
+(where RoPE goes, which layers see everything, what the attention layer is handed) fails silently when it is guessed.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+
+from dsa.modules.indexer import Rope
+
+if TYPE_CHECKING:
+    # Only for types: this module is imported while transformers itself is (see `dsa._auto_classes`).
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+RopeLayout = Literal["half", "interleaved", "single"]
+
+
+def _always(attention: nn.Module) -> bool:
+    return True
+
+
+@dataclass(frozen=True)
+class Family:
+    """How one family of models is built.
+
+    Args:
+        model_type: transformers' name, also that of the module `transformers.models.<module>`.
+        causal_lm: Class of the causal language model.
+        config: Class of its configuration.
+        attention: Attribute of a decoder layer that holds its self-attention.
+        layers: Attribute of the decoder that holds its layers.
+        cache: Keyword under which the attention layer receives the cache.
+        rope: How the model lays out the angles in `cos` and `sin`: `"half"` repeats the row of angles twice,
+            `"interleaved"` repeats each angle twice, `"single"` has each once; `None` for models without RoPE.
+        layer_has_rope: Whether a given full-attention layer applies RoPE.
+        module: Module of transformers that has the classes, where it differs from `model_type`.
+    """
+
+    model_type: str
+    causal_lm: str
+    config: str
+    attention: str = "self_attn"
+    layers: str = "layers"
+    cache: str = "past_key_values"
+    rope: RopeLayout | None = "half"
+    layer_has_rope: Callable[[nn.Module], bool] = _always
+    module: str | None = None
+
+    def config_class(self) -> type[PreTrainedConfig]:
+        """The family's configuration class."""
+        module = self.module or self.model_type
+        source = importlib.import_module(f"transformers.models.{module}.configuration_{module}")
+        return getattr(source, self.config)
+
+    def model_class(self) -> type[PreTrainedModel]:
+        """The family's causal language model class."""
+        module = self.module or self.model_type
+        source = importlib.import_module(f"transformers.models.{module}.modeling_{module}")
+        return getattr(source, self.causal_lm)
+
+    def attention_layers(self, model: PreTrainedModel) -> list[nn.Module]:
+        """The self-attention modules, first layer first."""
+        return [getattr(layer, self.attention) for layer in getattr(decoder_of(model), self.layers)]
+
+    def rope_of(self, attention: nn.Module, position_embeddings: Any, rope_dim: int) -> Rope | None:
+        """The indexer's angles out of the model's own, so that positions and RoPE scaling are the model's.
+
+        The indexer has fewer dims than the model's heads: it takes evenly spaced frequencies out of the model's,
+        the highest first.
+
+        Args:
+            attention: The attention layer.
+            position_embeddings: `cos, sin` as the layer receives them, `[B or 1, T, width]`.
+            rope_dim: How many index dims to rotate at most.
+
+        Returns:
+            `cos, sin` `[B or 1, T, pairs]`, or `None` where the layer has no RoPE.
+        """
+        if self.rope is None or position_embeddings is None or not self.layer_has_rope(attention):
+            return None
+        cos, sin = position_embeddings
+        frequencies = cos.shape[-1] if self.rope == "single" else cos.shape[-1] // 2
+        pairs = min(rope_dim // 2, frequencies)
+        if pairs == 0:
+            return None
+        chosen = torch.arange(pairs, device=cos.device) * frequencies // pairs
+        if self.rope == "interleaved":
+            chosen = chosen * 2
+        return cos[..., chosen], sin[..., chosen]
+
+
+def _smollm3_has_rope(attention: nn.Module) -> bool:
+    return bool(attention.use_rope)
+
+
+def _never(attention: nn.Module) -> bool:
+    return False
+
+
+FAMILIES = {
+    family.model_type: family
+    for family in (
+        Family("cohere2", "Cohere2ForCausalLM", "Cohere2Config", rope="interleaved", layer_has_rope=_never),
+        Family("gemma", "GemmaForCausalLM", "GemmaConfig"),
+        Family("gemma2", "Gemma2ForCausalLM", "Gemma2Config"),
+        Family("gemma3_text", "Gemma3ForCausalLM", "Gemma3TextConfig", module="gemma3"),
+        Family("glm4", "Glm4ForCausalLM", "Glm4Config"),
+        Family("gpt2", "GPT2LMHeadModel", "GPT2Config", attention="attn", layers="h", rope=None),
+        Family("gpt_neox", "GPTNeoXForCausalLM", "GPTNeoXConfig", attention="attention", cache="layer_past"),
+        Family("gpt_oss", "GptOssForCausalLM", "GptOssConfig", rope="single"),
+        Family("granite", "GraniteForCausalLM", "GraniteConfig"),
+        Family("llama", "LlamaForCausalLM", "LlamaConfig"),
+        Family("mistral", "MistralForCausalLM", "MistralConfig"),
+        Family("mixtral", "MixtralForCausalLM", "MixtralConfig"),
+        Family("olmo2", "Olmo2ForCausalLM", "Olmo2Config"),
+        Family("phi3", "Phi3ForCausalLM", "Phi3Config"),
+        Family("qwen2", "Qwen2ForCausalLM", "Qwen2Config"),
+        Family("qwen3", "Qwen3ForCausalLM", "Qwen3Config"),
+        Family("smollm3", "SmolLM3ForCausalLM", "SmolLM3Config", layer_has_rope=_smollm3_has_rope),
+        Family("starcoder2", "Starcoder2ForCausalLM", "Starcoder2Config"),
+    )
+}
+
+
+def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The decoder without its language-modelling head."""
+    return model.base_model
+
+
+def family_of(model: object) -> Family:
+    """The row of the table for a model.
+
+    Raises:
+        TypeError: Not a transformers model.
+        ValueError: The model is not a causal decoder, or its family is not in the table; the message names
+            the model and the reason.
+    """
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
+    name = type(model).__name__
+    model_type = model.config.model_type.removeprefix("dsa_")
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError(f"{name} is an encoder-decoder model; dsa attaches to causal decoders only")
+    family = FAMILIES.get(model_type)
+    if family is not None:
+        return family
+    if not model.can_generate():
+        raise ValueError(
+            f"{name} ({model_type}) is not a causal language model (encoders see both sides of a token); "
+            "dsa attaches to causal decoders only"
+        )
+    raise ValueError(
+        f"{name}: dsa does not know the architecture {model_type!r}; it attaches to {', '.join(sorted(FAMILIES))}. "
+        "Adding one is a row in dsa/models/families.py and a test"
+    )
+
+
+def full_attention_layers(config: PreTrainedConfig) -> list[bool]:
+    """For each layer, whether its queries see all earlier tokens (and not only a window of them)."""
+    from transformers.cache_utils import get_layer_types_and_kwargs
+
+    layer_types, _ = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
+    return [layer_type == "full_attention" for layer_type in layer_types]

@@ -1,0 +1,278 @@
+"""Cache layers that keep K, V and index keys together: preallocated, token-major, appended to without copying.
+
+transformers' own `DynamicLayer` concatenates, which copies the whole cache for every decoded token. Here a token
+is written once into storage that doubles when it is full (or never, after `reserve`), and transformers is handed
+views in the layout it expects.
+
+Shapes: `B` batch, `S` cached tokens, `C` capacity, `G` KV heads, `D` head dim, `Di` index head dim.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache, StaticLayer
+
+from dsa.ops import quantize_index_keys
+from dsa.ops.quantize.types import QuantizedKeys
+
+INITIAL_CAPACITY = 256
+
+IndexKeys = torch.Tensor | QuantizedKeys
+
+
+class TokenBuffer:
+    """A growing `[B, S, ...]` tensor: `append` writes in place and moves what is there only when it doubles."""
+
+    def __init__(self) -> None:
+        self.storage: torch.Tensor | None = None
+        self.length = 0
+
+    def view(self) -> torch.Tensor:
+        """`[B, S, ...]`, a view of the storage."""
+        assert self.storage is not None
+        return self.storage[:, : self.length]
+
+    def append(self, tokens: torch.Tensor, reserve: int = 0) -> None:
+        """Writes `tokens [B, T, ...]` behind what is there; the capacity is at least `reserve`."""
+        needed = self.length + tokens.shape[1]
+        if self.storage is None:
+            capacity = max(needed, reserve, INITIAL_CAPACITY)
+            self.storage = tokens.new_empty((tokens.shape[0], capacity, *tokens.shape[2:]))
+        elif needed > self.storage.shape[1]:
+            grown = self.storage.new_empty(
+                (self.storage.shape[0], max(needed, reserve, 2 * self.storage.shape[1]), *self.storage.shape[2:])
+            )
+            grown[:, : self.length] = self.view()
+            self.storage = grown
+        self.storage[:, self.length : needed] = tokens
+        self.length = needed
+
+    def replace_batch(self, storage: torch.Tensor) -> None:
+        """Takes over storage whose batch was reordered, repeated or selected."""
+        self.storage = storage
+
+
+class IndexedLayer(DynamicLayer):
+    """K, V and index keys of one attention layer, for attached models.
+
+    `keys` and `values` are views `[B, G, S, D]` of token-major storage. Index keys are stored as int8 with one
+    fp32 scale per token, or as fp32, whichever `index_dtype` says. Everything that transformers does to a
+    `DynamicLayer` (beam reordering, cropping, batch repetition and selection) is done to all of them together.
+    """
+
+    def __init__(self, index_dtype: str | None = None) -> None:
+        """`index_dtype=None` keeps no index keys, for layers that need only the copy-free storage."""
+        self.index_dtype = index_dtype
+        self._buffers = {"key": TokenBuffer(), "value": TokenBuffer()}
+        if index_dtype is not None:
+            self._buffers["index"] = TokenBuffer()
+        if index_dtype == "int8":
+            self._buffers["index_scale"] = TokenBuffer()
+        self._reserve = 0
+        super().__init__()
+
+    @property
+    def keys(self) -> torch.Tensor | None:  # type: ignore[override]
+        return self._heads_first("key")
+
+    @keys.setter
+    def keys(self, value: torch.Tensor | None) -> None:
+        assert value is None, "K is appended to, never assigned"
+
+    @property
+    def values(self) -> torch.Tensor | None:  # type: ignore[override]
+        return self._heads_first("value")
+
+    @values.setter
+    def values(self, value: torch.Tensor | None) -> None:
+        assert value is None, "V is appended to, never assigned"
+
+    def _heads_first(self, name: str) -> torch.Tensor | None:
+        buffer = self._buffers[name]
+        return None if buffer.storage is None else buffer.view().transpose(1, 2)
+
+    def reserve(self, tokens: int) -> None:
+        """Makes room for `tokens` tokens in all, so that appending up to there never moves what is stored."""
+        self._reserve = max(self._reserve, tokens)
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Appends `[B, G, T, D]` keys and values; returns all of them as views."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self._buffers["key"].append(key_states.transpose(1, 2), self._reserve)
+        self._buffers["value"].append(value_states.transpose(1, 2), self._reserve)
+        keys, values = self.keys, self.values
+        assert keys is not None and values is not None
+        return keys, values
+
+    def append_index(self, index_keys: torch.Tensor) -> IndexKeys:
+        """Appends index keys `[B, T, Di]`, before `update` appends the same tokens; returns all `[B, S, Di]`.
+
+        Raises:
+            ValueError: The cache holds tokens that were read without an indexer.
+        """
+        index = self._buffers["index"]
+        if index.length != self.get_seq_length():
+            raise ValueError(
+                f"the cache holds {self.get_seq_length()} tokens but index keys of only {index.length}: it was "
+                "filled before dsa was attached; start from an empty cache"
+            )
+        if self.index_dtype == "int8":
+            quantized = quantize_index_keys(index_keys, dtype="int8")
+            index.append(quantized.data, self._reserve)
+            self._buffers["index_scale"].append(quantized.scale, self._reserve)
+        else:
+            index.append(index_keys.float(), self._reserve)
+        return self.index_keys()
+
+    def index_keys(self) -> IndexKeys:
+        """The index keys of all cached tokens, `[B, S, Di]`, as views of what is stored."""
+        data = self._buffers["index"].view()
+        if self.index_dtype == "int8":
+            return QuantizedKeys(data, self._buffers["index_scale"].view(), "int8")
+        return data
+
+    def get_seq_length(self) -> int:
+        return self._buffers["key"].length
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forgets the last `-tokens_to_remove` tokens (zero or negative, as transformers gives it)."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop takes the negated number of tokens to remove, got {tokens_to_remove}")
+        kept = max(0, self.get_seq_length() + tokens_to_remove)
+        for buffer in self._buffers.values():
+            buffer.length = min(buffer.length, kept)
+
+    def reset(self) -> None:
+        for buffer in self._buffers.values():
+            buffer.storage, buffer.length = None, 0
+        self.is_initialized = False
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        for buffer in self._filled():
+            buffer.replace_batch(buffer.storage.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        for buffer in self._filled():
+            buffer.replace_batch(buffer.storage[indices.to(buffer.storage.device)])
+
+    def offload(self) -> None:
+        self._move("cpu")
+
+    def prefetch(self) -> None:
+        if self.is_initialized:
+            self._move(self.device)
+
+    def _move(self, device: torch.device | str) -> None:
+        for buffer in self._filled():
+            buffer.storage = buffer.storage.to(device, non_blocking=True)
+
+    def _filled(self) -> list[Any]:
+        return [buffer for buffer in self._buffers.values() if buffer.storage is not None]
+
+
+class StaticIndexedLayer(StaticLayer):
+    """The fixed-size counterpart of `IndexedLayer`; `keys` and `values` are `[B, G, C, D]` views."""
+
+    is_compileable = False
+
+    def __init__(self, max_cache_len: int, index_dtype: str | None = None) -> None:
+        super().__init__(max_cache_len)
+        self.index_dtype = index_dtype
+        self.index_data: torch.Tensor | None = None
+        self.index_scale: torch.Tensor | None = None
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.batch_size, self.num_heads = key_states.shape[:2]
+        self.k_head_dim, self.v_head_dim = key_states.shape[-1], value_states.shape[-1]
+        rows = (self.batch_size, self.max_cache_len, self.num_heads)
+        self.keys = key_states.new_zeros((*rows, self.k_head_dim)).transpose(1, 2)
+        self.values = value_states.new_zeros((*rows, self.v_head_dim)).transpose(1, 2)
+        self.cumulative_length = self.cumulative_length.to(self.device)
+        self.is_initialized = True
+
+    def append_index(self, index_keys: torch.Tensor) -> IndexKeys:
+        """Writes index keys `[B, T, Di]` behind those there, before `update`; returns all `[B, C, Di]`."""
+        batch, tokens, dim = index_keys.shape
+        if self.index_data is None:
+            dtype = torch.int8 if self.index_dtype == "int8" else torch.float32
+            self.index_data = index_keys.new_zeros((batch, self.max_cache_len, dim), dtype=dtype)
+            self.index_scale = index_keys.new_ones((batch, self.max_cache_len), dtype=torch.float32)
+        assert self.index_scale is not None
+        positions = torch.arange(tokens, device=index_keys.device) + self.cumulative_length.to(index_keys.device)
+        if self.index_dtype == "int8":
+            quantized = quantize_index_keys(index_keys, dtype="int8")
+            self.index_data.index_copy_(1, positions, quantized.data)
+            self.index_scale.index_copy_(1, positions, quantized.scale)
+            return QuantizedKeys(self.index_data, self.index_scale, "int8")
+        self.index_data.index_copy_(1, positions, index_keys.float())
+        return self.index_data
+
+    def reset(self) -> None:
+        super().reset()
+        self.index_data = self.index_scale = None
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        super().reorder_cache(beam_idx)
+        if self.index_data is not None and self.index_scale is not None:
+            self.index_data = self.index_data[beam_idx.to(self.index_data.device)]
+            self.index_scale = self.index_scale[beam_idx.to(self.index_scale.device)]
+
+
+def indexed_layer(cache: Cache, layer: int, index_dtype: str | None) -> IndexedLayer | StaticIndexedLayer:
+    """The cache's layer of that number, exchanged for one of ours at its first use.
+
+    Args:
+        cache: The cache that transformers or the user made.
+        layer: Layer number.
+        index_dtype: Storage of the index keys, or `None` for none.
+
+    Raises:
+        ValueError: The layer already holds tokens without index keys, or is of a kind that cannot hold them.
+    """
+    if isinstance(cache, EncoderDecoderCache):
+        cache = cache.self_attention_cache
+    while len(cache.layers) <= layer and cache.layer_class_to_replicate is not None:
+        cache.layers.append(cache.layer_class_to_replicate())
+    present = cache.layers[layer]
+    if isinstance(present, IndexedLayer | StaticIndexedLayer):
+        return present
+    if type(present) not in (DynamicLayer, StaticLayer):
+        raise ValueError(
+            f"dsa cannot keep index keys in a cache layer of type {type(present).__name__} (layer {layer}); "
+            "use the default dynamic cache or a static one"
+        )
+    if present.is_initialized and int(present.get_seq_length()) > 0:
+        raise ValueError(
+            f"the cache already holds {int(present.get_seq_length())} tokens in layer {layer} without index keys: "
+            "it was filled before dsa was attached; start from an empty cache"
+        )
+    ours = (
+        StaticIndexedLayer(present.max_cache_len, index_dtype)
+        if isinstance(present, StaticLayer)
+        else IndexedLayer(index_dtype)
+    )
+    cache.layers[layer] = ours
+    return ours
+
+
+def reserve(cache: Cache, tokens: int) -> None:
+    """Makes room in a cache for `tokens` tokens in all, so that appending up to there copies nothing.
+
+    Layers that were not exchanged for ours yet, and sliding-window layers, are left as they are.
+    """
+    for layer in cache.layers:
+        if isinstance(layer, IndexedLayer):
+            layer.reserve(tokens)
