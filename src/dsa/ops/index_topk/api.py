@@ -1,0 +1,86 @@
+"""Lightning indexer and top-k selection. Semantics and derivation: README.md."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dsa.ops.blocks import full_precision
+from dsa.ops.checks import check_count, check_scale, check_tensor, describe
+from dsa.ops.index_topk import reference
+from dsa.ops.quantize.types import QuantizedKeys
+from dsa.ops.ranges import resolve_ranges
+from dsa.ops.types import Impl, resolve_impl
+
+_OP = "index_topk"
+
+
+def index_topk(
+    q: Tensor,
+    k: Tensor | QuantizedKeys,
+    w: Tensor,
+    top_k: int,
+    *,
+    scale: float | None = None,
+    sinks: int = 0,
+    local: int = 0,
+    key_start: Tensor | None = None,
+    key_end: Tensor | None = None,
+    impl: Impl = "auto",
+) -> Tensor:
+    """Scores every visible token with the lightning indexer and selects the best (arXiv 2512.02556, eq. 1-2).
+
+    `score[t, s] = scale * sum_j w[t, j] * relu(q[t, j] . k[s])`. Nothing of size `T x S` is kept, and no
+    gradient passes. Queries that see at most `K` tokens select all of them without scoring.
+
+    Shapes: `B` batch, `T` query tokens, `S` key tokens, `Hi`/`Di` index heads / index head dim, `K` top-k.
+
+    Args:
+        q: Index queries `[B, T, Hi, Di]`, any strides.
+        k: Index keys `[B, S, Di]`, or `QuantizedKeys` of that shape. With int8 keys the queries are quantised
+            too and the dot products are exact integers, so the selection is the same everywhere.
+        w: Head weights `[B, T, Hi]`.
+        top_k: `K`, at least 1.
+        scale: Factor on the scores; `None` means `Di**-0.5`.
+        sinks: How many of the first visible tokens are always selected; they count towards `top_k`.
+        local: How many of the last visible tokens are always selected; they count towards `top_k`.
+        key_start: First visible key of each query, integers `[B, T]` in `[0, S]`; `None` means 0.
+        key_end: One past the last visible key, integers `[B, T]` in `[0, S]`; `None` means `S - T + t + 1`:
+            causal, right-aligned.
+        impl: Which implementation runs; an explicit choice never falls back.
+
+    Returns:
+        int32 `[B, T, K]`: positions among the `S` keys, ascending, padded at the end with `-1`. Among equal
+        scores the most recent token wins; `-0.0` equals `0.0`. A NaN score ranks below every number, above
+        tokens that are not visible.
+
+    Raises:
+        TypeError: An argument of the wrong type or kind of dtype.
+        ValueError: Shapes, devices or ranges that do not fit, or `sinks + local > top_k`.
+        NotImplementedError: The implementation asked for cannot run this input.
+    """
+    check_tensor(_OP, "q", q, "[B, T, Hi, Di]", (None,) * 4)
+    batch, tokens, heads, head_dim = q.shape
+    if heads == 0 or head_dim == 0:
+        raise ValueError(f"{_OP}: q must have at least one head and one dim, got {describe(q)}")
+    if isinstance(k, QuantizedKeys):
+        if (k.shape[0], k.shape[2]) != (batch, head_dim):
+            raise ValueError(f"{_OP}: k must be [B, S, Di] = [{batch}, any, {head_dim}], got {list(k.shape)}")
+        if k.device != q.device:
+            raise ValueError(f"{_OP}: k must be on {q.device} like the queries, got {k.device}; use k.to()")
+    else:
+        check_tensor(_OP, "k", k, "[B, S, Di]", (batch, None, head_dim), device=q.device)
+    check_tensor(_OP, "w", w, "[B, T, Hi]", (batch, tokens, heads), device=q.device)
+    check_count(_OP, "top_k", top_k, 1)
+    check_count(_OP, "sinks", sinks, 0)
+    check_count(_OP, "local", local, 0)
+    if sinks + local > top_k:
+        raise ValueError(
+            f"{_OP}: sinks + local must be at most top_k, which they count towards: got sinks={sinks}, "
+            f"local={local}, top_k={top_k}; raise top_k or lower local"
+        )
+    scale = check_scale(_OP, "scale", scale, head_dim**-0.5)
+    ranges = resolve_ranges(_OP, key_start, key_end, batch, tokens, k.shape[1], q.device)
+    resolve_impl(_OP, impl, {"reference": None})
+    with torch.no_grad(), full_precision(q.device):
+        return reference.index_topk(q, k, w, top_k, scale=scale, sinks=sinks, local=local, ranges=ranges)

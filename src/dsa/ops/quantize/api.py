@@ -1,0 +1,59 @@
+"""Index keys and queries in eight bits. Semantics: README.md."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dsa.ops.blocks import full_precision
+from dsa.ops.checks import check_tensor
+from dsa.ops.quantize import reference
+from dsa.ops.quantize.types import QuantizedKeys
+
+
+def quantize_index_keys(k: Tensor, dtype: Literal["int8", "fp8"] = "int8") -> QuantizedKeys:
+    """Rotates index keys, where `Di` is a power of two, and rounds them to eight bits with one scale a token.
+
+    Args:
+        k: Index keys `[B, S, Di]`; converted to fp32 first. No gradient passes.
+        dtype: `"int8"`: `scale = max|k| / 127`, round half to even. `"fp8"`: e4m3, `scale = max|k| / 448`.
+            A zero row has scale 1. A row with NaN or infinity has scale NaN and zeros as data.
+
+    Raises:
+        TypeError: `k` is not a floating-point tensor.
+        ValueError: `k` is not `[B, S, Di]`, `Di` is 0, or an unknown dtype.
+    """
+    op = "quantize_index_keys"
+    check_tensor(op, "k", k, "[B, S, Di]", (None, None, None))
+    if k.shape[-1] == 0:
+        raise ValueError(f"{op}: k must have at least one dim per key, got {list(k.shape)}")
+    if dtype not in ("int8", "fp8"):
+        raise ValueError(f"{op}: dtype must be 'int8' or 'fp8', got {dtype!r}")
+    with torch.no_grad(), full_precision(k.device):
+        return reference.quantize_keys_int8(k) if dtype == "int8" else reference.quantize_keys_fp8(k)
+
+
+def quantize_index_queries(q: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotates index queries like int8 keys and rounds them to `[-63, 63]` with one scale per token and head.
+
+    The range leaves room for kernels that multiply unsigned by signed bytes in pairs without saturating.
+
+    Args:
+        q: Index queries `[B, T, Hi, Di]`; converted to fp32 first. No gradient passes.
+
+    Returns:
+        data: int8 `[B, T, Hi, Di]`.
+        scale: fp32 `[B, T, Hi]`, with the rules of `quantize_index_keys`.
+
+    Raises:
+        TypeError: `q` is not a floating-point tensor.
+        ValueError: `q` is not `[B, T, Hi, Di]`, or `Di` is 0.
+    """
+    op = "quantize_index_queries"
+    check_tensor(op, "q", q, "[B, T, Hi, Di]", (None, None, None, None))
+    if q.shape[-1] == 0:
+        raise ValueError(f"{op}: q must have at least one dim per head, got {list(q.shape)}")
+    with torch.no_grad(), full_precision(q.device):
+        return reference.quantize_queries_int8(q)

@@ -1,0 +1,76 @@
+"""Hadamard rotation and eight-bit index keys and queries, in plain torch.
+
+The order of every floating-point operation is part of the specification: see README.md.
+
+Shapes: `B` batch, `T` query tokens, `S` key tokens, `Hi`/`Di` index heads / index head dim.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dsa.ops.quantize.types import QuantizedKeys
+
+KEY_LEVELS = 127
+QUERY_LEVELS = 63
+FP8_LARGEST = 448.0
+
+
+def is_power_of_two(size: int) -> bool:
+    """Whether a head of this size is rotated."""
+    return size > 0 and size & (size - 1) == 0
+
+
+def hadamard_transform(x: Tensor) -> Tensor:
+    """Multiplies the last dim by the orthonormal, symmetric Hadamard matrix; it is its own inverse.
+
+    Stages of distance 1, 2, 4, ... replace `(a, b)` by `(a + b, a - b)`, then everything is multiplied by
+    `size**-0.5` rounded to the dtype.
+    """
+    size = x.shape[-1]
+    distance = 1
+    y = x
+    while distance < size:
+        pairs = y.reshape(*x.shape[:-1], size // (2 * distance), 2, distance)
+        first, second = pairs.unbind(-2)
+        y = torch.stack((first + second, first - second), dim=-2)
+        distance *= 2
+    return y.reshape(x.shape) * size**-0.5
+
+
+def rotate(x: Tensor) -> Tensor:
+    """To fp32, and rotated where the size of the last dim is a power of two."""
+    x = x.float()
+    return hadamard_transform(x) if is_power_of_two(x.shape[-1]) else x
+
+
+def quantize_keys_int8(k: Tensor) -> QuantizedKeys:
+    """`[B, S, Di]` to int8 in `[-127, 127]`."""
+    data, scale = _round_to_levels(rotate(k), KEY_LEVELS)
+    return QuantizedKeys(data, scale)
+
+
+def quantize_keys_fp8(k: Tensor) -> QuantizedKeys:
+    """`[B, S, Di]` to e4m3 in `[-448, 448]`."""
+    rotated = rotate(k)
+    scale = _scale(rotated, FP8_LARGEST)
+    data = (rotated / scale.unsqueeze(-1)).nan_to_num(nan=0.0).clamp(-FP8_LARGEST, FP8_LARGEST)
+    return QuantizedKeys(data.to(torch.float8_e4m3fn), scale)
+
+
+def quantize_queries_int8(q: Tensor) -> tuple[Tensor, Tensor]:
+    """`[B, T, Hi, Di]` to int8 in `[-63, 63]`, with scales `[B, T, Hi]`."""
+    return _round_to_levels(rotate(q), QUERY_LEVELS)
+
+
+def _round_to_levels(rotated: Tensor, levels: int) -> tuple[Tensor, Tensor]:
+    scale = _scale(rotated, levels)
+    data = (rotated / scale.unsqueeze(-1)).nan_to_num(nan=0.0).round().clamp(-levels, levels)
+    return data.to(torch.int8), scale
+
+
+def _scale(rotated: Tensor, largest: float) -> Tensor:
+    """`max|x| / largest` along the last dim: 1 where that is zero, NaN where it is not finite."""
+    scale = rotated.abs().amax(dim=-1) / largest
+    return scale.masked_fill(scale == 0, 1.0).masked_fill(~scale.isfinite(), torch.nan)

@@ -1,0 +1,65 @@
+"""Attention over selected tokens. Semantics and derivation: README.md."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from dsa.ops.blocks import full_precision
+from dsa.ops.checks import check_attention, check_indices, check_scale, check_tensor
+from dsa.ops.sparse_attention import reference
+from dsa.ops.types import Impl, resolve_impl
+
+_OP = "sparse_attention"
+
+
+def sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+    impl: Impl = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Attention of each query over the tokens selected for it (arXiv 2512.02556, eq. 2).
+
+    All heads of a query read the same tokens. Differentiable in `q, k, v, sink_logits`; the backward pass
+    recomputes, so memory is `O((T + S) * heads + block)`. Accumulation is fp32, fp64 for fp64 queries.
+
+    Shapes: `B` batch, `T` query tokens, `S` key tokens, `H`/`G` query / KV heads, `D`/`Dv` head dims of keys /
+    values, `K` selected tokens.
+
+    Args:
+        q: `[B, T, H, D]`, any strides.
+        k: `[B, S, G, D]`, `G` a divisor of `H`; may be narrower in dtype than `q`. Query head `h` reads KV head
+            `h // (H / G)`.
+        v: `[B, S, G, Dv]`; may be narrower than `q`, and a view into `k` (MLA: `v = k[..., :Dv]`).
+        indices: Integers `[B, T, K]` in `[-1, S)`, any order; `-1` is skipped wherever it stands. A position
+            that stands twice counts twice.
+        scale: Factor on `q . k`; `None` means `D**-0.5`.
+        softcap: Scores become `softcap * tanh(score / softcap)`, after `scale`.
+        sink_logits: `[H]`: one more logit per head in the softmax's denominator, without a value.
+        impl: Which implementation runs; an explicit choice never falls back.
+
+    Returns:
+        out: `[B, T, H, Dv]` in the dtype of `q`; zeros where nothing is selected.
+        lse: fp32 (fp64 for fp64 queries) `[B, T, H]`: natural logarithm of the sum of the exponentials of the
+            selected tokens' scores, without the sink; `-inf` where nothing is selected. Not differentiable.
+
+    Raises:
+        TypeError: An argument of the wrong type or kind of dtype, or `k` or `v` wider than `q`.
+        ValueError: Shapes or devices that do not fit, or an index outside `[-1, S)`.
+        NotImplementedError: The implementation asked for cannot run this input.
+    """
+    check_attention(_OP, q, k, v, sink_logits, softcap)
+    batch, tokens, _, head_dim = q.shape
+    check_tensor(_OP, "indices", indices, "[B, T, K]", (batch, tokens, None), device=q.device, integer=True)
+    scale = check_scale(_OP, "scale", scale, head_dim**-0.5)
+    padded = check_indices(_OP, indices, k.shape[1])
+    resolve_impl(_OP, impl, {"reference": None})
+    with full_precision(q.device):
+        return reference.sparse_attention(
+            q, k, v, indices, scale=scale, softcap=softcap, sink_logits=sink_logits, padded=padded
+        )
