@@ -160,9 +160,7 @@ class DSAConfig:
         plain = dataclasses.asdict(self)
         defaults = LayerConfig()
         plain["layers"] = {
-            str(number): {
-                key: value for key, value in layer.items() if value != getattr(defaults, key)
-            }
+            str(number): {key: value for key, value in layer.items() if value != getattr(defaults, key)}
             for number, layer in plain["layers"].items()
         }
         return plain

@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dsa.models.attach import (
+    from dsa.models.attachment import (
         AttachReport,
         LayerReport,
         attach,
@@ -24,17 +24,17 @@ if TYPE_CHECKING:
     from dsa.models.context import AttentionCall, DSAContext
 
 _HOMES = {
-    "AttachReport": "attach",
+    "AttachReport": "attachment",
     "AttentionCall": "context",
     "DSAContext": "context",
-    "LayerReport": "attach",
-    "attach": "attach",
-    "config_of": "attach",
-    "detach": "attach",
-    "indexers_of": "attach",
-    "is_attached": "attach",
+    "LayerReport": "attachment",
+    "attach": "attachment",
+    "config_of": "attachment",
+    "detach": "attachment",
+    "indexers_of": "attachment",
+    "is_attached": "attachment",
     "load_indexers": "checkpoint",
-    "report_of": "attach",
+    "report_of": "attachment",
     "save_indexers": "checkpoint",
 }
 
@@ -57,7 +57,4 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'dsa.models' has no attribute {name!r}")
-    value = getattr(import_module(f"dsa.models.{_HOMES[name]}"), name)
-    # `attach` is also the name of the submodule just imported, which would hide the function from here on.
-    globals()[name] = value
-    return value
+    return getattr(import_module(f"dsa.models.{_HOMES[name]}"), name)

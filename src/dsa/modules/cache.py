@@ -42,7 +42,11 @@ class TokenBuffer:
             self.storage = tokens.new_empty((tokens.shape[0], capacity, *tokens.shape[2:]))
         elif needed > self.storage.shape[1]:
             grown = self.storage.new_empty(
-                (self.storage.shape[0], max(needed, reserve, 2 * self.storage.shape[1]), *self.storage.shape[2:])
+                (
+                    self.storage.shape[0],
+                    max(needed, reserve, 2 * self.storage.shape[1]),
+                    *self.storage.shape[2:],
+                )
             )
             grown[:, : self.length] = self.view()
             self.storage = grown
@@ -137,7 +141,7 @@ class IndexedLayer(DynamicLayer):
         """The index keys of all cached tokens, `[B, S, Di]`, as views of what is stored."""
         data = self._buffers["index"].view()
         if self.index_dtype == "int8":
-            return QuantizedKeys(data, self._buffers["index_scale"].view(), "int8")
+            return QuantizedKeys(data, self._buffers["index_scale"].view())
         return data
 
     def get_seq_length(self) -> int:
@@ -211,12 +215,14 @@ class StaticIndexedLayer(StaticLayer):
             self.index_data = index_keys.new_zeros((batch, self.max_cache_len, dim), dtype=dtype)
             self.index_scale = index_keys.new_ones((batch, self.max_cache_len), dtype=torch.float32)
         assert self.index_scale is not None
-        positions = torch.arange(tokens, device=index_keys.device) + self.cumulative_length.to(index_keys.device)
+        positions = torch.arange(tokens, device=index_keys.device) + self.cumulative_length.to(
+            index_keys.device
+        )
         if self.index_dtype == "int8":
             quantized = quantize_index_keys(index_keys, dtype="int8")
             self.index_data.index_copy_(1, positions, quantized.data)
             self.index_scale.index_copy_(1, positions, quantized.scale)
-            return QuantizedKeys(self.index_data, self.index_scale, "int8")
+            return QuantizedKeys(self.index_data, self.index_scale)
         self.index_data.index_copy_(1, positions, index_keys.float())
         return self.index_data
 

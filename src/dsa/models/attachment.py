@@ -244,12 +244,16 @@ def _attached(model: PreTrainedModel) -> _Attached:
 
 def _check_layers(name: str, config: DSAConfig, full: list[bool]) -> None:
     if not any(full):
-        raise ValueError(f"every layer of {name} uses a sliding window, so there is nothing for dsa to make sparse")
+        raise ValueError(
+            f"every layer of {name} uses a sliding window, so there is nothing for dsa to make sparse"
+        )
     for layer, exception in config.layers.items():
         if layer >= len(full):
             raise ValueError(f"config.layers names layer {layer}, but {name} has layers 0 to {len(full) - 1}")
         if not full[layer] and not exception.dense:
-            raise ValueError(f"config.layers names layer {layer} of {name}, which uses a sliding window and stays so")
+            raise ValueError(
+                f"config.layers names layer {layer} of {name}, which uses a sliding window and stays so"
+            )
         if exception.share is not None and not full[exception.share]:
             raise ValueError(
                 f"layers[{layer}] shares the selection of layer {exception.share}, which uses a sliding window"

@@ -1,0 +1,89 @@
+"""Saved models load in a fresh process through plain transformers."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, PreTrainedModel, pipeline
+
+import dsa
+from dsa.models.attachment import config_of
+from dsa.testing.tiny_models import TINY_CONFIG, tiny_model, tiny_tokens
+
+LOAD = """
+import sys, torch
+{first}
+from transformers import AutoModelForCausalLM
+from safetensors.torch import save_file
+from dsa.testing.tiny_models import tiny_tokens
+model = AutoModelForCausalLM.from_pretrained({folder!r}{argument})
+save_file({{"logits": model(tiny_tokens(1, 40)).logits.detach()}}, {out!r})
+"""
+
+
+@pytest.fixture
+def model() -> PreTrainedModel:
+    model = tiny_model("llama")
+    dsa.attach(model, TINY_CONFIG, layers={1: {"top_k": 12}})
+    return model
+
+
+@pytest.mark.parametrize(
+    ("first", "argument"),
+    [("import dsa", ""), ("import transformers, dsa", ""), ("", ", trust_remote_code=True")],
+    ids=["dsa first", "transformers first", "remote code"],
+)
+def test_fresh_process_gives_identical_logits(
+    model: PreTrainedModel, tmp_path: Path, first: str, argument: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder, out = tmp_path / "model", tmp_path / "logits.safetensors"
+    model.save_pretrained(folder)
+    code = LOAD.format(first=first, argument=argument, folder=str(folder), out=str(out))
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert torch.equal(load_file(out)["logits"], model(tiny_tokens(1, 40)).logits)
+
+
+def test_config_and_generation_survive(model: PreTrainedModel, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert config_of(again) == config_of(model)
+    assert again.config.model_type == "dsa_llama"
+    tokens = tiny_tokens(1, 30)
+    arguments = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(tokens)}
+    assert torch.equal(again.generate(tokens, **arguments), model.generate(tokens, **arguments))
+    dsa.detach(again)
+    assert again.config.model_type == "llama"
+    again.save_pretrained(tmp_path / "plain")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    assert type(plain).__name__ == "LlamaForCausalLM"
+
+
+def test_pipeline(model: PreTrainedModel, tmp_path: Path, tiny_tokenizer) -> None:
+    tiny_tokenizer.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
+    arguments = {"max_new_tokens": 5, "do_sample": False}
+    text = "a b c d e f g h i j k l m n o p"
+    live = pipeline("text-generation", model=model, tokenizer=tiny_tokenizer)(text, **arguments)
+    loaded = pipeline("text-generation", model=str(tmp_path))(text, **arguments)
+    assert live == loaded
+    assert loaded[0]["generated_text"].startswith(text)
+
+
+def test_missing_weight_is_not_filled_in_silently(model: PreTrainedModel, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.layers.1.self_attn.indexer.wq.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"layers\.1\.self_attn\.indexer\.wq\.weight"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_class_needs_its_config() -> None:
+    from dsa.models.saving import DSALlamaForCausalLM
+
+    with pytest.raises(ValueError, match=r"needs config\.dsa"):
+        DSALlamaForCausalLM(tiny_model("llama").config)
