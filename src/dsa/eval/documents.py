@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-LANGUAGE_REFERENCE = "Python language reference (pydoc_data.topics)"
+LANGUAGE_REFERENCE = "the Python language reference"
 # Tokens at the cut end of a text may differ from those of the whole; only what lies this far before it is kept.
 CUT_MARGIN = 64
 MIN_TOKENS = 2

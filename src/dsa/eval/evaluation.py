@@ -28,10 +28,10 @@ from dsa.eval.mass import LayerMass, MassObserver
 from dsa.eval.progress import Progress, layer_progress, silent
 from dsa.eval.reading import Reading, read
 from dsa.eval.window import window_attention
-from dsa.models.attach import AttachReport, attach, detach, is_attached
+from dsa.models.attachment import AttachReport, attach, detach, is_attached, report_of
 from dsa.models.checkpoint import save_indexers
 from dsa.models.context import DSAContext
-from dsa.models.loading import LoadedModel
+from dsa.models.loading import LoadedModel, attach_indexers
 
 DEFAULT_TOKENS = 8192
 DEFAULT_NEW_TOKENS = 32
@@ -232,22 +232,14 @@ def _attached(
         What attaching did, and where the indexers came from (`None` for untrained ones).
     """
     model = loaded.model
-    if not is_attached(model):
-        source = indexers if indexers is not None else loaded.indexers
-        report = attach(model, indexers=source, **overrides)
-        try:
-            yield report, None if source is None else str(source)
-        finally:
-            if is_attached(model):
-                detach(model)
-        return
     with tempfile.TemporaryDirectory() as folder:
-        own = save_indexers(model, Path(folder) / "own.safetensors")
-        detach(model)
+        before = report_of(model) if is_attached(model) else None
+        own = save_indexers(model, Path(folder) / "own.safetensors") if before is not None else None
         try:
-            report = attach(model, indexers=own if indexers is None else indexers, **overrides)
-            yield report, str(loaded.name if indexers is None else indexers)
+            yield attach_indexers(loaded, indexers, **overrides)
         finally:
             if is_attached(model):
                 detach(model)
-            attach(model, indexers=own)
+            if before is not None:
+                attach(model, indexers=own)
+                model.dsa_attached.report = before

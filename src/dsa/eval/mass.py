@@ -18,8 +18,8 @@ from dsa.eval.window import sinks_and_recent
 from dsa.models.context import AttentionCall
 from dsa.ops import index_topk
 
-PROBABILITIES_AT_ONCE = 1 << 22
-"""Attention probabilities held at once, `H * queries * S`: 16 MB in fp32."""
+PROBABILITIES_AT_ONCE = 1 << 20
+"""Attention probabilities held at once, `H * queries * S`: 4 MB in fp32, which stays in cache."""
 
 
 @dataclass(frozen=True)

@@ -94,9 +94,7 @@ def read(
     return Reading(perplexity, tokens - 1 - start, prefill_s, per_second, peak, continuation)
 
 
-def _perplexity(
-    model: Any, output: Any, ids: torch.Tensor, start: int, label: str, progress: Progress
-) -> float:
+def _perplexity(model: Any, output: Any, ids: torch.Tensor, start: int, label: str, progress: Progress) -> float:
     """Perplexity of the tokens after `start` out of the decoder's output for all of `ids`."""
     hidden, targets = output.last_hidden_state, ids[:, 1:]
     last = ids.shape[1] - 1
@@ -147,9 +145,7 @@ def head_logits(model: Any, output: Any, hidden: torch.Tensor, ids: torch.Tensor
             del decoder.forward
 
 
-def _decode(
-    model: Any, output: Any, new_tokens: int, label: str, progress: Progress
-) -> tuple[list[int], float | None]:
+def _decode(model: Any, output: Any, new_tokens: int, label: str, progress: Progress) -> tuple[list[int], float | None]:
     """Greedy continuation, and tokens per second of the steps after the first token (which the prefill made)."""
     if new_tokens < 1:
         return [], None

@@ -107,16 +107,14 @@ def attend_to_window(
         last = torch.arange(begin, end, device=query.device) + keys - tokens
         first_read = max(sinks, int(last[0]) + 1 - recent)
         stop = int(last[-1]) + 1
-        positions = torch.cat(
-            (torch.arange(min(sinks, stop)), torch.arange(first_read, max(first_read, stop)))
-        ).to(query.device)
+        positions = torch.cat((torch.arange(min(sinks, stop)), torch.arange(first_read, max(first_read, stop)))).to(
+            query.device
+        )
         visible = (positions <= last[:, None]) & ((positions < sinks) | (positions > last[:, None] - recent))
         chosen_keys, chosen_values = (
             torch.cat((each[:, :, : min(sinks, stop)], each[:, :, first_read:stop]), dim=2) for each in (key, value)
         )
-        blocks.append(
-            _attend(query[:, :, begin:end], chosen_keys, chosen_values, visible, scale, softcap, sink_logits)
-        )
+        blocks.append(_attend(query[:, :, begin:end], chosen_keys, chosen_values, visible, scale, softcap, sink_logits))
     return torch.cat(blocks, dim=2)
 
 

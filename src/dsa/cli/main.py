@@ -1,0 +1,90 @@
+"""The `dsa` command. Nothing heavy is imported until a command runs, so that help answers at once."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from dsa.cli.console import complain
+
+COMMANDS = ("demo", "info", "generate", "eval")
+
+HELP = """DeepSeek Sparse Attention for pretrained language models.
+
+[bold]dsa demo[/] reads a real document with dense attention, with DSA and with a sliding window, and compares them.
+
+[bold]MODEL[/] is a Hugging Face id, a directory that `save_pretrained` wrote, or `default`: SmolLM2-135M with the
+indexers that come with this package.
+"""
+
+EPILOG = "A user's mistake ends with one message and exit code 2; DSA_DEBUG=1 shows where it was noticed."
+
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
+
+
+class Commands(TyperGroup):
+    """Turns what a user got wrong into one message and exit code 2."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            code = exit_code(error)
+            if code is None or os.environ.get("DSA_DEBUG"):
+                raise
+            complain(str(error) or type(error).__name__)
+            raise typer.Exit(code) from None
+
+
+def exit_code(error: BaseException) -> int | None:
+    """2 for what the user can put right, 1 for too little memory, `None` for what is not ours to report."""
+    if isinstance(error, BrokenPipeError):
+        return None
+    if isinstance(error, MemoryError) or any(words in str(error).lower() for words in OUT_OF_MEMORY):
+        return 1
+    is_mistake = isinstance(error, (ValueError, OSError, ImportError, NotImplementedError))
+    return 2 if is_mistake else None
+
+
+def version(asked: bool) -> None:
+    """Prints the version and ends."""
+    if asked:
+        from dsa import __version__
+
+        typer.echo(f"dsa {__version__}")
+        raise typer.Exit
+
+
+app = typer.Typer(
+    name="dsa",
+    cls=Commands,
+    help=HELP,
+    epilog=EPILOG,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback()
+def main(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+for command in COMMANDS:
+    importlib.import_module(f"dsa.cli.{command}").register(app)
+
+
+def run() -> None:
+    """Entry point of the `dsa` script."""
+    app()

@@ -1,0 +1,36 @@
+"""Arguments that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+MODEL_HELP = "Hugging Face id, local directory, or `default`."
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=False)]
+Indexers = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PATH",
+        help="Trained indexers: a safetensors file or the folder `dsa train` wrote. Without it: the model's own, "
+        "or untrained ones.",
+    ),
+]
+TopK = Annotated[int | None, typer.Option("--top-k", metavar="K", help="Tokens each query reads.")]
+Local = Annotated[int | None, typer.Option(metavar="N", help="How many of the K are always the most recent tokens.")]
+Tokens = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N", help="Positions in all, the continuation included; by default 8192, or all of a shorter text."
+    ),
+]
+Json = Annotated[Path | None, typer.Option("--json", metavar="OUT", help="Write the figures to this file as JSON.")]
+Threads = Annotated[int | None, typer.Option(min=1, metavar="N", help="CPU threads; by default torch's choice.")]
+Device = Annotated[str | None, typer.Option(metavar="DEVICE", help="`cpu` or `cuda`; by default cuda if there is one.")]
+
+
+def overrides(top_k: int | None, local: int | None) -> dict[str, int]:
+    """The fields of `DSAConfig` that the user set."""
+    return {name: given for name, given in (("top_k", top_k), ("local", local)) if given is not None}
