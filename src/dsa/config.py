@@ -103,9 +103,7 @@ class DSAConfig:
                 )
             source = self.layers.get(layer.share, LayerConfig())
             if not 0 <= layer.share < number or source.dense or source.share is not None:
-                raise ValueError(
-                    f"{name}: share must name an earlier layer that selects for itself, got {layer.share}"
-                )
+                raise ValueError(f"{name}: share must name an earlier layer that selects for itself, got {layer.share}")
         if layer.top_k is not None:
             _require_int(f"{name}.top_k", layer.top_k, minimum=1)
         if layer.local is not None:

@@ -31,21 +31,15 @@ def test_not_a_model() -> None:
 
 def test_unknown_architecture_is_named() -> None:
     bloom = BloomForCausalLM(BloomConfig(hidden_size=32, n_layer=1, n_head=2, vocab_size=50))
-    with pytest.raises(
-        ValueError, match=r"BloomForCausalLM: dsa does not know the architecture 'bloom'.*llama"
-    ):
+    with pytest.raises(ValueError, match=r"BloomForCausalLM: dsa does not know the architecture 'bloom'.*llama"):
         dsa.attach(bloom)
 
 
 def test_encoders_are_refused() -> None:
-    bert = BertModel(
-        BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
-    )
-    with pytest.raises(ValueError, match="BertModel .* not a causal language model"):
+    bert = BertModel(BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32))
+    with pytest.raises(ValueError, match=r"BertModel .* not a causal language model"):
         dsa.attach(bert)
-    t5 = T5ForConditionalGeneration(
-        T5Config(d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2, vocab_size=50)
-    )
+    t5 = T5ForConditionalGeneration(T5Config(d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2, vocab_size=50))
     with pytest.raises(ValueError, match="encoder-decoder"):
         dsa.attach(t5)
 
@@ -84,9 +78,7 @@ def test_sliding_layer_cannot_be_configured() -> None:
         dsa.attach(tiny_model("gemma2"), TINY_CONFIG, layers={0: {"top_k": 9}})
 
 
-def test_untrained_indexers_are_said_out_loud(
-    model: torch.nn.Module, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_untrained_indexers_are_said_out_loud(model: torch.nn.Module, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "dsa"):
         dsa.attach(model, TINY_CONFIG)
     assert "untrained" in caplog.text
@@ -126,9 +118,7 @@ def test_shared_layers_attend_to_the_same_tokens(model: torch.nn.Module) -> None
     recorded = {}
     tokens = tiny_tokens(1, 30)
     with torch.no_grad():
-        shared = model(
-            tokens, dsa_context=dsa.DSAContext(observer=lambda c: recorded.update({c.layer: c.indices}))
-        )
+        shared = model(tokens, dsa_context=dsa.DSAContext(observer=lambda c: recorded.update({c.layer: c.indices})))
         selection = recorded[1]
         forced = model(tokens, dsa_context=dsa.DSAContext(select=select))
     assert picked == [1, 2]
@@ -165,9 +155,7 @@ def test_observer_sees_what_the_layer_used(model: torch.nn.Module) -> None:
 
 def test_prompt_longer_than_the_models_positions(model: torch.nn.Module) -> None:
     dsa.attach(model, TINY_CONFIG)
-    with pytest.warns(
-        UserWarning, match="300 tokens are more than the 256 positions .* extrapolated by its RoPE"
-    ):
+    with pytest.warns(UserWarning, match=r"300 tokens are more than the 256 positions .* extrapolated by its RoPE"):
         model(tiny_tokens(1, 300))
     gpt2 = tiny_model("gpt2")
     dsa.attach(gpt2, TINY_CONFIG)

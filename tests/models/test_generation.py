@@ -109,12 +109,8 @@ def test_padding_between_turns(model: PreTrainedModel) -> None:
     with torch.no_grad():
         expected = model(real).logits
         once = model(holed, attention_mask=mask, position_ids=positions).logits
-        cache = model(
-            holed[:, :19], attention_mask=mask[:, :19], position_ids=positions[:, :19]
-        ).past_key_values
-        later = model(
-            holed[:, 19:], attention_mask=mask, position_ids=positions[:, 19:], past_key_values=cache
-        ).logits
+        cache = model(holed[:, :19], attention_mask=mask[:, :19], position_ids=positions[:, :19]).past_key_values
+        later = model(holed[:, 19:], attention_mask=mask, position_ids=positions[:, 19:], past_key_values=cache).logits
     # The always-read local window counts positions, holes included, so only the last 14 tokens' budget differs.
     torch.testing.assert_close(later, once[:, 19:], atol=1e-9, rtol=0)
     torch.testing.assert_close(once[:, :14], expected[:, :14], atol=1e-9, rtol=0)
@@ -161,9 +157,7 @@ def test_gradients_flow_through_the_sparse_model() -> None:
     model(tokens, labels=tokens, use_cache=False).loss.backward()
     grads = {name: parameter.grad for name, parameter in model.named_parameters()}
     assert all(grad is None for name, grad in grads.items() if ".indexer." in name)
-    assert all(
-        grad is not None and grad.isfinite().all() for name, grad in grads.items() if ".indexer." not in name
-    )
+    assert all(grad is not None and grad.isfinite().all() for name, grad in grads.items() if ".indexer." not in name)
 
 
 def test_gradient_checkpointing_gives_the_same_gradients() -> None:

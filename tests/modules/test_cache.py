@@ -20,9 +20,7 @@ def states(tokens: int, batch: int = B) -> tuple[torch.Tensor, torch.Tensor, tor
     )
 
 
-def filled(
-    dtype: str = "fp32", sizes: tuple[int, ...] = (5, 1, 1, 300)
-) -> tuple[IndexedLayer, list[torch.Tensor]]:
+def filled(dtype: str = "fp32", sizes: tuple[int, ...] = (5, 1, 1, 300)) -> tuple[IndexedLayer, list[torch.Tensor]]:
     layer, parts = IndexedLayer(dtype), []
     for size in sizes:
         key, value, index = states(size)

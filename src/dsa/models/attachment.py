@@ -6,7 +6,7 @@ import inspect
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
@@ -15,11 +15,14 @@ from transformers import PreTrainedModel
 
 from dsa.config import DSAConfig
 from dsa.models import attention as dsa_attention
-from dsa.models.attention import IMPLEMENTATION, LayerPlan, before_attention, before_decoder
+from dsa.models.attention import IMPLEMENTATION, PLAN, LayerPlan, before_attention, before_decoder
 from dsa.models.families import Family, decoder_of, family_of, full_attention_layers
 from dsa.modules.indexer import Indexer
 
 logger = logging.getLogger("dsa")
+
+ATTACHED = "dsa_attached"
+"""Attribute of an attached model that says so."""
 
 LayerKind = Literal["sparse", "shared", "dense", "sliding"]
 
@@ -183,13 +186,13 @@ def install(model: PreTrainedModel, config: DSAConfig, *, family: Family, traine
         if config.has_indexer(layer):
             module.indexer = _new_indexer(model, module, config)
         parameters = tuple(inspect.signature(module.forward).parameters)
-        module.dsa_plan = LayerPlan(layer, config, family, parameters)
+        setattr(module, PLAN, LayerPlan(layer, config, family, parameters))
         handles.append(module.register_forward_pre_hook(before_attention, with_kwargs=True))
     handles.append(decoder_of(model).register_forward_pre_hook(before_decoder, with_kwargs=True))
     saving.become_savable(model, config)
     weights = sum(p.numel() for indexer in indexers_of(model).values() for p in indexer.parameters())
     report = AttachReport(name, tuple(rows), trained, weights, config)
-    model.dsa_attached = _Attached(config, family, implementation, report, handles)
+    setattr(model, ATTACHED, _Attached(config, family, implementation, report, handles))
     return report
 
 
@@ -207,16 +210,16 @@ def detach(model: PreTrainedModel) -> None:
     for module in attached.family.attention_layers(model):
         if hasattr(module, "indexer"):
             del module.indexer
-        if hasattr(module, "dsa_plan"):
-            del module.dsa_plan
+        if hasattr(module, PLAN):
+            delattr(module, PLAN)
     saving.become_plain(model)
     model.set_attn_implementation(attached.implementation)
-    del model.dsa_attached
+    delattr(model, ATTACHED)
 
 
 def is_attached(model: nn.Module) -> bool:
     """Whether `attach` was called on this model and not undone."""
-    return hasattr(model, "dsa_attached")
+    return hasattr(model, ATTACHED)
 
 
 def report_of(model: PreTrainedModel) -> AttachReport:
@@ -232,11 +235,13 @@ def config_of(model: PreTrainedModel) -> DSAConfig:
 def indexers_of(model: PreTrainedModel) -> dict[int, Indexer]:
     """The indexers by layer number; layers left dense, sliding or sharing have none."""
     attentions = family_of(model).attention_layers(model)
-    return {layer: module.indexer for layer, module in enumerate(attentions) if hasattr(module, "indexer")}
+    return {
+        layer: cast(Indexer, module.indexer) for layer, module in enumerate(attentions) if hasattr(module, "indexer")
+    }
 
 
 def _attached(model: PreTrainedModel) -> _Attached:
-    attached = getattr(model, "dsa_attached", None)
+    attached = getattr(model, ATTACHED, None)
     if attached is None:
         raise ValueError(f"{type(model).__name__} is not attached; call dsa.attach(model, ...) first")
     return attached
@@ -244,16 +249,12 @@ def _attached(model: PreTrainedModel) -> _Attached:
 
 def _check_layers(name: str, config: DSAConfig, full: list[bool]) -> None:
     if not any(full):
-        raise ValueError(
-            f"every layer of {name} uses a sliding window, so there is nothing for dsa to make sparse"
-        )
+        raise ValueError(f"every layer of {name} uses a sliding window, so there is nothing for dsa to make sparse")
     for layer, exception in config.layers.items():
         if layer >= len(full):
             raise ValueError(f"config.layers names layer {layer}, but {name} has layers 0 to {len(full) - 1}")
         if not full[layer] and not exception.dense:
-            raise ValueError(
-                f"config.layers names layer {layer} of {name}, which uses a sliding window and stays so"
-            )
+            raise ValueError(f"config.layers names layer {layer} of {name}, which uses a sliding window and stays so")
         if exception.share is not None and not full[exception.share]:
             raise ValueError(
                 f"layers[{layer}] shares the selection of layer {exception.share}, which uses a sliding window"

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,11 @@ from dsa.modules.indexer import Indexer, Rope
 from dsa.ops import QuantizedKeys, dense_attention, index_topk, quantize_index_keys, sparse_attention
 
 IMPLEMENTATION = "dsa"
+
+PLAN = "dsa_plan"
+"""Attribute of an attached attention layer that holds its `LayerPlan`."""
+
+WARNED = "dsa_warned_positions"
 
 QUERIES_AT_A_TIME = 4096
 """Queries whose selection is held at once when nobody asked to see it: int32 `[B, 4096, K]`."""
@@ -133,7 +138,9 @@ def _sparse_layer(
 def _select(attention: _Attention, index: LayerIndex, begin: int, stop: int) -> torch.Tensor:
     """Selection int32 `[B, stop - begin, K]` of some queries; positions with padding in them become -1."""
     plan, config = index.plan, index.plan.config
-    assert index.query is not None and index.key is not None and index.weight is not None
+    assert index.query is not None
+    assert index.key is not None
+    assert index.weight is not None
     start, end = attention.ranges()
     with torch.no_grad():
         indices = index_topk(
@@ -276,7 +283,7 @@ def _observed_call(attention: _Attention, index: LayerIndex) -> AttentionCall:
 
 def before_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Forward pre-hook of every attached attention layer: runs its indexer and adds `dsa_index`."""
-    plan: LayerPlan = module.dsa_plan
+    plan = cast(LayerPlan, getattr(module, PLAN))
 
     def argument(name: str) -> Any:
         if name in kwargs:
@@ -286,7 +293,7 @@ def before_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
 
     hidden_states = argument("hidden_states")
     cache = argument(plan.family.cache)
-    indexer: Indexer | None = getattr(module, "indexer", None)
+    indexer = cast("Indexer | None", getattr(module, "indexer", None))
     stored = None
     if cache is not None:
         stored = indexed_layer(cache, plan.layer, plan.config.index_dtype if indexer is not None else None)
@@ -331,15 +338,16 @@ def _check_positions(decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: di
     if total <= trained:
         return
     name = type(decoder).__name__
-    if not hasattr(decoder, "rotary_emb"):
+    rotary = getattr(decoder, "rotary_emb", None)
+    if rotary is None:
         raise ValueError(
             f"{total} tokens are more than the {trained} positions that {name} has embeddings for; shorten the prompt"
         )
-    if not getattr(decoder, "dsa_warned_positions", False):
-        decoder.dsa_warned_positions = True
+    if not getattr(decoder, WARNED, False):
+        setattr(decoder, WARNED, True)
         warnings.warn(
             f"{total} tokens are more than the {trained} positions that {name} was trained on: positions from "
-            f"{trained} on are extrapolated by its RoPE ({decoder.rotary_emb.rope_type}), and quality may fall",
+            f"{trained} on are extrapolated by its RoPE ({rotary.rope_type}), and quality may fall",
             stacklevel=2,
         )
 

@@ -10,7 +10,7 @@ import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -196,12 +196,8 @@ def describe_base_model(model: PreTrainedModel) -> dict[str, Any]:
 def _sample(model: PreTrainedModel) -> list[float]:
     """Evenly spaced entries of the decoder's largest weights, half of them embeddings."""
     decoder = decoder_of(model)
-    embeddings = model.get_input_embeddings().weight
-    others = [
-        p
-        for n, p in decoder.named_parameters()
-        if ".indexer." not in n and p.ndim == 2 and p is not embeddings
-    ]
+    embeddings = cast(torch.Tensor, model.get_input_embeddings().weight)
+    others = [p for n, p in decoder.named_parameters() if ".indexer." not in n and p.ndim == 2 and p is not embeddings]
     middle = others[len(others) // 2]
     return [round(x, 6) for weight in (embeddings, middle) for x in _spread(weight, _SAMPLES // 2)]
 

@@ -32,7 +32,7 @@ class AttentionCall:
         hidden_states: `[B, T, hidden_size]`, what the attention layer received: the indexer's input.
         rope: The indexer's angles for these `T` tokens, `None` in layers without RoPE. With `hidden_states`
             a trainer can run the indexer again, with gradients, as often as it updates it.
-        index_query: `[B, T, Hi, Di]`.
+        index_query: `[B, T, Hi, Di]`; all three are `None` in layers without an indexer, which only `select` sees.
         index_key: Index keys of all `S` tokens as the cache stores them: fp32 `[B, S, Di]` or `QuantizedKeys`.
         index_weight: fp32 `[B, T, Hi]`.
         indices: int32 `[B, T, K]`, what was selected; `None` where the layer ran dense.
@@ -49,9 +49,9 @@ class AttentionCall:
     value: torch.Tensor
     hidden_states: torch.Tensor
     rope: Rope | None
-    index_query: torch.Tensor
-    index_key: torch.Tensor | QuantizedKeys
-    index_weight: torch.Tensor
+    index_query: torch.Tensor | None
+    index_key: torch.Tensor | QuantizedKeys | None
+    index_weight: torch.Tensor | None
     indices: torch.Tensor | None
     key_start: torch.Tensor
     key_end: torch.Tensor

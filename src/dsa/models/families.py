@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import nn
@@ -132,7 +132,7 @@ FAMILIES = {
 
 def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
     """The decoder without its language-modelling head."""
-    return model.base_model
+    return cast("PreTrainedModel", model.base_model)
 
 
 def family_of(model: object) -> Family:

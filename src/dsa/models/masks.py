@@ -11,7 +11,7 @@ Shapes: `B` batch, `T` query tokens, `S` key tokens.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers.masking_utils import causal_mask_function, prepare_padding_mask, sdpa_mask
@@ -25,7 +25,7 @@ def visible_ranges(
     kv_length: int,
     q_offset: int | torch.Tensor = 0,
     kv_offset: int = 0,
-    mask_function: Callable[..., torch.Tensor] = causal_mask_function,
+    mask_function: Callable[..., Any] = causal_mask_function,
     attention_mask: torch.Tensor | None = None,
     use_vmap: bool = False,
     device: torch.device | str = "cpu",
@@ -51,15 +51,13 @@ def visible_ranges(
         queries = torch.arange(q_length, device=device) + q_offset - kv_offset
         ranges = torch.zeros_like(queries)[None], (queries + 1).clamp(0, kv_length)[None]
     elif not use_vmap:
-        ranges = _ranges_of_function(
-            mask_function, batch_size, q_length, kv_length, q_offset, kv_offset, device
-        )
+        ranges = _ranges_of_function(mask_function, batch_size, q_length, kv_length, q_offset, kv_offset, device)
     if ranges is None or (padding is not None and _has_holes(padding)):
         return sdpa_mask(
             batch_size,
             q_length,
             kv_length,
-            q_offset,
+            cast(int, q_offset),
             kv_offset,
             mask_function=mask_function,
             attention_mask=attention_mask,
@@ -102,9 +100,7 @@ def _ranges_of_function(
     starts, ends = [], []
     for begin in range(0, q_length, block):
         queries = torch.arange(begin, min(begin + block, q_length), device=device) + q_offset
-        visible = mask_function(
-            batch, head, queries[None, None, :, None], (keys + kv_offset)[None, None, None, :]
-        )
+        visible = mask_function(batch, head, queries[None, None, :, None], (keys + kv_offset)[None, None, None, :])
         visible = visible.expand(-1, 1, len(queries), kv_length)[:, 0]
         start = torch.where(visible, keys, kv_length).amin(dim=-1)
         end = torch.where(visible, keys + 1, 0).amax(dim=-1)

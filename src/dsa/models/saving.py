@@ -50,16 +50,12 @@ def dsa_model_class(model_type: str) -> type[PreTrainedModel]:
         base.save_pretrained(self, save_directory, *args, **kwargs)
         (Path(save_directory) / f"{STUB_MODULE}.py").write_text(_stub(model_type))
 
-    def from_pretrained(
-        cls: type, source: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any
-    ) -> Any:
+    def from_pretrained(cls: type, source: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
         load = base.from_pretrained.__func__  # type: ignore[attr-defined]
         model, info = load(cls, source, *args, output_loading_info=True, **kwargs)
         lost = sorted(key for key in info["missing_keys"] if ".indexer." in key)
         if lost:
-            raise ValueError(
-                f"{source} lacks {len(lost)} indexer weights, {lost[0]} first; save the model again"
-            )
+            raise ValueError(f"{source} lacks {len(lost)} indexer weights, {lost[0]} first; save the model again")
         return (model, info) if output_loading_info else model
 
     return type(
@@ -103,9 +99,7 @@ def register_models() -> None:
     from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
     for model_type in FAMILIES:
-        AutoModelForCausalLM.register(
-            dsa_config_class(model_type), dsa_model_class(model_type), exist_ok=True
-        )
+        AutoModelForCausalLM.register(dsa_config_class(model_type), dsa_model_class(model_type), exist_ok=True)
         conversion = get_checkpoint_conversion_mapping(model_type)
         if conversion is not None:
             register_checkpoint_conversion_mapping(f"dsa_{model_type}", conversion, overwrite=True)

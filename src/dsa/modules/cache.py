@@ -78,7 +78,7 @@ class IndexedLayer(DynamicLayer):
         super().__init__()
 
     @property
-    def keys(self) -> torch.Tensor | None:  # type: ignore[override]
+    def keys(self) -> torch.Tensor | None:
         return self._heads_first("key")
 
     @keys.setter
@@ -86,7 +86,7 @@ class IndexedLayer(DynamicLayer):
         assert value is None, "K is appended to, never assigned"
 
     @property
-    def values(self) -> torch.Tensor | None:  # type: ignore[override]
+    def values(self) -> torch.Tensor | None:
         return self._heads_first("value")
 
     @values.setter
@@ -114,7 +114,8 @@ class IndexedLayer(DynamicLayer):
         self._buffers["key"].append(key_states.transpose(1, 2), self._reserve)
         self._buffers["value"].append(value_states.transpose(1, 2), self._reserve)
         keys, values = self.keys, self.values
-        assert keys is not None and values is not None
+        assert keys is not None
+        assert values is not None
         return keys, values
 
     def append_index(self, index_keys: torch.Tensor) -> IndexKeys:
@@ -215,9 +216,7 @@ class StaticIndexedLayer(StaticLayer):
             self.index_data = index_keys.new_zeros((batch, self.max_cache_len, dim), dtype=dtype)
             self.index_scale = index_keys.new_ones((batch, self.max_cache_len), dtype=torch.float32)
         assert self.index_scale is not None
-        positions = torch.arange(tokens, device=index_keys.device) + self.cumulative_length.to(
-            index_keys.device
-        )
+        positions = torch.arange(tokens, device=index_keys.device) + self.cumulative_length.to(index_keys.device)
         if self.index_dtype == "int8":
             quantized = quantize_index_keys(index_keys, dtype="int8")
             self.index_data.index_copy_(1, positions, quantized.data)
@@ -255,7 +254,7 @@ def indexed_layer(cache: Cache, layer: int, index_dtype: str | None) -> IndexedL
     present = cache.layers[layer]
     if isinstance(present, IndexedLayer | StaticIndexedLayer):
         return present
-    if type(present) not in (DynamicLayer, StaticLayer):
+    if type(present) not in (DynamicLayer, StaticLayer) or not isinstance(present, DynamicLayer | StaticLayer):
         raise ValueError(
             f"dsa cannot keep index keys in a cache layer of type {type(present).__name__} (layer {layer}); "
             "use the default dynamic cache or a static one"

@@ -48,9 +48,7 @@ _PARTICULAR: dict[str, dict[str, Any]] = {
         "embd_pdrop": 0.0,
     },
     "gpt_oss": {"sliding_window": 8, "num_local_experts": 2, "num_experts_per_tok": 1},
-    "gpt_neox": {
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
-    },
+    "gpt_neox": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
     "mistral": {"sliding_window": None},
     "mixtral": {"num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": None},
     "phi3": {"sliding_window": None},
