@@ -75,7 +75,7 @@ def generate(
         ids = prompt_ids(loaded, text, chat)
         _note_positions(loaded, ids.shape[1], max_new_tokens)
         report, _ = attach_indexers(loaded, indexers, **options.overrides(top_k, local))
-        err.print(str(report), markup=False)
+        err.print(str(report), markup=False, soft_wrap=True)
         stream(loaded, ids, steps, max_new_tokens, temperature, top_p)
 
 

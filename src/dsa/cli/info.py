@@ -14,6 +14,8 @@ from dsa.cli.console import out
 if TYPE_CHECKING:
     from rich.table import Table
 
+NOT_THERE = "has no such implementation"
+
 
 def register(app: typer.Typer) -> None:
     """Adds the command."""
@@ -71,8 +73,9 @@ def implementations() -> tuple[Table, list[str]]:
                 call(name)
                 cells.append("[green]runs[/]")
             except NotImplementedError as error:
-                cells.append("[dim]-[/]")
-                reasons[str(error)] = None
+                absent = NOT_THERE in str(error)
+                cells.append("[dim]-[/]" if absent else "[yellow]no[/]")
+                reasons["-  not in this version" if absent else str(error)] = None
         table.add_row(operation, *cells)
     return table, list(reasons)
 

@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -42,7 +41,7 @@ def window_attention(model: Any, budgets: Mapping[int, int]) -> Iterator[None]:
     own = model.config._attn_implementation
 
     def attention(
-        module: nn.Module,
+        module: Any,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
@@ -71,8 +70,8 @@ def window_attention(model: Any, budgets: Mapping[int, int]) -> Iterator[None]:
         model.set_attn_implementation(own)
 
 
-def _own_attention(module: nn.Module, implementation: str) -> Any:
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+def _own_attention(module: Any, implementation: str) -> Any:
+    eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     return ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
 
 

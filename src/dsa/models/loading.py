@@ -236,25 +236,17 @@ def _is_complete(copy: Path) -> bool:
 
 
 def _convert(gguf: Path, copy: Path) -> None:
-    """Reads the GGUF file in fp32 and writes it as `copy`, which appears complete or not at all."""
+    """Writes the GGUF file as `copy`, a directory that appears complete or not at all. The lock is held."""
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    # The lock is held: what a killed conversion left behind belongs to nobody.
+    # What a killed conversion left behind belongs to nobody, because the lock is ours.
     for leftover in copy.parent.glob(f"{copy.name}.part-*"):
         shutil.rmtree(leftover, ignore_errors=True)
     part = Path(tempfile.mkdtemp(prefix=f"{copy.name}.part-", dir=copy.parent))
     try:
-        with quiet_transformers(), quiet_tqdm():
-            model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-            # The weights are plain fp32 by now; transformers would refuse to save what it still takes for GGUF.
-            del model.config.quantization_config
-            model.hf_quantizer = None
-            model.quantization_method = None
-            model.is_quantized = False
-            model.save_pretrained(part)
-            tokenizer.save_pretrained(part)
+        with quiet_transformers():
+            for saved in _read_gguf(gguf):
+                saved.save_pretrained(part)
         sizes = {file.name: file.stat().st_size for file in sorted(part.iterdir())}
         manifest = {"source": gguf.name, "sizes": sizes}
         (part / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
@@ -267,8 +259,23 @@ def _convert(gguf: Path, copy: Path) -> None:
         shutil.rmtree(part, ignore_errors=True)
 
 
+def _read_gguf(gguf: Path) -> tuple[Any, Any]:
+    """Model and tokenizer of a GGUF file, in fp32 and ready to be saved."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with _quiet_tqdm():
+        model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    # The weights are plain fp32 by now; transformers would refuse to save what it still takes for GGUF.
+    del model.config.quantization_config
+    model.hf_quantizer = None
+    model.quantization_method = None
+    model.is_quantized = False
+    return model, tokenizer
+
+
 @contextlib.contextmanager
-def quiet_tqdm() -> Iterator[None]:
+def _quiet_tqdm() -> Iterator[None]:
     """Hides the bar that the GGUF reader draws with plain tqdm, which transformers' own switch does not reach."""
     import transformers.modeling_gguf_pytorch_utils as reader
 
