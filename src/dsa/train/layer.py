@@ -1,0 +1,181 @@
+"""Training one layer's indexer on what the layer just computed.
+
+The model is frozen, so the layers' losses are independent: each indexer is trained on the spot, while its layer's
+queries, keys and hidden states exist, and memory holds one layer at a time.
+
+Shapes: `B` batch, `S` tokens, `Q` queries of one update, `Hi`/`Di` index heads / index head dim.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+from dsa.config import DSAConfig
+from dsa.models.context import AttentionCall
+from dsa.modules.indexer import IndexInputs, Indexer, Rope, rotate_half_split
+from dsa.ops import indexer_loss
+from dsa.train.settings import BETAS, MAX_GRAD_NORM, WarmupSettings
+
+
+class LayerTrainer:
+    """An fp32 copy of one layer's indexer with its optimizer.
+
+    The copy is what learns, so that a model in bf16 trains indexers as well as one in fp32; `write_back` gives the
+    model what was learnt.
+
+    Args:
+        layer: Layer number.
+        indexer: The model's indexer; unchanged until `write_back`.
+        config: What the model is attached with.
+        settings: Resolved settings.
+    """
+
+    def __init__(self, layer: int, indexer: Indexer, config: DSAConfig, settings: WarmupSettings) -> None:
+        self.layer = layer
+        self.settings = settings
+        self.sinks, self.local = settings.always_read(config, layer)
+        self.model_indexer = indexer
+        self.indexer = copy.deepcopy(indexer).float().requires_grad_(True)
+        self.parameters = dict(self.indexer.named_parameters())
+        device = next(iter(self.parameters.values())).device
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(),
+            lr=settings.lr,
+            betas=BETAS,
+            weight_decay=0.0,
+            fused=device.type == "cuda",
+        )
+
+    def train(self, call: AttentionCall, queries: torch.Tensor, step: int) -> torch.Tensor:
+        """Runs one optimizer step per row of `queries`.
+
+        Args:
+            call: What the layer computed for one sequence, `B = 1`.
+            queries: Ascending positions int64 `[updates, Q]`, on the device of the call.
+            step: Number of the sequence, from 0.
+
+        Returns:
+            Mean loss over the updates, and a sum over the activations that is finite if they are; fp32 `[2]` on the
+            device, because reading it would make the device wait.
+        """
+        hidden = call.hidden_states.detach().float()
+        activations = hidden.sum() + call.query.float().sum() + call.key.float().sum()
+        total = torch.zeros((), device=hidden.device)
+        for update, rows in enumerate(queries):
+            lr = self.settings.lr_at(step + (update + 0.5) / len(queries))
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            total += self._update(call, hidden, rows)
+        return torch.stack((total / len(queries), activations))
+
+    def _update(self, call: AttentionCall, hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        with torch.enable_grad():
+            index = index_some(self.indexer, hidden, call.rope, rows)
+            loss = indexer_loss(
+                index.query,
+                index.key,
+                index.weight,
+                call.query[:, rows],
+                call.key,
+                attention_scale=call.scale,
+                key_start=call.key_start[:, rows],
+                key_end=call.key_end[:, rows],
+                sinks=self.sinks,
+                local=self.local,
+                softcap=call.softcap,
+                sink_logits=call.sink_logits,
+            )
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.parameters.values(), MAX_GRAD_NORM)
+        self.optimizer.step()
+        return loss.detach()
+
+    @torch.no_grad()
+    def write_back(self) -> None:
+        """Gives the model's indexer the weights learnt, in its own dtype."""
+        for name, parameter in self.model_indexer.named_parameters():
+            parameter.copy_(self.parameters[name])
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Everything that the next update depends on, by name: weights, and both moments and count of AdamW."""
+        tensors = {}
+        for name, parameter in self.parameters.items():
+            tensors[f"weight.{name}"] = parameter.detach()
+            for key, value in self.optimizer.state[parameter].items():
+                tensors[f"{key}.{name}"] = value
+        return {name: tensor.cpu().clone() for name, tensor in tensors.items()}
+
+    def load_state(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Takes what `state` returned.
+
+        Raises:
+            ValueError: A tensor is missing, left over, or has another shape.
+        """
+        names = [f"{kind}.{name}" for name in self.parameters for kind in ("weight", *_MOMENTS)]
+        if sorted(names) != sorted(tensors):
+            raise ValueError(f"layer {self.layer}: expected the tensors {sorted(names)}, found {sorted(tensors)}")
+        moments = {}
+        for number, (name, parameter) in enumerate(self.parameters.items()):
+            weight = tensors[f"weight.{name}"]
+            if weight.shape != parameter.shape:
+                raise ValueError(
+                    f"layer {self.layer}: {name} must be {list(parameter.shape)}, found {list(weight.shape)}"
+                )
+            with torch.no_grad():
+                parameter.copy_(weight)
+            moments[number] = {kind: tensors[f"{kind}.{name}"].clone() for kind in _MOMENTS}
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+
+
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+
+
+def index_some(indexer: Indexer, hidden: torch.Tensor, rope: Rope | None, rows: torch.Tensor) -> IndexInputs:
+    """Index queries and weights of some tokens, index keys of all.
+
+    Taking the rows before the projections keeps the projections of the rest out of both passes.
+
+    Args:
+        indexer: The indexer.
+        hidden: `[B, S, hidden_size]`.
+        rope: Angles for all tokens, or `None`.
+        rows: Positions `[Q]`.
+
+    Returns:
+        Queries `[B, Q, Hi, Di]`, keys `[B, S, Di]`, weights `[B, Q, Hi]`.
+    """
+    chosen = None if rope is None else (rope[0][:, rows], rope[1][:, rows])
+    some = indexer(hidden[:, rows], chosen)
+    key = indexer.k_norm(indexer.wk(hidden))
+    if rope is not None and indexer.rope_dim:
+        key = rotate_half_split(key, *rope)
+    return IndexInputs(some.query, key, some.weight)
+
+
+def draw_queries(
+    first: int, tokens: int, per_update: int, updates: int, generator: torch.Generator
+) -> torch.Tensor:
+    """Which queries each update learns from: a random order of all, cut into updates, and again when used up.
+
+    Args:
+        first: First query that learns something.
+        tokens: Tokens of the sequence.
+        per_update: Queries per update, at most `tokens - first`.
+        updates: Updates.
+        generator: Source of the order.
+
+    Returns:
+        int64 `[updates, per_update]` on the CPU, each row ascending and without repetition.
+    """
+    rows: list[torch.Tensor] = []
+    per_round = (tokens - first) // per_update
+    while len(rows) < updates:
+        order = first + torch.randperm(tokens - first, generator=generator)
+        rows.extend(order[: per_round * per_update].view(per_round, per_update).sort(dim=1).values)
+    return torch.stack(rows[:updates])
+

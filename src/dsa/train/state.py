@@ -1,0 +1,204 @@
+"""The folder of a training run, and the one file from which it resumes.
+
+    indexers.safetensors   the result so far, for `dsa.attach`
+    state.safetensors      weights, AdamW moments, step, and what the run was told: all that a resume needs
+    log.jsonl              one line per step
+
+The state is a single file replaced as a whole, so it is consistent whenever the run dies. The indexers are written
+after it; a resume writes them again.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from dsa.train.files import write_atomically
+from dsa.train.progress import StepRecord
+
+STATE = "state.safetensors"
+INDEXERS = "indexers.safetensors"
+LOG = "log.jsonl"
+FORMAT = "dsa-warmup-state"
+VERSION = "1"
+# The file that is being replaced and its successor exist at the same time.
+COPIES = 2
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """Where a run stands.
+
+    Args:
+        step: Steps finished.
+        seconds: Time spent in them.
+        identity: What must be the same for the losses to continue.
+        tensors: By layer, what `LayerTrainer.state` returned.
+    """
+
+    step: int
+    seconds: float
+    identity: dict[str, Any]
+    tensors: dict[int, dict[str, torch.Tensor]]
+
+
+class RunFolder:
+    """Reads and writes the files of one run.
+
+    Args:
+        path: The folder.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.state_file = self.path / STATE
+        self.indexers_file = self.path / INDEXERS
+        self.log_file = self.path / LOG
+
+    def open_new(self) -> None:
+        """Makes the folder for a new run.
+
+        Raises:
+            OSError: Something is there already, or the folder cannot be made.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise NotADirectoryError(f"out: {self.path} is a file; expected a folder to write to")
+        if self.state_file.exists():
+            raise FileExistsError(
+                f"out: {self.path} holds a training run already; continue it with --resume (resume=True), or "
+                "choose another folder"
+            )
+        if self.path.exists() and set(self.path.iterdir()) - set(_leftovers(self.path)):
+            raise FileExistsError(
+                f"out: the folder {self.path} is not empty; choose another one, so that nothing is overwritten"
+            )
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(f"out: the folder {self.path} cannot be made: {error.strerror or error}") from error
+
+    def check_space(self, state_bytes: int) -> None:
+        """Refuses to begin where two states of that size would not fit.
+
+        Raises:
+            OSError: Too little disk.
+        """
+        free = shutil.disk_usage(self.path).free
+        if free < COPIES * state_bytes:
+            raise OSError(
+                f"out: {self.path} has {free / 1e6:.0f} MB free, checkpoints need {COPIES * state_bytes / 1e6:.0f} MB; "
+                "free some, or choose a folder on another disk"
+            )
+
+    def save(self, state: TrainingState) -> None:
+        """Replaces the state as a whole.
+
+        Raises:
+            OSError: It cannot be written; the previous state is intact.
+        """
+        tensors = {
+            f"layers.{layer}.{name}": tensor
+            for layer, parts in state.tensors.items()
+            for name, tensor in parts.items()
+        }
+        metadata = {
+            "format": FORMAT,
+            "version": VERSION,
+            "step": str(state.step),
+            "seconds": repr(state.seconds),
+            "identity": json.dumps(state.identity),
+        }
+        write_atomically(self.state_file, save(tensors, metadata=metadata))
+
+    def load(self) -> TrainingState:
+        """Reads the state, and removes what a killed writer left behind.
+
+        Raises:
+            FileNotFoundError: There is no state here.
+            ValueError: It is truncated, corrupt, or of another format.
+        """
+        if not self.state_file.is_file():
+            raise FileNotFoundError(
+                f"resume: {self.path} holds no training run ({STATE} is missing); start one without --resume"
+            )
+        for leftover in _leftovers(self.path):
+            leftover.unlink(missing_ok=True)
+        try:
+            with safe_open(self.state_file, framework="pt") as opened:
+                metadata = opened.metadata() or {}
+                if (metadata.get("format"), metadata.get("version")) != (FORMAT, VERSION):
+                    raise ValueError(
+                        f"resume: {self.state_file} is not a training state of this version of dsa (its format is "
+                        f"{metadata.get('format')!r}, version {metadata.get('version')!r})"
+                    )
+                tensors: dict[int, dict[str, torch.Tensor]] = {}
+                for name in opened.keys():  # noqa: SIM118
+                    _, layer, part = name.split(".", 2)
+                    tensors.setdefault(int(layer), {})[part] = opened.get_tensor(name)
+            return TrainingState(
+                step=int(metadata["step"]),
+                seconds=float(metadata["seconds"]),
+                identity=json.loads(metadata["identity"]),
+                tensors=tensors,
+            )
+        except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+            raise ValueError(
+                f"resume: {self.state_file} is truncated or corrupt ({error}); start a new run in another folder. "
+                f"The indexers of the last checkpoint, without the optimizer, are in {self.indexers_file}"
+            ) from error
+
+    def cut_log(self, step: int) -> None:
+        """Drops what was logged after the step that a resumed run starts from."""
+        kept = []
+        if self.log_file.is_file():
+            for line in self.log_file.read_bytes().splitlines(keepends=True):
+                # The last line of a killed run may be half a line.
+                if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+                    break
+                kept.append(line)
+        write_atomically(self.log_file, b"".join(kept))
+
+    def log(self, record: StepRecord) -> None:
+        """Appends a line.
+
+        Raises:
+            OSError: It cannot be written.
+        """
+        try:
+            with self.log_file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record.to_dict()) + "\n")
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"cannot write {self.log_file}: {error.strerror or error}; the last checkpoint is intact, continue "
+                "with --resume",
+            ) from error
+
+
+def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """What two identities disagree about, one phrase each."""
+    for key in sorted({*before, *now}):
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            changed = isinstance(old, (list, dict)) or isinstance(new, (list, dict)) or len(str(old)) > 40
+            yield f"{prefix}{key} is another" if changed else f"{prefix}{key} was {old}, is now {new}"
+
+
+def _leftovers(folder: Path) -> Iterator[Path]:
+    for name in (STATE, INDEXERS, LOG):
+        yield from folder.glob(f".{name}.*")
+
+
+def state_bytes(tensors: dict[int, dict[str, torch.Tensor]]) -> int:
+    """Size of the tensors of a state."""
+    return sum(tensor.numel() * tensor.itemsize for parts in tensors.values() for tensor in parts.values())
