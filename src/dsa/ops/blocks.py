@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 BUDGET_BYTES = {"cpu": 16 << 20, "other": 1 << 30}
-"""Size of one block's temporaries. On a CPU about what its caches hold: larger blocks only cost page faults."""
+"""Size of one block's temporaries. On a CPU what its caches hold: larger blocks cost page faults."""
 
 
 def rows_per_block(bytes_per_row: int, device: torch.device) -> int:

@@ -1,4 +1,4 @@
-"""Checks of arguments that several operations share. Each error names the argument, what was expected and came."""
+"""Checks of arguments that several operations share. Errors name the argument, what was expected and came."""
 
 from __future__ import annotations
 
@@ -42,21 +42,13 @@ def check_tensor(
     if integer and tensor.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{op}: {name} must be int32 or int64 {legend}, got {describe(tensor)}; convert it")
     if not integer and (not tensor.is_floating_point() or tensor.dtype.itemsize < 2):
-        raise TypeError(
-            f"{op}: {name} must be fp64, fp32, bf16 or fp16 {legend}, got {describe(tensor)}; convert it first"
-        )
-    matches = tensor.ndim == len(sizes) and all(
-        want is None or have == want for have, want in zip(tensor.shape, sizes)
-    )
+        raise TypeError(f"{op}: {name} must be fp64, fp32, bf16 or fp16, {legend}, got {describe(tensor)}; convert it")
+    matches = tensor.ndim == len(sizes) and all(want is None or have == want for have, want in zip(tensor.shape, sizes))
     if not matches:
         wanted = ", ".join("any" if size is None else str(size) for size in sizes)
-        raise ValueError(
-            f"{op}: {name} must be {legend} = [{wanted}], got {describe(tensor)}; reshape or slice it"
-        )
+        raise ValueError(f"{op}: {name} must be {legend} = [{wanted}], got {describe(tensor)}; reshape or slice it")
     if device is not None and tensor.device != device:
-        raise ValueError(
-            f"{op}: {name} must be on {device} like the queries, got {tensor.device}; move it there"
-        )
+        raise ValueError(f"{op}: {name} must be on {device} like the queries, got {tensor.device}; move it there")
 
 
 def check_count(op: str, name: str, value: object, minimum: int) -> None:
@@ -74,9 +66,7 @@ def check_scale(op: str, name: str, value: float | None, default: float) -> floa
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{op}: {name} must be a number or None, got {describe(value)}; pass a Python float")
     if not math.isfinite(value):
-        raise ValueError(
-            f"{op}: {name} must be finite, got {value}; leave it out for the default {default:.6g}"
-        )
+        raise ValueError(f"{op}: {name} must be finite, got {value}; leave it out for the default {default:.6g}")
     return float(value)
 
 
@@ -89,7 +79,7 @@ def check_softcap(op: str, softcap: float | None) -> None:
 def check_attention(
     op: str, q: Tensor, k: Tensor, v: Tensor | None, sink_logits: Tensor | None, softcap: float | None
 ) -> None:
-    """Checks what every attention takes: `q[B, T, H, D]`, `k[B, S, G, D]`, `v[B, S, G, Dv]`, `sink_logits[H]`.
+    """Checks the common arguments: `q[B, T, H, D]`, `k[B, S, G, D]`, `v[B, S, G, Dv]`, `sink_logits[H]`.
 
     Raises:
         TypeError: A tensor of the wrong kind, or keys or values wider than the queries.
@@ -109,7 +99,7 @@ def check_attention(
     for name, tensor in (("k", k), ("v", v)):
         if tensor is not None and tensor.dtype.itemsize > q.dtype.itemsize:
             raise TypeError(
-                f"{op}: {name} must not be wider than q ({q.dtype}), got {tensor.dtype}; convert q to {tensor.dtype}"
+                f"{op}: {name} must not be wider than q ({q.dtype}), got {tensor.dtype}; convert one of them"
             )
     if sink_logits is not None:
         check_tensor(op, "sink_logits", sink_logits, "[H]", (heads,), device=q.device)

@@ -55,9 +55,7 @@ class VisibleRanges:
 
     def shrink(self, sinks: int, local: int) -> VisibleRanges:
         """The ranges without the first `sinks` and the last `local` visible keys."""
-        return VisibleRanges(
-            self.start + sinks, self.end - local, self.host_start + sinks, self.host_end - local
-        )
+        return VisibleRanges(self.start + sinks, self.end - local, self.host_start + sinks, self.host_end - local)
 
     def select(self, rows: Tensor) -> VisibleRanges:
         """The ranges of some query tokens, given by their positions on the CPU."""
@@ -139,7 +137,7 @@ class VisibleRanges:
 
 
 def fill_hidden(scores: Tensor, hidden: list[tuple[slice, Tensor]], value: float) -> None:
-    """Writes `value` into `scores[B, block, columns]` or `[B, block, heads, columns]` where keys are hidden."""
+    """Writes `value` where keys are hidden: `scores` is `[B, block, (heads,) columns]`."""
     for columns, mask in hidden:
         scores[..., columns].masked_fill_(mask if scores.ndim == 3 else mask.unsqueeze(2), value)
 

@@ -30,13 +30,13 @@ def dense_attention(
     Differentiable in `q, k, v, sink_logits`; the backward pass recomputes, so memory is
     `O((T + S) * heads + block)`. Accumulation is fp32, fp64 for fp64 queries.
 
-    Shapes: `B` batch, `T` query tokens, `S` key tokens, `H`/`G` query / KV heads, `D`/`Dv` head dims of keys /
-    values.
+    Shapes: `B` batch, `T` query tokens, `S` key tokens, `H`/`G` query / KV heads, `D`/`Dv` head dims of
+    keys / values.
 
     Args:
         q: `[B, T, H, D]`, any strides.
-        k: `[B, S, G, D]`, `G` a divisor of `H`; may be narrower in dtype than `q`. Query head `h` reads KV head
-            `h // (H / G)`.
+        k: `[B, S, G, D]`, `G` a divisor of `H`; may be narrower in dtype than `q`. Query head `h` reads KV
+            head `h // (H / G)`.
         v: `[B, S, G, Dv]`; may be narrower than `q`, and a view into `k`.
         scale: Factor on `q . k`; `None` means `D**-0.5`.
         softcap: Scores become `softcap * tanh(score / softcap)`, after `scale`.
@@ -62,6 +62,4 @@ def dense_attention(
     ranges = resolve_ranges(_OP, key_start, key_end, batch, tokens, k.shape[1], q.device)
     resolve_impl(_OP, impl, {"reference": None})
     with full_precision(q.device):
-        return reference.dense_attention(
-            q, k, v, scale=scale, softcap=softcap, sink_logits=sink_logits, ranges=ranges
-        )
+        return reference.dense_attention(q, k, v, scale=scale, softcap=softcap, sink_logits=sink_logits, ranges=ranges)

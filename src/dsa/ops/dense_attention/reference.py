@@ -1,7 +1,7 @@
 """Attention over all visible tokens in plain torch: the specification of `dense_attention`.
 
-Shapes: `B` batch, `T` query tokens, `S` key tokens, `H`/`G` query / KV heads, `D`/`Dv` head dims of keys / values;
-`n` query tokens and `s` key columns of one block, `R = H / G` query heads that share a KV head.
+Shapes: `B` batch, `T` query tokens, `S` key tokens, `H`/`G` query / KV heads, `D`/`Dv` head dims of keys /
+values; `n` query tokens and `s` key columns of one block, `R = H / G` query heads that share a KV head.
 """
 
 from __future__ import annotations
@@ -119,11 +119,13 @@ def _blocks(q: Tensor, k: Tensor, v: Tensor, ranges: VisibleRanges) -> Iterator[
     A key that one query sees and its neighbour does not takes part in the neighbour's matrix product with
     weight 0. That is nothing unless the key or value is not finite, `0 * NaN`: then each query goes alone.
     """
-    if not k.isfinite().all() or not v.isfinite().all():
+    wide = compute_dtype(q)
+    # Anything that is not finite shows in the sum, which is cheaper than looking at each number.
+    if q.shape[0] * q.shape[1] > 1 and not (k.sum(dtype=wide) + v.sum(dtype=wide)).isfinite():
         blocks = ranges.single_queries()
     else:
         shared = q.shape[2] // k.shape[2]
-        bytes_per_row = q.shape[0] * k.shape[1] * shared * compute_dtype(q).itemsize
+        bytes_per_row = q.shape[0] * k.shape[1] * shared * wide.itemsize
         blocks = ranges.blocks(rows_per_block(bytes_per_row, q.device))
     return (block for block in blocks if block.width)
 

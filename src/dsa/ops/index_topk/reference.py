@@ -1,7 +1,7 @@
 """Lightning indexer and top-k selection in plain torch: the specification of `index_topk`.
 
-Shapes: `B` batch, `T` query tokens, `S` key tokens, `Hi`/`Di` index heads / index head dim, `K` top-k; `n` query
-tokens and `s` key columns of one block.
+Shapes: `B` batch, `T` query tokens, `S` key tokens, `Hi`/`Di` index heads / index head dim, `K` top-k;
+`n` query tokens and `s` key columns of one block.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ class ScoreInputs(NamedTuple):
 def prepare_scores(q: Tensor, k: Tensor | QuantizedKeys, w: Tensor, scale: float) -> ScoreInputs:
     """Brings queries, keys and weights into the form in which they are scored.
 
-    The dot products must not depend on how a matrix product is split into tiles, or the selection would change
-    with chunking and padding. Integers are exact. Everything else is multiplied in fp64 and rounded to fp32
-    once, which hides the order of summation.
+    The dot products must not depend on how a matrix product is split into tiles, or the selection would
+    change with chunking and padding. Integers are exact. Everything else is multiplied in fp64 and rounded
+    to fp32 once, which hides the order of summation.
     """
     if isinstance(k, Tensor):
         wide = torch.float64 if q.dtype == torch.float64 else torch.float32

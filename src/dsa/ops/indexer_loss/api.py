@@ -35,11 +35,11 @@ def indexer_loss(
     """`KL(p || softmax(I))`, averaged over queries (arXiv 2512.02556, eq. 3 and 4).
 
     `p` is the main attention summed over its heads and L1-normalised, `I` the index scores. Differentiable
-    once, in the three index tensors only; `q`, `k` and `sink_logits` are constants. Nothing of size `T x S` is
-    kept: memory is `O(T + S + block)`.
+    once, in the three index tensors only; `q`, `k` and `sink_logits` are constants. Nothing of size `T x S`
+    is kept: memory is `O(T + S + block)`.
 
-    Shapes: `B` batch, `T` query tokens, `S` key tokens, `Hi`/`Di` index heads / index head dim, `H`/`G` query /
-    KV heads, `D` head dim, `K` selected tokens.
+    Shapes: `B` batch, `T` query tokens, `S` key tokens, `Hi`/`Di` index heads / index head dim, `H`/`G`
+    query / KV heads, `D` head dim, `K` selected tokens.
 
     Args:
         q_index: `[B, T, Hi, Di]`. `T` may be any subset of a sequence's queries, given their ranges.
@@ -91,7 +91,8 @@ def indexer_loss(
         or query_mask.device != device
     ):
         raise ValueError(
-            f"{_OP}: query_mask must be bool [B, T] = [{batch}, {tokens}] on {device}, got {describe(query_mask)}"
+            f"{_OP}: query_mask must be bool [B, T] = [{batch}, {tokens}] on {device}, "
+            f"got {describe(query_mask)}; make it with torch.bool"
         )
     check_count(_OP, "sinks", sinks, 0)
     check_count(_OP, "local", local, 0)

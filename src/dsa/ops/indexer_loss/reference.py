@@ -1,7 +1,8 @@
 """KL divergence of the indexer from the main attention in plain torch: the specification of `indexer_loss`.
 
-Shapes: `B` batch, `T` query tokens, `S` key tokens, `Hi`/`Di` index heads / index head dim, `H`/`G` query / KV heads,
-`D` head dim, `K` selected tokens; `n` query tokens and `s` keys of one block: columns, or the `K` selected ones.
+Shapes: `B` batch, `T` query tokens, `S` key tokens, `Hi`/`Di` index heads / index head dim, `H`/`G` query /
+KV heads, `D` head dim, `K` selected tokens; `n` query tokens and `s` keys of one block: columns, or the `K`
+selected.
 """
 
 from __future__ import annotations
@@ -70,9 +71,7 @@ class IndexerLoss(torch.autograd.Function):
         share = 1.0 / sums.count.clamp_min(1).to(sums.loss.dtype)
         if sums.wanted:
             index_tensors = (q_index, k_index, w_index)
-            ctx.save_for_backward(
-                *(grad.mul_(share).to(t.dtype) for grad, t in zip(sums.grads, index_tensors))
-            )
+            ctx.save_for_backward(*(grad.mul_(share).to(t.dtype) for grad, t in zip(sums.grads, index_tensors)))
         return sums.loss * share
 
     @staticmethod
@@ -91,9 +90,7 @@ def indexer_loss(q_index: Tensor, k_index: Tensor, w_index: Tensor, inputs: Loss
         return IndexerLoss.apply(q_index, k_index, w_index, inputs)
 
 
-def _stream_visible(
-    q_index: Tensor, k_index: Tensor, w_index: Tensor, inputs: LossInputs, sums: Sums
-) -> None:
+def _stream_visible(q_index: Tensor, k_index: Tensor, w_index: Tensor, inputs: LossInputs, sums: Sums) -> None:
     """Eq. 3: both distributions over everything kept."""
     wide = sums.loss.dtype
     visible, kept = inputs.visible, inputs.kept
@@ -140,9 +137,7 @@ def _stream_visible(
             )
 
 
-def _stream_selected(
-    q_index: Tensor, k_index: Tensor, w_index: Tensor, inputs: LossInputs, sums: Sums
-) -> None:
+def _stream_selected(q_index: Tensor, k_index: Tensor, w_index: Tensor, inputs: LossInputs, sums: Sums) -> None:
     """Eq. 4: both distributions over the selected tokens that are kept."""
     assert inputs.indices is not None
     wide = sums.loss.dtype
@@ -162,9 +157,7 @@ def _stream_selected(
             left_out = hidden | ~_inside(indices, inputs.kept, place)
             counted = ~left_out.all(dim=-1)
             keys = gather_tokens(inputs.k[b], indices, hidden, wide)
-            logits = scores_per_group(
-                _counted_only(inputs.q[place], counted, wide) * inputs.attention_scale, keys
-            )
+            logits = scores_per_group(_counted_only(inputs.q[place], counted, wide) * inputs.attention_scale, keys)
             _cap(logits, inputs.softcap)
             logits.masked_fill_(hidden.unsqueeze(1), torch.finfo(wide).min)
             target = _attention(logits, inputs.sink_logits).sum(dim=1).masked_fill_(left_out, 0.0)

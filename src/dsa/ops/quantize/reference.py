@@ -27,8 +27,13 @@ def hadamard_transform(x: Tensor) -> Tensor:
 
     Stages of distance 1, 2, 4, ... replace `(a, b)` by `(a + b, a - b)`, then everything is multiplied by
     `size**-0.5` rounded to the dtype.
+
+    Raises:
+        ValueError: The size is not a power of two.
     """
     size = x.shape[-1]
+    if not is_power_of_two(size):
+        raise ValueError(f"hadamard_transform: the last dim must be a power of two, got {list(x.shape)}")
     distance = 1
     y = x
     while distance < size:
@@ -72,5 +77,7 @@ def _round_to_levels(rotated: Tensor, levels: int) -> tuple[Tensor, Tensor]:
 
 def _scale(rotated: Tensor, largest: float) -> Tensor:
     """`max|x| / largest` along the last dim: 1 where that is zero, NaN where it is not finite."""
-    scale = rotated.abs().amax(dim=-1) / largest
+    highest = rotated.abs().amax(dim=-1)
+    # A tensor, because torch divides by a number on CUDA as it multiplies by the rounded reciprocal.
+    scale = highest / torch.full_like(highest, largest)
     return scale.masked_fill(scale == 0, 1.0).masked_fill(~scale.isfinite(), torch.nan)

@@ -44,9 +44,7 @@ class QuantizedKeys:
                 f"got {list(self.data.shape)} and {list(self.scale.shape)}"
             )
         if self.data.device != self.scale.device:
-            raise ValueError(
-                f"QuantizedKeys: data is on {self.data.device} and scale on {self.scale.device}; move one of them"
-            )
+            raise ValueError(f"QuantizedKeys: data is on {self.data.device}, scale on {self.scale.device}; move one")
 
     @property
     def dtype(self) -> str:

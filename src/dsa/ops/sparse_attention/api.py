@@ -28,13 +28,13 @@ def sparse_attention(
     All heads of a query read the same tokens. Differentiable in `q, k, v, sink_logits`; the backward pass
     recomputes, so memory is `O((T + S) * heads + block)`. Accumulation is fp32, fp64 for fp64 queries.
 
-    Shapes: `B` batch, `T` query tokens, `S` key tokens, `H`/`G` query / KV heads, `D`/`Dv` head dims of keys /
-    values, `K` selected tokens.
+    Shapes: `B` batch, `T` query tokens, `S` key tokens, `H`/`G` query / KV heads, `D`/`Dv` head dims of
+    keys / values, `K` selected tokens.
 
     Args:
         q: `[B, T, H, D]`, any strides.
-        k: `[B, S, G, D]`, `G` a divisor of `H`; may be narrower in dtype than `q`. Query head `h` reads KV head
-            `h // (H / G)`.
+        k: `[B, S, G, D]`, `G` a divisor of `H`; may be narrower in dtype than `q`. Query head `h` reads KV
+            head `h // (H / G)`.
         v: `[B, S, G, Dv]`; may be narrower than `q`, and a view into `k` (MLA: `v = k[..., :Dv]`).
         indices: Integers `[B, T, K]` in `[-1, S)`, any order; `-1` is skipped wherever it stands. A position
             that stands twice counts twice.

@@ -1,7 +1,7 @@
 """Attention over selected tokens in plain torch: the specification of `sparse_attention`.
 
-Shapes: `B` batch, `T` query tokens, `S` key tokens, `H`/`G` query / KV heads, `D`/`Dv` head dims of keys / values,
-`K` selected tokens; `n` query tokens of one block, `R = H / G` query heads that share a KV head.
+Shapes: `B` batch, `T` query tokens, `S` key tokens, `H`/`G` query / KV heads, `D`/`Dv` head dims of keys /
+values, `K` selected tokens; `n` query tokens of one block.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def _blocks(q: Tensor, k: Tensor, v: Tensor, indices: Tensor) -> Iterator[tuple[
 def _gather(
     k: Tensor, v: Tensor, indices: Tensor, wide: torch.dtype, padded: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Rows `[n, K, G, D]` and `[n, K, G, Dv]` of `k[S, G, D]`, `v[S, G, Dv]`, and the mask `[n, K]` of padding."""
+    """Rows `[n, K, G, D]` of `k`, `[n, K, G, Dv]` of `v`, and the mask `[n, K]` of padding if any."""
     hidden = indices < 0 if padded else None
     return gather_tokens(k, indices, hidden, wide), gather_tokens(v, indices, hidden, wide), hidden
 

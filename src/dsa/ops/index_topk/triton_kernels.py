@@ -1,0 +1,340 @@
+"""The three Triton kernels of `index_topk`; `triton.py` says how they work together.
+
+A score becomes an int32 in the order of the scores (an ordered key): `-0.0` equals `0.0`, NaN lies below every
+number, the lowest integer marks a hidden token and the highest one that must be selected. Tokens are handled from the
+newest to the oldest, so that among equal ordered keys the first one met wins.
+
+Shapes: `B` batch, `T` query tokens of the launch, `S` key tokens, `Hi`/`Di` index heads / index head dim, `K` top-k;
+`n` tokens and `s` keys of one tile. A row is one query, `b * T + t`.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+_HIDDEN = tl.constexpr(-(2**31))
+_NOT_A_NUMBER = tl.constexpr(-(2**31) + 1)
+_FORCED = tl.constexpr(2**31 - 1)
+_BEYOND = tl.constexpr(2**31 - 1)
+
+# The integer v < 2**23 as the low bits of this fp32 number makes it 2**23 + v.
+_INTEGER_BITS = tl.constexpr(0x4B000000)
+_INTEGER_FLOAT = tl.constexpr(8388608.0)
+
+
+@triton.jit
+def _decode_e4m3(code):
+    """fp16 numbers from bytes of e4m3, divided by 256 (the difference of the exponent biases)."""
+    code = code.to(tl.int16)
+    return (((code & 0x80) << 8) | ((code & 0x7F) << 7)).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def _as_operand(x, KIND: tl.constexpr):
+    """Brings loaded queries or keys into the type in which they are multiplied."""
+    if KIND == "fp8":
+        x = x.to(tl.float8e4nv, bitcast=True)
+    elif KIND == "fp8_as_fp16":
+        x = _decode_e4m3(x)
+    elif KIND == "fp32":
+        x = x.to(tl.float32)
+    return x
+
+
+@triton.jit
+def _relu_products(query, key, KIND: tl.constexpr):
+    """fp32 `relu(query[n, Di] . key[Di, s])`."""
+    if KIND == "int8":
+        # Exact, and much cheaper than a conversion instruction: |dot| <= 127 * 63 * Di < 2**23.
+        dots = tl.maximum(tl.dot(query, key, out_dtype=tl.int32), 0)
+        relu = (dots | _INTEGER_BITS).to(tl.float32, bitcast=True) - _INTEGER_FLOAT
+    else:
+        dots = tl.dot(query, key, input_precision="ieee")
+        if KIND == "fp8_as_fp16":
+            dots = dots * 65536.0
+        relu = tl.maximum(dots, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    return relu
+
+
+@triton.jit
+def _ordered_keys(scores):
+    """int32 in the order of fp32 scores."""
+    bits = tl.where(scores == 0.0, 0.0, scores).to(tl.int32, bitcast=True)
+    return tl.where(scores != scores, _NOT_A_NUMBER, bits ^ ((bits >> 31) & 0x7FFFFFFF))
+
+
+@triton.jit
+def _block_extent(first_ptr, last_ptr, batch, block, tokens, BLOCK_M: tl.constexpr):
+    """What the queries of a block see: first and one past the last key of each, lowest and highest of all."""
+    token = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    first = tl.load(first_ptr + batch * tokens + token, mask=token < tokens, other=0)
+    last = tl.load(last_ptr + batch * tokens + token, mask=token < tokens, other=0)
+    lowest = tl.min(tl.where(last > first, first, _BEYOND))
+    return first, last, lowest, tl.max(last)
+
+
+@triton.jit
+def score_kernel(
+    q_ptr,
+    k_ptr,
+    coefficient_ptr,
+    key_scale_ptr,
+    first_ptr,
+    last_ptr,
+    bound_ptr,
+    candidate_ptr,
+    position_ptr,
+    count_ptr,
+    stride_qb,
+    stride_qt,
+    stride_qh,
+    stride_qd,
+    stride_kb,
+    stride_ks,
+    stride_kd,
+    stride_sb,
+    stride_ss,
+    tokens,
+    round_begin,
+    round_end,
+    segment_keys,
+    sinks,
+    local,
+    capacity,
+    counts_per_row,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    KIND: tl.constexpr,
+    SCALED: tl.constexpr,
+    FILTER: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Scores a block of queries against one segment of keys, counted back from the newest that the block sees.
+
+    `score = (sum over heads in order of coefficient * relu(q . k)) * key_scale`. With `FILTER`, what lies above
+    the row's bound is appended to the segment of the row, newest first, and counted. Without, the ordered key of
+    every token is written at its distance from the newest, hidden ones included.
+
+    Grid: segments, blocks of queries, `B`.
+    """
+    segment, block, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    first, last, lowest, highest = _block_extent(first_ptr, last_ptr, batch, block, tokens, BLOCK_M)
+    token = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    present = token < tokens
+    row = (batch * tokens + token).to(tl.int64)
+    begin = round_begin + segment * segment_keys
+    end = tl.minimum(tl.minimum(begin + segment_keys, round_end), highest - lowest)
+
+    dim = tl.arange(0, BLOCK_D)
+    column = tl.arange(0, BLOCK_N)
+    q_base = q_ptr + batch.to(tl.int64) * stride_qb + block.to(tl.int64) * BLOCK_M * stride_qt
+    q_offsets = (tl.arange(0, BLOCK_M) * stride_qt)[:, None] + (dim * stride_qd)[None, :]
+    q_mask = present[:, None] & (dim < DIM)[None, :]
+    coefficient_ptrs = coefficient_ptr + batch.to(tl.int64) * HEADS * tokens + token
+    k_base = k_ptr + batch.to(tl.int64) * stride_kb
+    kept = row * capacity + segment * segment_keys
+    filled = tl.zeros([BLOCK_M], tl.int32)
+    if FILTER:
+        bound = tl.load(bound_ptr + row, mask=present, other=_FORCED)
+
+    for distance in range(begin, end, BLOCK_N):
+        position = highest - 1 - distance - column
+        exists = position >= lowest
+        k_offsets = (position.to(tl.int64) * stride_ks)[:, None] + (dim * stride_kd)[None, :]
+        key = tl.load(k_base + k_offsets, mask=exists[:, None] & (dim < DIM)[None, :], other=0)
+        key = tl.trans(_as_operand(key, KIND))
+        score = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for head in tl.range(HEADS, num_stages=STAGES):
+            query = tl.load(q_base + head * stride_qh + q_offsets, mask=q_mask, other=0)
+            coefficient = tl.load(coefficient_ptrs + head * tokens, mask=present, other=0.0)
+            score += _relu_products(_as_operand(query, KIND), key, KIND) * coefficient[:, None]
+        if SCALED:
+            key_scale = tl.load(
+                key_scale_ptr + batch.to(tl.int64) * stride_sb + position * stride_ss, mask=exists, other=0.0
+            )
+            score *= key_scale[None, :]
+
+        ordered = _ordered_keys(score)
+        after_first = position[None, :] - first[:, None]
+        before_last = last[:, None] - position[None, :]
+        ordered = tl.where((after_first < sinks) | (before_last <= local), _FORCED, ordered)
+        ordered = tl.where((after_first < 0) | (before_last <= 0), _HIDDEN, ordered)
+        if FILTER:
+            passes = ordered > bound[:, None]
+            passed = passes.to(tl.int32)
+            place = kept[:, None] + (filled[:, None] + tl.cumsum(passed, axis=1) - 1)
+            tl.store(candidate_ptr + place, ordered, mask=passes)
+            tl.store(position_ptr + place, tl.broadcast_to(position[None, :], [BLOCK_M, BLOCK_N]), mask=passes)
+            filled += tl.sum(passed, axis=1)
+        else:
+            place = row[:, None] * capacity + (distance - round_begin + column)[None, :]
+            tl.store(candidate_ptr + place, ordered, mask=present[:, None] & exists[None, :])
+    if FILTER:
+        tl.store(count_ptr + row * counts_per_row + 1 + segment, filled, mask=present)
+
+
+@triton.jit
+def _candidate_places(index, count_ptr, first_place, later_place, segment_keys, SEGMENTS: tl.constexpr):
+    """Where the candidates number `index` lie: those of segment 0, then those of the next, ..."""
+    place = first_place + index
+    if SEGMENTS > 1:
+        before = tl.load(count_ptr)
+        for segment in tl.static_range(1, SEGMENTS):
+            start = later_place + (segment - 1) * segment_keys
+            place = tl.where(index >= before, start + index - before, place)
+            if segment < SEGMENTS - 1:
+                before += tl.load(count_ptr + segment)
+    return place
+
+
+@triton.jit
+def _chosen(ordered, bound, room, equal_before, CROWDED: tl.constexpr):
+    """Which candidates of one block belong to the selection, and the number of those equal to the bound.
+
+    With `CROWDED`, `room` of those equal to the bound are chosen, in order, of which `equal_before` have been met.
+    """
+    if CROWDED:
+        equal = (ordered == bound).to(tl.int32)
+        chosen = (ordered > bound) | ((equal > 0) & (equal_before + tl.cumsum(equal, axis=0) <= room))
+        return chosen, equal_before + tl.sum(equal)
+    return ordered >= bound, equal_before
+
+
+@triton.jit
+def select_kernel(
+    candidate_ptr,
+    position_ptr,
+    count_in_ptr,
+    count_out_ptr,
+    first_ptr,
+    last_ptr,
+    bound_ptr,
+    selection_ptr,
+    tokens,
+    top_k,
+    capacity,
+    dense_keys,
+    group_keys,
+    first_place,
+    later_place,
+    segment_keys,
+    target_place,
+    counts_in_per_row,
+    counts_out_per_row,
+    stride_ob,
+    SEGMENTS: tl.constexpr,
+    DENSE: tl.constexpr,
+    FINAL: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """Keeps the `K` highest of a row's candidates, in order, and stores a bound that later ones must exceed.
+
+    Candidates: with `DENSE`, the ordered keys of `group_keys` tokens, where `score_kernel` put them; else those of
+    `SEGMENTS` segments: the first at `first_place`, the others at `later_place` and every `segment_keys` after it.
+    The kept ones go to `target_place` of the row, or with `FINAL` to the selection, oldest first.
+
+    Grid: groups, `T`, `B`. Group `g` of a row reads and writes `g` times the size of a group further on.
+    """
+    group, token, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    row = (batch * tokens + token).to(tl.int64)
+    if tl.load(last_ptr + row) <= tl.load(first_ptr + row):
+        return
+    candidate_ptr += row * capacity
+    position_ptr += row * capacity
+    count_in_ptr += row * counts_in_per_row + group * SEGMENTS
+    target = target_place + group * top_k
+    newest = 0
+    total = 0
+    if DENSE:
+        _, _, lowest, highest = _block_extent(first_ptr, last_ptr, batch, token // BLOCK_M, tokens, BLOCK_M)
+        first_place = group * group_keys
+        newest = highest - 1 - first_place
+        total = tl.minimum(group_keys, tl.minimum(dense_keys, highest - lowest) - first_place)
+    else:
+        first_place += group * group_keys
+        later_place += group * group_keys
+        for segment in tl.static_range(SEGMENTS):
+            total += tl.load(count_in_ptr + segment)
+
+    index = tl.arange(0, BLOCK)
+    place = _candidate_places(index, count_in_ptr, first_place, later_place, segment_keys, SEGMENTS)
+    # The first block stays in registers; only rows with more candidates read the rest again and again.
+    head = tl.load(candidate_ptr + place, mask=index < total, other=_HIDDEN)
+    visible = tl.sum((head > _HIDDEN).to(tl.int32))
+    for start in range(BLOCK, total, BLOCK):
+        place = _candidate_places(start + index, count_in_ptr, first_place, later_place, segment_keys, SEGMENTS)
+        more = tl.load(candidate_ptr + place, mask=start + index < total, other=_HIDDEN)
+        visible += tl.sum((more > _HIDDEN).to(tl.int32))
+
+    # Bit by bit the highest bound that K candidates reach; any that exactly K reach will do.
+    bound = tl.full((), _HIDDEN, tl.int32)
+    reaching = visible
+    bit = 31
+    while (bit >= 0) & (reaching > top_k):
+        trial = bound ^ (tl.full((), 1, tl.int32) << bit)
+        enough = tl.sum((head >= trial).to(tl.int32))
+        for start in range(BLOCK, total, BLOCK):
+            place = _candidate_places(start + index, count_in_ptr, first_place, later_place, segment_keys, SEGMENTS)
+            more = tl.load(candidate_ptr + place, mask=start + index < total, other=_HIDDEN)
+            enough += tl.sum((more >= trial).to(tl.int32))
+        if enough >= top_k:
+            bound = trial
+            reaching = enough
+        bit -= 1
+
+    kept = tl.minimum(reaching, top_k)
+    # With K candidates or fewer all that are visible stay; a bound that K reach is known only once there are more.
+    reached = tl.maximum(bound, _HIDDEN + 1)
+    room = 0
+    if reaching > top_k:
+        above = tl.sum((head > bound).to(tl.int32))
+        for start in range(BLOCK, total, BLOCK):
+            place = _candidate_places(start + index, count_in_ptr, first_place, later_place, segment_keys, SEGMENTS)
+            more = tl.load(candidate_ptr + place, mask=start + index < total, other=_HIDDEN)
+            above += tl.sum((more > bound).to(tl.int32))
+        room = top_k - above
+
+    met = 0
+    written = 0
+    for start in range(0, total, BLOCK):
+        place = _candidate_places(start + index, count_in_ptr, first_place, later_place, segment_keys, SEGMENTS)
+        present = start + index < total
+        ordered = tl.load(candidate_ptr + place, mask=present, other=_HIDDEN)
+        if reaching > top_k:
+            chosen, met = _chosen(ordered, reached, room, met, True)
+        else:
+            chosen, met = _chosen(ordered, reached, room, met, False)
+        if DENSE:
+            position = newest - start - index
+        else:
+            position = tl.load(position_ptr + place, mask=chosen, other=0)
+        rank = written + tl.cumsum(chosen.to(tl.int32), axis=0) - 1
+        if FINAL:
+            oldest_first = batch.to(tl.int64) * stride_ob + token.to(tl.int64) * top_k + (top_k - 1 - rank)
+            tl.store(selection_ptr + oldest_first, position, mask=chosen)
+        else:
+            tl.store(candidate_ptr + target + rank, ordered, mask=chosen)
+            tl.store(position_ptr + target + rank, position, mask=chosen)
+        written += tl.sum(chosen.to(tl.int32))
+    if not FINAL:
+        tl.store(count_out_ptr + row * counts_out_per_row + group, kept)
+        tl.store(bound_ptr + row, bound)
+
+
+@triton.jit
+def fill_kernel(start_ptr, end_ptr, selection_ptr, tokens, top_k, stride_rb, stride_rt, stride_ob, BLOCK: tl.constexpr):
+    """Selects everything for the queries that see at most `K` tokens, and pads with `-1`. Grid: `T`, `B`."""
+    token, batch = tl.program_id(0), tl.program_id(1)
+    start = tl.load(start_ptr + batch * stride_rb + token * stride_rt)
+    end = tl.load(end_ptr + batch * stride_rb + token * stride_rt)
+    if end - start <= top_k:
+        selection_ptr += batch.to(tl.int64) * stride_ob + token.to(tl.int64) * top_k
+        for column in range(0, top_k, BLOCK):
+            place = column + tl.arange(0, BLOCK)
+            position = tl.where(start + place < end, start + place, -1).to(tl.int32)
+            tl.store(selection_ptr + place, position, mask=place < top_k)
