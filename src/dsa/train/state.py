@@ -105,9 +105,7 @@ class RunFolder:
             OSError: It cannot be written; the previous state is intact.
         """
         tensors = {
-            f"layers.{layer}.{name}": tensor
-            for layer, parts in state.tensors.items()
-            for name, tensor in parts.items()
+            f"layers.{layer}.{name}": tensor for layer, parts in state.tensors.items() for name, tensor in parts.items()
         }
         metadata = {
             "format": FORMAT,
