@@ -30,12 +30,10 @@ def split_width(size: int, widest: int) -> Parts:
     done = 0
     while done < size:
         left = size - done
-        width = widest
-        while width > max(left, 16):
-            width //= 2
-        # One masked part costs less than two exact ones where at most a quarter of it is padding.
-        if width < left < 2 * width <= widest and 4 * left >= 6 * width:
-            width *= 2
+        whole = max(16, triton.next_power_of_2(left))
+        # A part with little padding costs less than several exact ones.
+        width = whole if whole <= max(16, left + left // 7) else whole // 2
+        width = min(width, widest)
         offsets.append(done)
         widths.append(width)
         done += width

@@ -1,0 +1,434 @@
+"""`sparse_attention` on NVIDIA GPUs from compute capability 8.0 on: launches the kernels of `triton_forward.py` and
+`triton_backward.py`.
+
+Forward and backward are custom operators of torch, so that compiled graphs hold them as one node each and CUDA graphs
+capture them; nothing in here waits for the device.
+
+Shapes: `B` batch, `T` query tokens, `S` key tokens, `H`/`G` query / KV heads, `D`/`Dv` head dims of keys / values,
+`K` selected tokens, `R = H / G` query heads that share a KV head, `X` splits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from dsa.ops.sparse_attention.triton_backward import attend_backward, sum_by_key
+from dsa.ops.sparse_attention.triton_forward import attend, merge_splits
+from dsa.ops.triton_support import Config, choose, fitting, processors
+from dsa.ops.triton_tiles import Parts, split_width
+
+SCRATCH_BYTES = 384 << 20
+"""What the fp32 sums of the backward pass may take at once; KV heads, or queries, go in turns beyond that."""
+
+_MOST_SPLITS = 64
+_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+# Best guesses first. Tiles of 64 heads fill the matrix units of SM90; fewer heads leave room for more loads in flight.
+_MANY_HEADS = (
+    {"BLOCK_HEADS": 64, "BLOCK_KEYS": 64, "STAGES": 2, "num_warps": 8},
+    {"BLOCK_HEADS": 64, "BLOCK_KEYS": 32, "STAGES": 3, "num_warps": 8},
+    {"BLOCK_HEADS": 64, "BLOCK_KEYS": 32, "STAGES": 2, "num_warps": 4},
+    {"BLOCK_HEADS": 32, "BLOCK_KEYS": 32, "STAGES": 2, "num_warps": 4},
+    {"BLOCK_HEADS": 16, "BLOCK_KEYS": 32, "STAGES": 2, "num_warps": 4},
+    {"BLOCK_HEADS": 16, "BLOCK_KEYS": 16, "STAGES": 2, "num_warps": 4},
+)
+_FEW_HEADS = (
+    {"BLOCK_HEADS": 16, "BLOCK_KEYS": 64, "STAGES": 3, "num_warps": 4},
+    {"BLOCK_HEADS": 16, "BLOCK_KEYS": 32, "STAGES": 4, "num_warps": 2},
+    {"BLOCK_HEADS": 16, "BLOCK_KEYS": 128, "STAGES": 2, "num_warps": 8},
+    {"BLOCK_HEADS": 16, "BLOCK_KEYS": 32, "STAGES": 2, "num_warps": 4},
+    {"BLOCK_HEADS": 16, "BLOCK_KEYS": 16, "STAGES": 2, "num_warps": 4},
+)
+_BACKWARD = (
+    {"BLOCK_HEADS": 64, "BLOCK_KEYS": 32, "STAGES": 2, "num_warps": 8},
+    {"BLOCK_HEADS": 32, "BLOCK_KEYS": 32, "STAGES": 2, "num_warps": 4},
+    {"BLOCK_HEADS": 16, "BLOCK_KEYS": 64, "STAGES": 2, "num_warps": 4},
+    {"BLOCK_HEADS": 16, "BLOCK_KEYS": 32, "STAGES": 2, "num_warps": 4},
+    {"BLOCK_HEADS": 16, "BLOCK_KEYS": 16, "STAGES": 1, "num_warps": 4},
+)
+
+
+def sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    *,
+    scale: float,
+    softcap: float | None,
+    sink_logits: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Arguments as in `api.sparse_attention`, validated but for the values of the indices.
+
+    An index outside `[0, S)` is skipped. Products of 16-bit inputs of one dtype are taken in it and summed in fp32;
+    other inputs are multiplied in fp32 (three tf32 products each).
+    """
+    return _forward(q, k, v, indices, sink_logits, scale, softcap)
+
+
+@torch.library.custom_op("dsa::sparse_attention_triton", mutates_args=())
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    sink_logits: Tensor | None,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    return forward(q, k, v, indices, sink_logits, scale, softcap)
+
+
+@_forward.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    sink_logits: Tensor | None,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    batch, tokens, heads, _ = q.shape
+    out = torch.empty(batch, tokens, heads, v.shape[-1], dtype=q.dtype, device=q.device)
+    return out, torch.empty(batch, tokens, heads, dtype=torch.float32, device=q.device)
+
+
+@torch.library.custom_op("dsa::sparse_attention_triton_backward", mutates_args=())
+def _backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    sink_logits: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return backward(grad_out, q, k, v, indices, sink_logits, out, lse, scale, softcap)
+
+
+@_backward.register_fake
+def _(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    sink_logits: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    sink = q.new_empty(0) if sink_logits is None else torch.empty_like(sink_logits)
+    grads = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    return (*grads, sink)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, indices, sink_logits, ctx.scale, ctx.softcap = inputs
+    ctx.save_for_backward(q, k, v, indices, sink_logits, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+@once_differentiable
+def _differentiate(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    q, k, v, indices, sink_logits, out, lse = ctx.saved_tensors
+    grads = _backward(grad_out, q, k, v, indices, sink_logits, out, lse, ctx.scale, ctx.softcap)
+    wanted = ctx.needs_input_grad
+    q_grad, k_grad, v_grad, sink_grad = (
+        grad if want else None for grad, want in zip(grads, (*wanted[:3], wanted[4]))
+    )
+    return q_grad, k_grad, v_grad, None, sink_grad, None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    sink_logits: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    splits: int | None = None,
+    config: Config | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`out[B, T, H, Dv]` and `lse[B, T, H]`.
+
+    Args:
+        splits: Into how many parts each selection is cut; `None` takes as many as fill the device.
+        config: Sizes to use instead of the chosen ones.
+    """
+    batch, tokens, heads, _ = q.shape
+    out = q.new_empty(batch, tokens, heads, v.shape[-1])
+    lse = torch.empty(batch, tokens, heads, dtype=torch.float32, device=q.device)
+    if not out.numel() or not k.shape[1] or not indices.shape[-1]:
+        # Nothing to select from. A value without columns has a logarithm all the same, and 16 of zeros give it.
+        if lse.numel() and k.shape[1] and indices.shape[-1]:
+            v = v.new_zeros(()).expand(*v.shape[:3], 16)
+            return out, forward(q, k, v, indices, sink_logits, scale, softcap, splits, config)[1]
+        return out.zero_(), lse.fill_(-torch.inf)
+
+    def launch(config: Config) -> None:
+        _launch_forward(q, k, v, indices, sink_logits, scale, softcap, out, lse, splits, config)
+
+    if config is None:
+        shared = heads // k.shape[2]
+        configs = _candidates(_FEW_HEADS if shared <= 16 else _MANY_HEADS, q, k, v)
+        rows = min(batch * tokens, 4096)
+        shape = (shared, k.shape[2], *_shape_key(q, k, v), triton.next_power_of_2(rows), indices.shape[-1])
+        config = choose("sparse_attention", shape, configs, q.device, launch)
+    launch(config)
+    return out, lse
+
+
+def _launch_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    sink_logits: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    out: Tensor,
+    lse: Tensor,
+    splits: int | None,
+    config: Config,
+) -> None:
+    batch, tokens, heads, head_dim = q.shape
+    keys, groups = k.shape[1:3]
+    rows, value_dim, selected = batch * tokens, v.shape[-1], indices.shape[-1]
+    shared = heads // groups
+    programs = rows * groups * triton.cdiv(shared, config["BLOCK_HEADS"])
+    if splits is None:
+        splits = split_count(programs, selected, config["BLOCK_KEYS"], q.device)
+    per_split = triton.cdiv(triton.cdiv(selected, splits), config["BLOCK_KEYS"]) * config["BLOCK_KEYS"]
+    parts, logs = out, lse
+    if splits > 1:
+        parts = torch.empty(splits, rows, heads, value_dim, dtype=torch.float32, device=q.device)
+        logs = torch.empty(splits, rows, heads, dtype=torch.float32, device=q.device)
+    offsets, widths = split_width(head_dim, 512)
+    v_offsets, v_widths = split_width(value_dim, 512)
+    dtype = product_dtype(q, k, v)
+    with _on(q.device):
+        attend[(programs * splits,)](
+            q, k, v, indices, sink_logits, parts, logs,
+            *q.stride(), *k.stride(), *v.stride(), *indices.stride(),
+            tokens, keys, selected, per_split, rows, scale, softcap or 1.0,
+            HEADS=heads, GROUPS=groups, SIZE=head_dim, OFFSETS=offsets, WIDTHS=widths,
+            V_SIZE=value_dim, V_OFFSETS=v_offsets, V_WIDTHS=v_widths, VALUES_IN_KEYS=values_in_keys(k, v, 512),
+            SPLITS=splits, HAS_SINK=sink_logits is not None, HAS_SOFTCAP=softcap is not None,
+            DTYPE=_DTYPES[dtype], PRECISION=precision(dtype), **config,
+        )  # fmt: skip
+        if splits > 1:
+            block = min(128, triton.next_power_of_2(value_dim))
+            merge_splits[(rows * heads, triton.cdiv(value_dim, block))](
+                parts, logs, sink_logits, out, lse, rows,
+                HEADS=heads, V_SIZE=value_dim, SPLITS=splits, PADDED_SPLITS=triton.next_power_of_2(splits),
+                HAS_SINK=sink_logits is not None, BLOCK=block,
+            )  # fmt: skip
+
+
+def backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    sink_logits: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    softcap: float | None,
+    config: Config | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `q, k, v, sink_logits` in their dtypes, contiguous; without sinks the last one is empty.
+
+    The gradients of keys and values are summed in fp32, by default atomically and so in an order that varies from run
+    to run; `torch.use_deterministic_algorithms(True)` makes the order fixed, for more memory traffic.
+    """
+    grads = [torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
+    sink_grad = q.new_empty(0) if sink_logits is None else torch.zeros_like(sink_logits)
+    if not out.numel() or not k.shape[1] or not indices.shape[-1]:
+        return (*grads, sink_grad)
+    delta = torch.empty_like(lse)
+
+    def launch(config: Config) -> None:
+        _launch_backward(grad_out, q, k, v, indices, sink_logits, out, lse, scale, softcap, *grads, delta, config)
+
+    if config is None:
+        shared = q.shape[2] // k.shape[2]
+        useful = [c for c in _BACKWARD if c["BLOCK_HEADS"] <= max(16, triton.next_power_of_2(shared))]
+        configs = _candidates(useful, q, k, v)
+        shape = (shared, k.shape[2], *_shape_key(q, k, v), indices.shape[-1])
+        config = choose("sparse_attention backward", shape, configs, q.device, launch)
+    launch(config)
+    if sink_logits is not None:
+        logits = sink_logits.float()
+        share = (logits - torch.logaddexp(lse, logits)).exp()
+        sink_grad = -(share * delta).sum(dim=(0, 1)).to(sink_logits.dtype)
+    return (*grads, sink_grad)
+
+
+def _launch_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    sink_logits: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    softcap: float | None,
+    grad_q: Tensor,
+    grad_k: Tensor,
+    grad_v: Tensor,
+    delta: Tensor,
+    config: Config,
+) -> None:
+    batch, tokens, heads, head_dim = q.shape
+    keys, groups = k.shape[1:3]
+    rows, value_dim, selected = batch * tokens, v.shape[-1], indices.shape[-1]
+    head_blocks = triton.cdiv(heads // groups, config["BLOCK_HEADS"])
+    offsets, widths = split_width(head_dim, 128)
+    v_offsets, v_widths = split_width(value_dim, 128)
+    dtype = product_dtype(q, k, v)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    # 4 bytes for every column of a key and its value.
+    per_group = 4 * batch * keys * (head_dim + value_dim)
+    groups_at_once = max(1, min(groups, SCRATCH_BYTES // per_group))
+    rows_at_once = rows
+    if deterministic:
+        per_row = 4 * groups_at_once * head_blocks * selected * (head_dim + value_dim)
+        rows_at_once = max(1, min(rows, SCRATCH_BYTES // per_row))
+    for first_group in range(0, groups, groups_at_once):
+        here = min(groups_at_once, groups - first_group)
+        sums = [
+            torch.zeros(batch, keys, here, size, dtype=torch.float32, device=q.device)
+            for size in (head_dim, value_dim)
+        ]
+        for first_row in range(0, rows, rows_at_once):
+            rows_here = min(rows_at_once, rows - first_row)
+            programs = rows_here * here * head_blocks
+            targets = sums
+            if deterministic:
+                targets = [
+                    torch.empty(programs, selected, size, dtype=torch.float32, device=q.device)
+                    for size in (head_dim, value_dim)
+                ]
+            with _on(q.device):
+                attend_backward[(programs,)](
+                    q, k, v, indices, sink_logits, out, lse, grad_out, grad_q, *targets, delta,
+                    *q.stride(), *k.stride(), *v.stride(), *indices.stride(), *grad_out.stride(),
+                    tokens, keys, selected, first_row, first_group, scale, softcap or 1.0,
+                    HEADS=heads, GROUPS=groups, GROUPS_HERE=here, SIZE=head_dim, OFFSETS=offsets, WIDTHS=widths,
+                    V_SIZE=value_dim, V_OFFSETS=v_offsets, V_WIDTHS=v_widths,
+                    VALUES_IN_KEYS=values_in_keys(k, v, 128),
+                    HAS_SINK=sink_logits is not None, HAS_SOFTCAP=softcap is not None, DETERMINISTIC=deterministic,
+                    DTYPE=_DTYPES[dtype], PRECISION=precision(dtype), **config,
+                )  # fmt: skip
+                if deterministic:
+                    _sum_in_order(indices, first_row, rows_here, here, head_blocks, keys, targets, sums)
+        part = slice(first_group, first_group + here)
+        grad_k[:, :, part] = sums[0]
+        grad_v[:, :, part] = sums[1]
+
+
+def _sum_in_order(
+    indices: Tensor,
+    first_row: int,
+    rows: int,
+    groups: int,
+    head_blocks: int,
+    keys: int,
+    contributions: list[Tensor],
+    sums: list[Tensor],
+) -> None:
+    """Adds the contributions `[programs, K, D]` of some rows to `[B, S, groups, D]`, in the order of the rows."""
+    batch, tokens, selected = indices.shape
+    device = indices.device
+    row = torch.arange(first_row, first_row + rows, device=device)
+    chosen = indices[row // tokens, row % tokens].long()
+    sentinel = batch * keys * groups
+    places = (row // tokens)[:, None] * keys + chosen
+    places = places[:, None] * groups + torch.arange(groups, device=device)[:, None]
+    places.masked_fill_(((chosen < 0) | (chosen >= keys))[:, None], sentinel)
+    # [rows, groups, head blocks, K]: the order in which programs are numbered.
+    places = places[:, :, None].expand(rows, groups, head_blocks, selected).reshape(-1)
+    places, order = places.sort(stable=True)
+    for source, total in zip(contributions, sums):
+        size = total.shape[-1]
+        block = min(128, triton.next_power_of_2(size))
+        sum_by_key[(places.numel(), triton.cdiv(size, block))](
+            source, order, places, total, places.numel(), sentinel, SIZE=size, BLOCK=block
+        )
+
+
+def split_count(programs: int, selected: int, block_keys: int, device: torch.device) -> int:
+    """Into how many parts a selection is cut so that about four programs run on every multiprocessor."""
+    if device.type != "cuda":
+        return 1
+    available = processors(device.index or 0)
+    if programs >= 2 * available:
+        return 1
+    return max(1, min(triton.cdiv(selected, block_keys), triton.cdiv(4 * available, programs), _MOST_SPLITS))
+
+
+def product_dtype(*tensors: Tensor) -> torch.dtype:
+    """In which dtype rows are multiplied: their own where all have the same, else fp32."""
+    dtypes = {tensor.dtype for tensor in tensors}
+    return dtypes.pop() if len(dtypes) == 1 else torch.float32
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How matrix units multiply: fp32 as three tf32 products, which keep 21 of its 24 bits."""
+    return "tf32x3" if dtype == torch.float32 else "tf32"
+
+
+def values_in_keys(k: Tensor, v: Tensor, widest: int) -> bool:
+    """Whether `v` is a view of the first columns of `k` and covers whole parts, so that its tiles are those of `k`."""
+    if v.data_ptr() != k.data_ptr() or v.dtype != k.dtype or v.stride() != k.stride():
+        return False
+    offsets, widths = split_width(v.shape[-1], widest)
+    return sum(widths) == v.shape[-1] and split_width(k.shape[-1], widest)[1][: len(widths)] == widths
+
+
+def _candidates(configs: tuple[Config, ...] | list[Config], q: Tensor, k: Tensor, v: Tensor) -> list[Config]:
+    """Those whose queries and gathered rows fit shared memory."""
+    itemsize = product_dtype(q, k, v).itemsize
+    columns: int = _padded(q.shape[-1])
+    gathered = columns + (0 if values_in_keys(k, v, 512) else _padded(v.shape[-1]))
+
+    def bytes_of(config: Config) -> int:
+        buffers = max(2, config["STAGES"] - 1)
+        tile = config["BLOCK_HEADS"] * (columns + config["BLOCK_KEYS"]) + buffers * config["BLOCK_KEYS"] * gathered
+        return tile * itemsize
+
+    return fitting(configs, bytes_of, q.device)
+
+
+def _padded(size: int) -> int:
+    parts: Parts = split_width(size, 512)
+    return sum(parts[1])
+
+
+def _shape_key(q: Tensor, k: Tensor, v: Tensor) -> tuple[object, ...]:
+    return str(product_dtype(q, k, v)), q.shape[-1], v.shape[-1], values_in_keys(k, v, 512)
+
+
+def _on(device: torch.device) -> torch.cuda.device:
+    """Triton launches on the current device; this makes it that of the tensors (and is nothing on a CPU)."""
+    return torch.cuda.device(device if device.type == "cuda" else -1)
