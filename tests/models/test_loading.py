@@ -210,9 +210,9 @@ def test_a_full_disk(fake_default: list[Path], monkeypatch: pytest.MonkeyPatch) 
     assert [file.suffix for file in (loading.cache_dir() / "models").iterdir()] == [".lock"]
 
 
-def test_a_cache_that_cannot_be_written(fake_default: list[Path], tmp_path: Path, monkeypatch: object) -> None:
+def test_a_cache_that_cannot_be_written(fake_default: list[Path], tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file where the directory should be")
-    with pytest.raises(OSError, match="cannot keep the converted default model in .*set DSA_CACHE"):
+    with pytest.raises(OSError, match=r"cannot keep the converted default model in .*set DSA_CACHE"):
         default_model_dir()
 
 

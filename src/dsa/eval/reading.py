@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from dsa.eval.machine import peak_rss_mb, reset_peak_rss
 from dsa.eval.progress import Progress, layer_progress, silent
@@ -105,16 +104,25 @@ def _perplexity(model: Any, output: Any, ids: torch.Tensor, start: int, label: s
         for begin in chunks:
             end = min(begin + rows, last)
             logits = head_logits(model, output, hidden[:, begin:end], ids[:, begin:end])
-            losses = F.cross_entropy(logits[0].float(), targets[0, begin:end], reduction="none")
+            losses = negative_log_likelihood(logits[0].float(), targets[0, begin:end])
             if not bool(torch.isfinite(losses).all()):
-                bad = begin + int((~torch.isfinite(losses)).nonzero()[0])
                 raise ValueError(
-                    f"the model's output for position {bad} of the text is not finite (NaN or infinite): its weights "
-                    "or activations overflow; try dtype=float32, and check the checkpoint"
+                    f"the model's output for this text is not finite (seen among positions {begin} to {end - 1}): its "
+                    "weights or activations are NaN or overflow; try fp32, and check the checkpoint"
                 )
-            total += losses.double().sum().cpu()
+            total += losses.sum().cpu()
             advance()
     return math.exp(float(total) / (last - start))
+
+
+def negative_log_likelihood(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """`-log softmax(logits)[target]` in nats, fp64 `[rows]`, of fp32 logits `[rows, V]`.
+
+    Not `cross_entropy`: over a vocabulary of 49,152 its fp32 sum on the CPU came out 1e-5 too low on average,
+    `logsumexp` within 1e-8.
+    """
+    chosen = logits.gather(1, targets[:, None]).squeeze(1)
+    return logits.logsumexp(dim=1).double() - chosen.double()
 
 
 def head_logits(model: Any, output: Any, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
