@@ -11,7 +11,7 @@ from typer.core import TyperGroup
 
 from dsa.cli.console import complain
 
-COMMANDS = ("demo", "info", "generate", "eval")
+COMMANDS = ("demo", "info", "train", "generate", "eval")
 
 HELP = """DeepSeek Sparse Attention for pretrained language models.
 
