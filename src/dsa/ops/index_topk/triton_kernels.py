@@ -178,17 +178,18 @@ def score_kernel(
 
 
 @triton.jit
-def _candidate_places(index, count_ptr, first_place, later_place, segment_keys, SEGMENTS: tl.constexpr):
-    """Where the candidates number `index` lie: those of segment 0, then those of the next, ..."""
+def _candidates(
+    candidate_ptr, index, total, count_ptr, first_place, later_place, spacing, segments, DENSE: tl.constexpr
+):
+    """The candidates number `index`, of segment 0, then of the next, ..., and where they lie."""
     place = first_place + index
-    if SEGMENTS > 1:
+    if not DENSE:
         before = tl.load(count_ptr)
-        for segment in tl.static_range(1, SEGMENTS):
-            start = later_place + (segment - 1) * segment_keys
+        for segment in range(1, segments):
+            start = later_place + (segment - 1) * spacing
             place = tl.where(index >= before, start + index - before, place)
-            if segment < SEGMENTS - 1:
-                before += tl.load(count_ptr + segment)
-    return place
+            before += tl.load(count_ptr + segment)
+    return tl.load(candidate_ptr + place, mask=index < total, other=_HIDDEN), place
 
 
 @triton.jit
@@ -221,12 +222,12 @@ def select_kernel(
     group_keys,
     first_place,
     later_place,
-    segment_keys,
+    spacing,
+    segments,
     target_place,
     counts_in_per_row,
     counts_out_per_row,
     stride_ob,
-    SEGMENTS: tl.constexpr,
     DENSE: tl.constexpr,
     FINAL: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -235,7 +236,7 @@ def select_kernel(
     """Keeps the `K` highest of a row's candidates, in order, and stores a bound that later ones must exceed.
 
     Candidates: with `DENSE`, the ordered keys of `group_keys` tokens, where `score_kernel` put them; else those of
-    `SEGMENTS` segments: the first at `first_place`, the others at `later_place` and every `segment_keys` after it.
+    `segments` segments: the first at `first_place`, the others at `later_place` and every `spacing` after it.
     The kept ones go to `target_place` of the row, or with `FINAL` to the selection, oldest first.
 
     Grid: groups, `T`, `B`. Group `g` of a row reads and writes `g` times the size of a group further on.
@@ -246,7 +247,7 @@ def select_kernel(
         return
     candidate_ptr += row * capacity
     position_ptr += row * capacity
-    count_in_ptr += row * counts_in_per_row + group * SEGMENTS
+    count_in_ptr += row * counts_in_per_row + group * segments
     target = target_place + group * top_k
     newest = 0
     total = 0
@@ -258,17 +259,19 @@ def select_kernel(
     else:
         first_place += group * group_keys
         later_place += group * group_keys
-        for segment in tl.static_range(SEGMENTS):
+        for segment in range(segments):
             total += tl.load(count_in_ptr + segment)
 
     index = tl.arange(0, BLOCK)
-    place = _candidate_places(index, count_in_ptr, first_place, later_place, segment_keys, SEGMENTS)
     # The first block stays in registers; only rows with more candidates read the rest again and again.
-    head = tl.load(candidate_ptr + place, mask=index < total, other=_HIDDEN)
+    head, _ = _candidates(
+        candidate_ptr, index, total, count_in_ptr, first_place, later_place, spacing, segments, DENSE
+    )
     visible = tl.sum((head > _HIDDEN).to(tl.int32))
     for start in range(BLOCK, total, BLOCK):
-        place = _candidate_places(start + index, count_in_ptr, first_place, later_place, segment_keys, SEGMENTS)
-        more = tl.load(candidate_ptr + place, mask=start + index < total, other=_HIDDEN)
+        more, _ = _candidates(
+            candidate_ptr, start + index, total, count_in_ptr, first_place, later_place, spacing, segments, DENSE
+        )
         visible += tl.sum((more > _HIDDEN).to(tl.int32))
 
     # Bit by bit the highest bound that K candidates reach; any that exactly K reach will do.
@@ -279,8 +282,9 @@ def select_kernel(
         trial = bound ^ (tl.full((), 1, tl.int32) << bit)
         enough = tl.sum((head >= trial).to(tl.int32))
         for start in range(BLOCK, total, BLOCK):
-            place = _candidate_places(start + index, count_in_ptr, first_place, later_place, segment_keys, SEGMENTS)
-            more = tl.load(candidate_ptr + place, mask=start + index < total, other=_HIDDEN)
+            more, _ = _candidates(
+                candidate_ptr, start + index, total, count_in_ptr, first_place, later_place, spacing, segments, DENSE
+            )
             enough += tl.sum((more >= trial).to(tl.int32))
         if enough >= top_k:
             bound = trial
@@ -294,25 +298,23 @@ def select_kernel(
     if reaching > top_k:
         above = tl.sum((head > bound).to(tl.int32))
         for start in range(BLOCK, total, BLOCK):
-            place = _candidate_places(start + index, count_in_ptr, first_place, later_place, segment_keys, SEGMENTS)
-            more = tl.load(candidate_ptr + place, mask=start + index < total, other=_HIDDEN)
+            more, _ = _candidates(
+                candidate_ptr, start + index, total, count_in_ptr, first_place, later_place, spacing, segments, DENSE
+            )
             above += tl.sum((more > bound).to(tl.int32))
         room = top_k - above
 
     met = 0
     written = 0
     for start in range(0, total, BLOCK):
-        place = _candidate_places(start + index, count_in_ptr, first_place, later_place, segment_keys, SEGMENTS)
-        present = start + index < total
-        ordered = tl.load(candidate_ptr + place, mask=present, other=_HIDDEN)
+        ordered, place = _candidates(
+            candidate_ptr, start + index, total, count_in_ptr, first_place, later_place, spacing, segments, DENSE
+        )
         if reaching > top_k:
             chosen, met = _chosen(ordered, reached, room, met, True)
         else:
             chosen, met = _chosen(ordered, reached, room, met, False)
-        if DENSE:
-            position = newest - start - index
-        else:
-            position = tl.load(position_ptr + place, mask=chosen, other=0)
+        position = newest - start - index if DENSE else tl.load(position_ptr + place, mask=chosen, other=0)
         rank = written + tl.cumsum(chosen.to(tl.int32), axis=0) - 1
         if FINAL:
             oldest_first = batch.to(tl.int64) * stride_ob + token.to(tl.int64) * top_k + (top_k - 1 - rank)
@@ -327,11 +329,13 @@ def select_kernel(
 
 
 @triton.jit
-def fill_kernel(start_ptr, end_ptr, selection_ptr, tokens, top_k, stride_rb, stride_rt, stride_ob, BLOCK: tl.constexpr):
+def fill_kernel(
+    start_ptr, end_ptr, selection_ptr, top_k, stride_sb, stride_st, stride_eb, stride_et, stride_ob, BLOCK: tl.constexpr
+):
     """Selects everything for the queries that see at most `K` tokens, and pads with `-1`. Grid: `T`, `B`."""
     token, batch = tl.program_id(0), tl.program_id(1)
-    start = tl.load(start_ptr + batch * stride_rb + token * stride_rt)
-    end = tl.load(end_ptr + batch * stride_rb + token * stride_rt)
+    start = tl.load(start_ptr + batch * stride_sb + token * stride_st)
+    end = tl.load(end_ptr + batch * stride_eb + token * stride_et)
     if end - start <= top_k:
         selection_ptr += batch.to(tl.int64) * stride_ob + token.to(tl.int64) * top_k
         for column in range(0, top_k, BLOCK):

@@ -134,7 +134,7 @@ def quantize_keys(k: Tensor, dtype: str, out: QuantizedKeys | None = None) -> Qu
             torch.empty(batch, tokens, dim, dtype=data_dtype, device=k.device),
             torch.empty(batch, tokens, dtype=torch.float32, device=k.device),
         )
-    assert out.dtype == dtype and out.shape == k.shape and out.data.stride(-1) == 1
+    assert (out.dtype, out.shape, out.data.stride(-1)) == (dtype, k.shape, 1)
     data = out.data.unsqueeze(2)
     scale = out.scale.unsqueeze(2)
     _launch(k.unsqueeze(2), None, data, scale, _FP8_LARGEST if dtype == "fp8" else _KEY_LEVELS, 1.0)

@@ -1,0 +1,334 @@
+"""Lightning indexer and exact top-k selection on GPUs, without a matrix of scores.
+
+A chunk of queries goes through the keys in rounds, from the newest it sees to the oldest:
+
+1. `score_kernel` scores one round. Of each row only what exceeds the row's bound is kept, with its position, in
+   segments that hold a whole round if they must, so that no input overflows them.
+2. `select_kernel` merges that with the best `K` so far, keeps the best `K` of both in order of age, and raises the
+   bound to (at least) a value that `K` of them reach. Older tokens lose against equal newer ones, so what comes later
+   must exceed it. After the last round the best `K` are the selection, already sorted.
+
+The bound of the first round is nothing, so all its ordered keys are stored: the round is short, unless there are so
+few rows that one round can take all keys (decoding); then groups of keys are selected side by side and merged.
+
+With int8 keys the scores, and so the selection, are those of the reference bit for bit. With fp8 keys the queries
+are rounded to e4m3 too, with one scale per token and head, as the matrix units need (the reference leaves them in
+fp32); bf16 and fp16 products are summed in fp32. There the selection is the exact top-k of the scores that the kernel
+computes.
+
+Memory beyond the result: `_CANDIDATE_BYTES` at most, and queries in eight bits for one chunk.
+
+Shapes: `B` batch, `T` query tokens, `S` key tokens, `Hi`/`Di` index heads / index head dim, `K` top-k. A row is one
+query of a chunk; an extent is the number of keys between the first and the last that a block of rows sees.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from dsa.ops import triton_support
+from dsa.ops.index_topk.triton_kernels import fill_kernel, score_kernel, select_kernel
+from dsa.ops.quantize.triton import quantize_weighted_queries
+from dsa.ops.quantize.types import QuantizedKeys
+from dsa.ops.ranges import VisibleRanges
+from dsa.ops.triton_support import Config
+
+LARGEST_DIM = 256
+"""Of an index head; also keeps the int8 dot products below 2**23, which the kernel relies on."""
+
+_CANDIDATE_BYTES = 288 << 20
+_BYTES_PER_CANDIDATE = 8
+_KEY_MULTIPLE = 256
+"""Rounds and segments are multiples of this, and so of every tile's width."""
+
+_INTERPRETER_PROCESSORS = 4
+_BEYOND = 1 << 62
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Sizes that bound a launch; tests make them small.
+
+    Args:
+        rows: Queries of a chunk.
+        first_round: Keys of the first of several rounds, at least; it also takes `2 K`.
+        one_round: Candidates up to which one round takes all keys.
+        candidates: Candidates of all rows of a chunk.
+        block: Candidates that `select_kernel` holds in registers.
+        segments: Segments of a round, at most: the more, the more work to find a candidate.
+    """
+
+    rows: int = 2048
+    first_round: int = 4096
+    one_round: int = 1 << 24
+    candidates: int = _CANDIDATE_BYTES // _BYTES_PER_CANDIDATE
+    block: int = 8192
+    segments: int = 48
+
+
+def gap(q: Tensor, k: Tensor | QuantizedKeys, w: Tensor) -> str | None:
+    """Why this implementation cannot run this input, or `None`."""
+    if q.shape[-1] > LARGEST_DIM:
+        return f"index heads of {q.shape[-1]} dims, and the kernels take at most {LARGEST_DIM}"
+    return None
+
+
+def index_topk(
+    q: Tensor,
+    k: Tensor | QuantizedKeys,
+    w: Tensor,
+    top_k: int,
+    *,
+    scale: float,
+    sinks: int,
+    local: int,
+    ranges: VisibleRanges,
+    limits: Limits | None = None,
+) -> Tensor:
+    """int32 `[B, T, K]`; arguments as in `api.index_topk`, validated and resolved."""
+    batch, tokens = q.shape[:2]
+    selection = torch.empty(batch, tokens, top_k, dtype=torch.int32, device=q.device)
+    if not selection.numel():
+        return selection
+    limits = limits or Limits()
+    with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
+        fill_kernel[(tokens, batch)](
+            ranges.start, ranges.end, selection, top_k, *ranges.start.stride(), *ranges.end.stride(), tokens * top_k,
+            BLOCK=min(1024, triton.next_power_of_2(top_k)),
+        )  # fmt: skip
+        for rows in _chunks(batch, tokens, limits.rows):
+            if (ranges.host_end[rows] - ranges.host_start[rows] > top_k).any():
+                operands = _operands(q[rows], k[rows[0]], w[rows], scale)
+                _Chunk(operands, top_k, sinks, local, ranges, rows, limits).select(selection[rows])
+    return selection
+
+
+def _chunks(batch: int, tokens: int, rows: int) -> Iterator[tuple[slice, slice]]:
+    """Splits batch and query tokens into chunks of at most `rows` rows."""
+    batch_step = min(batch, rows)
+    token_step = max(1, rows // batch_step)
+    for b in range(0, batch, batch_step):
+        for t in range(0, tokens, token_step):
+            yield slice(b, b + batch_step), slice(t, t + token_step)
+
+
+@dataclass(frozen=True)
+class _Operands:
+    """What `score_kernel` multiplies; strides of queries are those of `[B, T, Hi, Di]`."""
+
+    kind: str
+    query: Tensor
+    key: Tensor
+    coefficient: Tensor
+    key_scale: Tensor | None
+
+
+def _operands(q: Tensor, k: Tensor | QuantizedKeys, w: Tensor, scale: float) -> _Operands:
+    if isinstance(k, QuantizedKeys):
+        query, coefficient = quantize_weighted_queries(q, w, scale, k.dtype)
+        query = query.transpose(1, 2)
+        if k.dtype == "int8":
+            return _Operands("int8", query, k.data, coefficient, k.scale)
+        native = q.is_cuda and triton_support.capability(q.device.index or 0) >= (8, 9)
+        return _Operands("fp8" if native else "fp8_as_fp16", query, k.data.view(torch.uint8), coefficient, k.scale)
+    narrow = q.dtype == k.dtype and q.dtype.itemsize == 2
+    # The interpreter cannot multiply bf16; widened, the products are the same.
+    kind = "half" if narrow and not (triton_support.interpreted() and q.dtype == torch.bfloat16) else "fp32"
+    return _Operands(kind, q, k, (w.float() * scale).transpose(1, 2).contiguous(), None)
+
+
+class _Source(NamedTuple):
+    """Where `select_kernel` finds a group's candidates; places are columns of the candidate buffer.
+
+    Args:
+        counts: Candidates in every segment, int32 `[rows, groups * segments]`, or `None` for a dense round.
+        segments: Number of segments of a group.
+        first: Place of the first segment.
+        later: Place of the second; the others follow.
+        spacing: Places between two segments after the first.
+        group_keys: Places between two groups.
+        dense_keys: Number of keys of a dense round.
+    """
+
+    counts: Tensor | None
+    segments: int
+    first: int
+    later: int
+    spacing: int
+    group_keys: int
+    dense_keys: int
+
+
+class _Chunk:
+    """One chunk of queries on its way through the keys.
+
+    A row of the candidate buffer holds one round, then two areas between which the best `K` so far alternate.
+    """
+
+    def __init__(
+        self,
+        operands: _Operands,
+        top_k: int,
+        sinks: int,
+        local: int,
+        ranges: VisibleRanges,
+        rows: tuple[slice, slice],
+        limits: Limits,
+    ) -> None:
+        self._operands, self._top_k, self._sinks, self._local, self._limits = operands, top_k, sinks, local, limits
+        # Queries that see at most K tokens are done: here they see nothing.
+        start, end = ranges.start[rows], ranges.end[rows]
+        crowded = end - start > top_k
+        self._first, self._last = ((edge * crowded).int().contiguous() for edge in (start, end))
+        start, end = ranges.host_start[rows], ranges.host_end[rows]
+        crowded = end - start > top_k
+        self._host_first, self._host_last = start.masked_fill(~crowded, _BEYOND), end * crowded
+        self._batch, self._tokens = self._first.shape
+        self._rows = self._batch * self._tokens
+        self._device = self._first.device
+        self._bound = torch.empty(self._rows, dtype=torch.int32, device=self._device)
+
+    def select(self, selection: Tensor) -> None:
+        """Writes the selection `[B, T, K]` of every query that sees more than `K` tokens."""
+        limits, top_k = self._limits, self._top_k
+        configs = _score_configs(self._operands, self._tokens)
+        extent = max(self._extent(config["BLOCK_M"]) for config in configs)
+        first_round = _round_up(extent)
+        if self._rows * first_round > limits.one_round:
+            first_round = min(first_round, _round_up(max(limits.first_round, 2 * top_k)))
+        group_keys = max(limits.block, 4 * top_k)
+        groups = triton.cdiv(first_round, group_keys)
+        fan_in = group_keys // top_k
+        kept = (groups + triton.cdiv(groups, fan_in)) * top_k
+        longest = (limits.candidates // self._rows - kept) // _KEY_MULTIPLE * _KEY_MULTIPLE
+        longest = max(first_round, min(longest, _round_up(extent - first_round)))
+        self._capacity = longest + kept
+        self._candidates = self._empty(self._capacity)
+        self._positions = self._empty(self._capacity)
+        best, spare = longest, longest + groups * top_k
+
+        config = triton_support.choose(
+            "index_topk",
+            (self._operands.kind, *self._operands.query.shape[2:], configs[0]["BLOCK_M"]),
+            configs,
+            self._device,
+            lambda config: self._score(config, 0, first_round),
+        )
+        extent = self._extent(config["BLOCK_M"])
+        self._score(config, 0, first_round)
+        counts = self._empty(_round_up(groups, fan_in), zero=True)
+        source = _Source(None, 1, 0, 0, 0, group_keys, first_round)
+        last = first_round >= extent
+        self._keep(source, config, groups, best, counts, selection if last and groups == 1 else None)
+        while groups > 1:
+            groups = triton.cdiv(groups, fan_in)
+            source = _Source(counts, fan_in, best, best + top_k, top_k, fan_in * top_k, 0)
+            counts = self._empty(_round_up(groups, fan_in), zero=True)
+            self._keep(source, config, groups, spare, counts, selection if last and groups == 1 else None)
+            best, spare = spare, best
+
+        seen = first_round
+        blocks = self._batch * triton.cdiv(self._tokens, config["BLOCK_M"])
+        segments = max(1, min(_programs(self._device, config) // blocks, limits.segments, longest // _KEY_MULTIPLE))
+        while seen < extent:
+            # As many keys as have been seen: they hold about K that exceed the bound, if age says nothing.
+            end = min(seen + min(seen, longest), _round_up(extent))
+            segment_keys = _round_up(triton.cdiv(end - seen, segments))
+            arriving = self._empty(1 + segments)
+            arriving[:, 0] = counts[:, 0]
+            self._score(config, seen, end, segment_keys, arriving)
+            source = _Source(arriving, 1 + segments, best, 0, segment_keys, 0, 0)
+            self._keep(source, config, 1, spare, counts, selection if end >= extent else None)
+            best, spare = spare, best
+            seen = end
+
+    def _empty(self, columns: int, zero: bool = False) -> Tensor:
+        make = torch.zeros if zero else torch.empty
+        return make(self._rows, columns, dtype=torch.int32, device=self._device)
+
+    def _extent(self, block_m: int) -> int:
+        """The most keys that any block of queries has to go through."""
+        missing = -self._tokens % block_m
+        first = torch.nn.functional.pad(self._host_first, (0, missing), value=_BEYOND)
+        last = torch.nn.functional.pad(self._host_last, (0, missing))
+        blocks = (self._batch, -1, block_m)
+        return max(0, int((last.view(blocks).amax(-1) - first.view(blocks).amin(-1)).max()))
+
+    def _score(
+        self, config: Config, begin: int, end: int, segment_keys: int = 0, counts: Tensor | None = None
+    ) -> None:
+        """Scores the keys at distances `[begin, end)` from the newest; with `counts`, keeps what exceeds the bound."""
+        operands = self._operands
+        heads, dim = operands.query.shape[2:]
+        blocks = triton.cdiv(self._tokens, config["BLOCK_M"])
+        if counts is None:
+            programs = triton.cdiv(_programs(self._device, config), self._batch * blocks)
+            segment_keys = _round_up(triton.cdiv(end - begin, programs), config["BLOCK_N"])
+        key_scale = operands.coefficient[:, 0] if operands.key_scale is None else operands.key_scale
+        segments = triton.cdiv(end - begin, segment_keys) if counts is None else counts.shape[1] - 1
+        score_kernel[(segments, blocks, self._batch)](
+            operands.query, operands.key, operands.coefficient, key_scale, self._first, self._last, self._bound,
+            self._candidates, self._positions, self._bound if counts is None else counts,
+            *operands.query.stride(), *operands.key.stride(), *key_scale.stride(),
+            self._tokens, begin, end, segment_keys, self._sinks, self._local, self._capacity, 1 + segments,
+            HEADS=heads, DIM=dim, BLOCK_D=max(32, triton.next_power_of_2(dim)),
+            BLOCK_M=config["BLOCK_M"], BLOCK_N=config["BLOCK_N"], KIND=operands.kind,
+            SCALED=operands.key_scale is not None, FILTER=counts is not None,
+            STAGES=config["num_stages"], num_warps=config["num_warps"],
+            # The reference rounds products and sums one by one.
+            enable_fp_fusion=operands.kind != "int8",
+        )  # fmt: skip
+
+    def _keep(
+        self, source: _Source, config: Config, groups: int, target: int, counts: Tensor, selection: Tensor | None
+    ) -> None:
+        """Keeps the best of every group at `target`, or writes the selection, if given."""
+        counts_in = counts if source.counts is None else source.counts
+        final = selection is not None
+        block = min(self._limits.block, triton.next_power_of_2(max(16, 4 * self._top_k)))
+        select_kernel[(groups, self._tokens, self._batch)](
+            self._candidates, self._positions, counts_in, counts, self._first, self._last, self._bound,
+            selection if final else self._positions,
+            self._tokens, self._top_k, self._capacity, source.dense_keys, source.group_keys,
+            source.first, source.later, source.spacing, source.segments, target,
+            counts_in.shape[1], counts.shape[1], selection.stride(0) if final else 0,
+            DENSE=source.counts is None, FINAL=final, BLOCK=block, BLOCK_M=config["BLOCK_M"],
+            num_warps=max(1, min(16, block // 512)),
+        )  # fmt: skip
+
+
+def _round_up(size: int, multiple: int = _KEY_MULTIPLE) -> int:
+    return -(-size // multiple) * multiple
+
+
+def _programs(device: torch.device, config: Config) -> int:
+    """How many programs of `score_kernel` run on the device at the same time; registers are what limits them."""
+    if device.type != "cuda":
+        return _INTERPRETER_PROCESSORS
+    return triton_support.processors(device.index or 0) * max(1, 12 // config["num_warps"])
+
+
+def _score_configs(operands: _Operands, tokens: int) -> list[Config]:
+    """Tiles to choose from, best guess first."""
+    rows = min(64, max(16, triton.next_power_of_2(tokens)))
+    if operands.query.device.type != "cuda":
+        return [{"BLOCK_M": 16, "BLOCK_N": 128, "num_warps": 4, "num_stages": 1}]
+    if operands.kind == "fp32":
+        return [{"BLOCK_M": min(rows, 32), "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}]
+    tiles = [(rows, 128, 4, 3), (rows, 128, 4, 4)]
+    if rows == 64:
+        tiles += [(64, 256, 8, 3), (128, 128, 8, 3)]
+    configs = [dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), tile)) for tile in tiles]
+    row_bytes = triton.next_power_of_2(operands.query.shape[-1]) * operands.query.element_size()
+
+    def shared_bytes(config: Config) -> int:
+        return (config["BLOCK_N"] + config["num_stages"] * config["BLOCK_M"]) * row_bytes + (4 << 10)
+
+    return triton_support.fitting(configs, shared_bytes, operands.query.device)
