@@ -1,7 +1,10 @@
 """Settings of the operations' tests, and the implementations they run on."""
 
+from collections.abc import Iterator
+
 import hypothesis
 import pytest
+import torch
 
 from dsa.ops import blocks
 from dsa.testing.cases import IMPLEMENTATIONS
@@ -13,12 +16,21 @@ hypothesis.settings.load_profile("ops")
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A test that takes `impl` runs on every implementation of what its module names in `OPERATIONS`."""
     names = set(metafunc.fixturenames)
-    if "impl" in names:
+    if "impl" in names and hasattr(metafunc.module, "OPERATIONS"):
         runs = [(operation, impl) for operation in metafunc.module.OPERATIONS for impl in IMPLEMENTATIONS[operation]]
         if "operation" in names:
             metafunc.parametrize(("operation", "impl"), runs)
         else:
             metafunc.parametrize("impl", [impl for _, impl in runs])
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """The tensors are so small that a second thread only waits, for long where the cores are shared."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

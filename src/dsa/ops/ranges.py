@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dsa.ops.blocks import rows_per_block
 from dsa.ops.checks import check_tensor
 
 _BEYOND = 1 << 62
@@ -85,18 +86,33 @@ class VisibleRanges:
         changes.scatter_add_(1, self.host_end.clamp(0, keys), -seeing)
         return (changes.cumsum(dim=1)[:, :keys] > 0).to(self.start.device)
 
-    def blocks(self, rows_per_block: int) -> Iterator[Block]:
-        """Splits the queries; every block covers the whole batch."""
+    def blocks(self, bytes_per_pair: int) -> Iterator[Block]:
+        """Splits the queries into blocks, over the whole batch, whose temporaries fit the budget of the device.
+
+        Args:
+            bytes_per_pair: What a block needs for each of its query tokens times each of its columns.
+        """
         batch, tokens = self.host_start.shape
         if batch == 0:
             return
         empty = self.host_end <= self.host_start
         first = self.host_start.masked_fill(empty, _BEYOND).amin(dim=0)
         last = self.host_end.masked_fill(empty, 0).amax(dim=0)
-        for row in range(0, tokens, rows_per_block):
-            rows = slice(row, min(row + rows_per_block, tokens))
-            high = int(last[rows].max())
-            yield Block(slice(0, batch), rows, slice(min(int(first[rows].min()), high), high))
+        pairs = rows_per_block(bytes_per_pair, self.start.device)
+        row = 0
+        while row < tokens:
+            # As many queries as the columns of the first allow, then fewer until their union fits.
+            count = min(tokens - row, pairs // max(1, int(last[row] - first[row])))
+            while True:
+                count = max(1, count)
+                rows = slice(row, row + count)
+                high = int(last[rows].max())
+                low = min(int(first[rows].min()), high)
+                if count == 1 or count * (high - low) <= pairs:
+                    break
+                count = max(pairs // (high - low), count // 2)
+            yield Block(slice(0, batch), rows, slice(low, high))
+            row += count
 
     def single_queries(self) -> Iterator[Block]:
         """One block per query, with exactly the columns that it sees."""

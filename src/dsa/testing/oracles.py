@@ -42,7 +42,7 @@ def selected_positions(indices: Tensor) -> Positions:
 
 def without_always_read(positions: Positions, sinks: int, local: int) -> Positions:
     """Positions without the first `sinks` and the last `local` of each row."""
-    return [[row[sinks : len(row) - local if local else None] for row in rows] for rows in positions]
+    return [[row[sinks : max(0, len(row) - local)] for row in rows] for rows in positions]
 
 
 def index_scores(q: Tensor, k: Tensor, w: Tensor, scale: float | None = None) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dsa.ops.blocks import compute_dtype, full_precision, rows_per_block
+from dsa.ops.blocks import compute_dtype, full_precision
 from dsa.ops.ranges import Block, VisibleRanges, fill_hidden
 
 
@@ -125,8 +125,7 @@ def _blocks(q: Tensor, k: Tensor, v: Tensor, ranges: VisibleRanges) -> Iterator[
         blocks = ranges.single_queries()
     else:
         shared = q.shape[2] // k.shape[2]
-        bytes_per_row = q.shape[0] * k.shape[1] * shared * wide.itemsize
-        blocks = ranges.blocks(rows_per_block(bytes_per_row, q.device))
+        blocks = ranges.blocks(q.shape[0] * shared * wide.itemsize)
     return (block for block in blocks if block.width)
 
 

@@ -11,7 +11,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dsa.ops.blocks import rows_per_block
 from dsa.ops.quantize.reference import KEY_LEVELS, QUERY_LEVELS, quantize_queries_int8, rotate
 from dsa.ops.quantize.types import QuantizedKeys
 from dsa.ops.ranges import Block, VisibleRanges
@@ -127,10 +126,9 @@ def index_topk(
     ranges = ranges.select(crowded)
     optional = ranges.shrink(sinks, local)
     batch, _, heads, _ = inputs.query.shape
-    width = int(ranges.host_end.max() - ranges.host_start.min())
-    bytes_per_row = batch * width * (heads * inputs.query.element_size() + 12)
+    bytes_per_pair = batch * (heads * inputs.query.element_size() + 12)
     limits = torch.iinfo(torch.int64 if inputs.coefficient.dtype == torch.float64 else torch.int32)
-    for block in ranges.blocks(rows_per_block(bytes_per_row, q.device)):
+    for block in ranges.blocks(bytes_per_pair):
         keys = ordered_keys(score_block(inputs, block))
         _force_edges(keys, ranges, optional, block, limits)
         columns = select_highest(keys, top_k) + block.columns.start

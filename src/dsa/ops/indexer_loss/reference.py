@@ -100,8 +100,7 @@ def _stream_visible(q_index: Tensor, k_index: Tensor, w_index: Tensor, inputs: L
     main_keys = inputs.k.to(wide).masked_fill(~visible.seen_keys(keys)[..., None, None], 0.0)
     index_keys = k_index.to(wide).masked_fill(~kept.seen_keys(keys)[..., None], 0.0)
     grad_q, grad_k, grad_w = sums.grads
-    bytes_per_row = batch * keys * (2 * shared + 2 * heads + 4) * wide.itemsize
-    for block in visible.blocks(rows_per_block(bytes_per_row, q_index.device)):
+    for block in visible.blocks(batch * (2 * shared + 2 * heads + 4) * wide.itemsize):
         if not (kept.host_end > kept.host_start)[:, block.rows].any():
             continue
         counted = (kept.end > kept.start)[:, block.rows]
