@@ -39,9 +39,7 @@ def demo(
     [bold]Examples[/]
 
       dsa demo
-
       dsa demo --file thesis.txt --top-k 512
-
       dsa demo --tokens 4096 --json figures.json
     """
     compare(model, file, tokens, top_k, local, indexers, json, threads, device)

@@ -34,8 +34,7 @@ def evaluate(
 
     [bold]Examples[/]
 
-      dsa eval default --file thesis.txt --tokens 8192 --top-k 1024 --json figures.json
-
+      dsa eval default --file thesis.txt --tokens 8192 --json figures.json
       dsa eval Qwen/Qwen3-0.6B --file thesis.txt --indexers runs/qwen
     """
     compare(model, file, tokens, top_k, local, indexers, json, threads, device)

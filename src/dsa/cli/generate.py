@@ -55,10 +55,8 @@ def generate(
 
     [bold]Examples[/]
 
-      dsa generate default --prompt "The lightning indexer is" --max-new-tokens 40
-
-      dsa generate default --file thesis.txt --prompt "In short, this thesis shows" --top-k 1024
-
+      dsa generate default --prompt "The lightning indexer is"
+      dsa generate default --file thesis.txt --prompt "In short," --top-k 1024
       cat notes.txt | dsa generate default --chat --temperature 0.7 --seed 1
     """
     text = prompt_text(prompt, file)
@@ -129,6 +127,7 @@ def stream(
     from transformers import TextStreamer
 
     from dsa.eval.progress import layer_progress
+    from dsa.models.loading import quiet_transformers
 
     model, tokenizer = loaded.model, loaded.tokenizer
     times: list[float] = []
@@ -150,13 +149,14 @@ def stream(
             sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
         end = model.generation_config.eos_token_id
         padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end
-        model.generate(
-            ids.to(model.device),
-            max_new_tokens=max_new_tokens,
-            pad_token_id=padding[0] if isinstance(padding, list) else padding,
-            streamer=Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
-            **sampling,
-        )
+        with quiet_transformers():
+            model.generate(
+                ids.to(model.device),
+                max_new_tokens=max_new_tokens,
+                pad_token_id=padding[0] if isinstance(padding, list) else padding,
+                streamer=Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+                **sampling,
+            )
     made = len(times) - 1
     speed = f", then {(made - 1) / (times[-1] - times[1]):.1f} tokens/s" if made > 1 else ""
     err.print(f"{ids.shape[1]:,} tokens read in {times[1] - times[0]:.1f} s, {made} written{speed}", markup=False)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
+import re
 from typing import Annotated, Any
 
 import typer
@@ -59,10 +61,15 @@ def version(asked: bool) -> None:
         raise typer.Exit
 
 
+def unwrapped(text: str) -> str:
+    """A docstring with every paragraph on one line, to be wrapped anew; indented lines stay as they are."""
+    return re.sub(r"(?<=\S)\n(?=\S)", " ", text)
+
+
 app = typer.Typer(
     name="dsa",
     cls=Commands,
-    help=HELP,
+    help=unwrapped(HELP),
     epilog=EPILOG,
     no_args_is_help=True,
     add_completion=False,
@@ -83,6 +90,9 @@ def main(
 
 for command in COMMANDS:
     importlib.import_module(f"dsa.cli.{command}").register(app)
+for registered in app.registered_commands:
+    assert registered.callback is not None
+    registered.help = unwrapped(inspect.getdoc(registered.callback) or "")
 
 
 def run() -> None:

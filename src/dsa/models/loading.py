@@ -74,13 +74,11 @@ def load_model(
 
     Raises:
         OSError: No such directory or Hub id, no network, no safetensors, or the cache cannot be written.
-        ValueError: Not a causal language model, or no tokenizer with it.
+        ValueError: Not a causal language model, no tokenizer with it, or no such device.
         ImportError: The default model's package, or what reads it, is not installed.
     """
     tell = status or (lambda message: None)
-    target = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
-    if target.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device: this torch ({torch.__version__}) sees no CUDA device; use device='cpu'")
+    target = _device(device)
     is_default = name == DEFAULT_MODEL
     source = default_model_dir(tell) if is_default else _resolve(name)
     tell(f"Loading {name}")
@@ -285,6 +283,18 @@ def _quiet_tqdm() -> Iterator[None]:
         yield
     finally:
         reader.tqdm = drawn
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        target = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device: expected 'cpu', 'cuda' or 'cuda:<number>', got {device!r}") from error
+    if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device: torch {torch.__version__} finds no {device} here; use 'cpu', or see `dsa info`")
+    return target
 
 
 def _resolve(name: str) -> str:
