@@ -11,7 +11,7 @@ import importlib.util
 import json
 import os
 import statistics
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -26,27 +26,24 @@ Config = dict[str, int]
 """Constants of a kernel and its `num_warps` and `num_stages`."""
 
 
-@functools.cache
+_INSTALLED = importlib.util.find_spec("triton") is not None
+
+
 def interpreted() -> bool:
-    """Whether Triton's interpreter runs the kernels, on CPU tensors (`TRITON_INTERPRET=1`, read once)."""
-    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+    """Whether Triton's interpreter runs the kernels, on CPU tensors (`TRITON_INTERPRET=1` when triton is imported)."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
-@functools.cache
-def _installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-@functools.cache
-def capability(index: int) -> tuple[int, int]:
+def capability(device: torch.device) -> tuple[int, int]:
     """Compute capability of a CUDA device."""
-    return torch.cuda.get_device_capability(index)
+    # Not through a cache and not through get_device_capability: torch.compile folds this call alone into a constant.
+    properties = torch.cuda.get_device_properties(device.index or 0)
+    return properties.major, properties.minor
 
 
-@functools.cache
-def processors(index: int) -> int:
+def processors(device: torch.device) -> int:
     """Number of multiprocessors of a CUDA device."""
-    return torch.cuda.get_device_properties(index).multi_processor_count
+    return torch.cuda.get_device_properties(device.index or 0).multi_processor_count
 
 
 def gap(*tensors: Tensor | None) -> str | None:
@@ -57,7 +54,7 @@ def gap(*tensors: Tensor | None) -> str | None:
     """
     present = [tensor for tensor in tensors if tensor is not None]
     device = present[0].device
-    if not _installed():
+    if not _INSTALLED:
         return "triton is not installed (pip install 'triton>=3.6', Linux x86-64 only)"
     if device.type == "cpu":
         if not interpreted():
@@ -66,8 +63,8 @@ def gap(*tensors: Tensor | None) -> str | None:
         return f"the kernels need an NVIDIA GPU, and the tensors are on {device}"
     elif torch.version.hip is not None:
         return "the kernels were written for NVIDIA GPUs"
-    elif capability(device.index or 0) < LOWEST_CAPABILITY:
-        major, minor = capability(device.index or 0)
+    elif capability(device) < LOWEST_CAPABILITY:
+        major, minor = capability(device)
         return f"the GPU has compute capability {major}.{minor} and the kernels need 8.0"
     for tensor in present:
         if tensor.dtype == torch.float64:
@@ -75,11 +72,28 @@ def gap(*tensors: Tensor | None) -> str | None:
     return None
 
 
+def beside(others: Mapping[str, str | None], *tensors: Tensor | None) -> dict[str, str | None]:
+    """The gaps of an operation's implementations, with Triton's first where there is a GPU and last elsewhere.
+
+    Args:
+        others: Gaps of the other implementations, fastest first; see `resolve_impl`.
+        tensors: The floating-point arguments.
+    """
+    reason = gap(*tensors)
+    on_gpu = any(tensor is not None and tensor.device.type == "cuda" for tensor in tensors)
+    return {"triton": reason, **others} if on_gpu else {**others, "triton": reason}
+
+
+def checks_indices() -> bool:
+    """Whether the kernels' callers look for indices out of range, which waits for the device: a debugging aid."""
+    return os.environ.get("DSA_CHECK_INDICES", "0") not in ("", "0")
+
+
 def shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that one block may use; unlimited under the interpreter."""
     if device.type != "cuda":
         return 1 << 62
-    return SHARED_MEMORY.get(capability(device.index or 0), 99) << 10
+    return SHARED_MEMORY.get(capability(device), 99) << 10
 
 
 def fitting(configs: Sequence[Config], bytes_of: Callable[[Config], int], device: torch.device) -> list[Config]:

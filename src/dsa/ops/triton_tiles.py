@@ -6,12 +6,16 @@ given to a kernel as two tuples of constants, offsets and widths; `split_width` 
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+
+TILE_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 Parts = tuple[tuple[int, ...], tuple[int, ...]]
 
@@ -38,6 +42,22 @@ def split_width(size: int, widest: int) -> Parts:
         widths.append(width)
         done += width
     return tuple(offsets), tuple(widths)
+
+
+def padded_width(size: int) -> int:
+    """Columns of all parts together."""
+    return sum(split_width(size, 512)[1])
+
+
+def product_dtype(*tensors: Tensor) -> torch.dtype:
+    """In which dtype rows are multiplied: their own where all have the same, else fp32."""
+    dtypes = {tensor.dtype for tensor in tensors}
+    return dtypes.pop() if len(dtypes) == 1 else torch.float32
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How matrix units multiply: fp32 as three tf32 products, which keep 21 of its 24 bits."""
+    return "tf32x3" if dtype == torch.float32 else "tf32"
 
 
 @triton.jit

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from dsa.ops import triton_support
 from dsa.ops.blocks import full_precision
 from dsa.ops.checks import check_attention, check_indices, check_scale, check_tensor
 from dsa.ops.sparse_attention import reference
@@ -50,15 +51,22 @@ def sparse_attention(
 
     Raises:
         TypeError: An argument of the wrong type or kind of dtype, or `k` or `v` wider than `q`.
-        ValueError: Shapes or devices that do not fit, or an index outside `[-1, S)`.
+        ValueError: Shapes or devices that do not fit, or an index outside `[-1, S)`. The Triton kernels skip such
+            an index, without waiting for the device to look; `DSA_CHECK_INDICES=1` makes them raise too.
         NotImplementedError: The implementation asked for cannot run this input.
     """
     check_attention(_OP, q, k, v, sink_logits, softcap)
     batch, tokens, _, head_dim = q.shape
     check_tensor(_OP, "indices", indices, "[B, T, K]", (batch, tokens, None), device=q.device, integer=True)
     scale = check_scale(_OP, "scale", scale, head_dim**-0.5)
+    gaps = triton_support.beside({"reference": None}, q, k, v, sink_logits)
+    if resolve_impl(_OP, impl, gaps) == "triton":
+        from dsa.ops.sparse_attention import triton
+
+        if triton_support.checks_indices():
+            check_indices(_OP, indices, k.shape[1])
+        return triton.sparse_attention(q, k, v, indices, scale=scale, softcap=softcap, sink_logits=sink_logits)
     padded = check_indices(_OP, indices, k.shape[1])
-    resolve_impl(_OP, impl, {"reference": None})
     with full_precision(q.device):
         return reference.sparse_attention(
             q, k, v, indices, scale=scale, softcap=softcap, sink_logits=sink_logits, padded=padded

@@ -14,20 +14,18 @@ from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dsa.ops.sparse_attention.triton_backward import attend_backward, sum_by_key
 from dsa.ops.sparse_attention.triton_forward import attend, merge_splits
 from dsa.ops.triton_support import Config, choose, fitting, processors
-from dsa.ops.triton_tiles import Parts, split_width
+from dsa.ops.triton_tiles import TILE_DTYPES, padded_width, precision, product_dtype, split_width
 
 SCRATCH_BYTES = 384 << 20
 """What the fp32 sums of the backward pass may take at once; KV heads, or queries, go in turns beyond that."""
 
 _MOST_SPLITS = 64
-_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 # Best guesses first. Tiles of 64 heads fill the matrix units of SM90; fewer heads leave room for more loads in flight.
 _MANY_HEADS = (
@@ -230,7 +228,7 @@ def _launch_forward(
             HEADS=heads, GROUPS=groups, SIZE=head_dim, OFFSETS=offsets, WIDTHS=widths,
             V_SIZE=value_dim, V_OFFSETS=v_offsets, V_WIDTHS=v_widths, VALUES_IN_KEYS=values_in_keys(k, v, 512),
             SPLITS=splits, HAS_SINK=sink_logits is not None, HAS_SOFTCAP=softcap is not None,
-            DTYPE=_DTYPES[dtype], PRECISION=precision(dtype), **config,
+            DTYPE=TILE_DTYPES[dtype], PRECISION=precision(dtype), **config,
         )  # fmt: skip
         if splits > 1:
             block = min(128, triton.next_power_of_2(value_dim))
@@ -338,7 +336,7 @@ def _launch_backward(
                     V_SIZE=value_dim, V_OFFSETS=v_offsets, V_WIDTHS=v_widths,
                     VALUES_IN_KEYS=values_in_keys(k, v, 128),
                     HAS_SINK=sink_logits is not None, HAS_SOFTCAP=softcap is not None, DETERMINISTIC=deterministic,
-                    DTYPE=_DTYPES[dtype], PRECISION=precision(dtype), **config,
+                    DTYPE=TILE_DTYPES[dtype], PRECISION=precision(dtype), **config,
                 )  # fmt: skip
                 if deterministic:
                     _sum_in_order(indices, first_row, rows_here, here, head_blocks, keys, targets, sums)
@@ -381,21 +379,10 @@ def split_count(programs: int, selected: int, block_keys: int, device: torch.dev
     """Into how many parts a selection is cut so that about four programs run on every multiprocessor."""
     if device.type != "cuda":
         return 1
-    available = processors(device.index or 0)
+    available = processors(device)
     if programs >= 2 * available:
         return 1
     return max(1, min(triton.cdiv(selected, block_keys), triton.cdiv(4 * available, programs), _MOST_SPLITS))
-
-
-def product_dtype(*tensors: Tensor) -> torch.dtype:
-    """In which dtype rows are multiplied: their own where all have the same, else fp32."""
-    dtypes = {tensor.dtype for tensor in tensors}
-    return dtypes.pop() if len(dtypes) == 1 else torch.float32
-
-
-def precision(dtype: torch.dtype) -> str:
-    """How matrix units multiply: fp32 as three tf32 products, which keep 21 of its 24 bits."""
-    return "tf32x3" if dtype == torch.float32 else "tf32"
 
 
 def values_in_keys(k: Tensor, v: Tensor, widest: int) -> bool:
@@ -409,8 +396,8 @@ def values_in_keys(k: Tensor, v: Tensor, widest: int) -> bool:
 def _candidates(configs: tuple[Config, ...] | list[Config], q: Tensor, k: Tensor, v: Tensor) -> list[Config]:
     """Those whose queries and gathered rows fit shared memory."""
     itemsize = product_dtype(q, k, v).itemsize
-    columns: int = _padded(q.shape[-1])
-    gathered = columns + (0 if values_in_keys(k, v, 512) else _padded(v.shape[-1]))
+    columns = padded_width(q.shape[-1])
+    gathered = columns + (0 if values_in_keys(k, v, 512) else padded_width(v.shape[-1]))
 
     def bytes_of(config: Config) -> int:
         buffers = max(2, config["STAGES"] - 1)
@@ -418,11 +405,6 @@ def _candidates(configs: tuple[Config, ...] | list[Config], q: Tensor, k: Tensor
         return tile * itemsize
 
     return fitting(configs, bytes_of, q.device)
-
-
-def _padded(size: int) -> int:
-    parts: Parts = split_width(size, 512)
-    return sum(parts[1])
 
 
 def _shape_key(q: Tensor, k: Tensor, v: Tensor) -> tuple[object, ...]:
