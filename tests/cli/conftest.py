@@ -7,7 +7,6 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from dsa.cli import console
 from dsa.cli.main import app
 from dsa.testing.tiny_models import tiny_model
 from dsa.testing.tiny_tokenizer import BYTE_VOCABULARY, tiny_tokenizer
@@ -36,11 +35,9 @@ def text(tmp_path: Path) -> str:
 def dsa(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
     """Runs the command with these arguments; `stdout` and `stderr` are told apart."""
     monkeypatch.delenv("DSA_DEBUG", raising=False)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     threads = torch.get_num_threads()
 
     def run(*arguments: str, stdin: str | None = None) -> Result:
-        monkeypatch.setattr(console.out, "_file", None)
         try:
             return CliRunner().invoke(app, list(arguments), input=stdin)
         finally:

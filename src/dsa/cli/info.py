@@ -81,19 +81,20 @@ def implementations() -> tuple[Table, list[str]]:
 
 
 def _probes() -> dict[str, Callable[[str], Any]]:
-    """A call per operation that has implementations to choose from, on one token."""
+    """A call per operation that has implementations to choose from: one token, the sizes of the default model."""
     import torch
 
     from dsa import ops
 
-    query, key = torch.ones(1, 1, 2, 4), torch.ones(1, 1, 1, 4)
-    index_key, weight = key[:, :, 0], torch.ones(1, 1, 2)
-    first = torch.zeros(1, 1, 1, dtype=torch.int32)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        index_query, index_key, weight = torch.ones(1, 1, 4, 32), torch.ones(1, 1, 32), torch.ones(1, 1, 4)
+        query, key = torch.ones(1, 1, 9, 64), torch.ones(1, 1, 3, 64)
+        first = torch.zeros(1, 1, 1, dtype=torch.int32)
     return {
-        "index_topk": lambda impl: ops.index_topk(query, index_key, weight, 1, impl=impl),
+        "index_topk": lambda impl: ops.index_topk(index_query, index_key, weight, 1, impl=impl),
         "sparse_attention": lambda impl: ops.sparse_attention(query, key, key, first, impl=impl),
         "dense_attention": lambda impl: ops.dense_attention(query, key, key, impl=impl),
-        "indexer_loss": lambda impl: ops.indexer_loss(query, index_key, weight, query, key, impl=impl),
+        "indexer_loss": lambda impl: ops.indexer_loss(index_query, index_key, weight, query, key, impl=impl),
     }
 
 

@@ -72,7 +72,9 @@ def measure_layer(call: AttentionCall, config: DSAConfig, start: int) -> LayerMa
     The selection is what the layer would read with these activations: `index_topk` on the stored index keys
     with the layer's own budget.
     """
-    assert call.index_query is not None and call.index_key is not None and call.index_weight is not None
+    assert call.index_query is not None
+    assert call.index_key is not None
+    assert call.index_weight is not None
     top_k = config.layer_top_k(call.layer)
     key_start, key_end = call.key_start[:, start:], call.key_end[:, start:]
     indices = index_topk(

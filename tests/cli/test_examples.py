@@ -1,0 +1,45 @@
+"""The examples and the prefill benchmark run as they are, on a tiny model."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(script: str, *arguments: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [script, *arguments])
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+
+
+def test_attach_and_generate(tiny: str, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    run("examples/attach_and_generate.py", tiny, text)
+    printed = capsys.readouterr().out
+    assert "sparse, reads 512 tokens per query" in printed
+    assert "plain model, next token: " in printed
+
+
+def test_save_and_reload(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run("examples/save_and_reload.py", str(tmp_path / "saved"), tiny)
+    assert "logits bit-identical: True" in capsys.readouterr().out
+
+
+def test_measure(tiny: str, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    run("examples/measure.py", tiny, text, "160")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["dense", "DSA", "window", "layer", "layer"]
+
+
+def test_prefill_benchmark(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out.json"
+    options = ("--model", tiny, "--tokens", "600", "--top-k", "300", "--dense", "--json", str(out))
+    run("benchmarks/e2e/prefill_reference.py", *options)
+    figures = json.loads(out.read_text())
+    assert {"commit", "machine", "torch"} <= set(figures["environment"])
+    assert (figures["tokens"], figures["shapes"]["layers"], figures["config"]["top_k"]) == (600, 2, 300)
+    assert all(figures[name]["prefill_s"] > 0 for name in ("dsa", "dense"))
+    assert "peak RSS" in capsys.readouterr().out
