@@ -67,7 +67,7 @@ class Limits:
 
     rows: int = 2048
     first_round: int = 4096
-    one_round: int = 1 << 24
+    one_round: int = 1 << 25
     candidates: int = _CANDIDATE_BYTES // _BYTES_PER_CANDIDATE
     block: int = 8192
     segments: int = 48
@@ -136,8 +136,9 @@ def _operands(q: Tensor, k: Tensor | QuantizedKeys, w: Tensor, scale: float) -> 
         query = query.transpose(1, 2)
         if k.dtype == "int8":
             return _Operands("int8", query, k.data, coefficient, k.scale)
-        native = q.is_cuda and triton_support.capability(q.device.index or 0) >= (8, 9)
-        return _Operands("fp8" if native else "fp8_as_fp16", query, k.data.view(torch.uint8), coefficient, k.scale)
+        if q.is_cuda and triton_support.capability(q.device.index or 0) >= (8, 9):
+            return _Operands("fp8", query.view(torch.float8_e4m3fn), k.data, coefficient, k.scale)
+        return _Operands("fp8_as_fp16", query, k.data.view(torch.uint8), coefficient, k.scale)
     narrow = q.dtype == k.dtype and q.dtype.itemsize == 2
     # The interpreter cannot multiply bf16; widened, the products are the same.
     kind = "half" if narrow and not (triton_support.interpreted() and q.dtype == torch.bfloat16) else "fp32"
@@ -208,10 +209,11 @@ class _Chunk:
         fan_in = group_keys // top_k
         kept = (groups + triton.cdiv(groups, fan_in)) * top_k
         longest = (limits.candidates // self._rows - kept) // _KEY_MULTIPLE * _KEY_MULTIPLE
-        longest = max(first_round, min(longest, _round_up(extent - first_round)))
+        longest = max(_round_up(first_round // 2), min(longest, _round_up(extent - first_round)))
         self._capacity = longest + kept
-        self._candidates = self._empty(self._capacity)
-        self._positions = self._empty(self._capacity)
+        self._candidates = self._empty(self._capacity, torch.int64)
+        # The first round is over before the first segment is written.
+        self._dense = self._candidates.view(torch.int32)
         best, spare = longest, longest + groups * top_k
 
         config = triton_support.choose(
@@ -223,14 +225,14 @@ class _Chunk:
         )
         extent = self._extent(config["BLOCK_M"])
         self._score(config, 0, first_round)
-        counts = self._empty(_round_up(groups, fan_in), zero=True)
+        counts = self._empty(_round_up(groups, fan_in)).zero_()
         source = _Source(None, 1, 0, 0, 0, group_keys, first_round)
         last = first_round >= extent
         self._keep(source, config, groups, best, counts, selection if last and groups == 1 else None)
         while groups > 1:
             groups = triton.cdiv(groups, fan_in)
             source = _Source(counts, fan_in, best, best + top_k, top_k, fan_in * top_k, 0)
-            counts = self._empty(_round_up(groups, fan_in), zero=True)
+            counts = self._empty(_round_up(groups, fan_in)).zero_()
             self._keep(source, config, groups, spare, counts, selection if last and groups == 1 else None)
             best, spare = spare, best
 
@@ -249,9 +251,8 @@ class _Chunk:
             best, spare = spare, best
             seen = end
 
-    def _empty(self, columns: int, zero: bool = False) -> Tensor:
-        make = torch.zeros if zero else torch.empty
-        return make(self._rows, columns, dtype=torch.int32, device=self._device)
+    def _empty(self, columns: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.empty(self._rows, columns, dtype=dtype, device=self._device)
 
     def _extent(self, block_m: int) -> int:
         """The most keys that any block of queries has to go through."""
@@ -275,13 +276,14 @@ class _Chunk:
         segments = triton.cdiv(end - begin, segment_keys) if counts is None else counts.shape[1] - 1
         score_kernel[(segments, blocks, self._batch)](
             operands.query, operands.key, operands.coefficient, key_scale, self._first, self._last, self._bound,
-            self._candidates, self._positions, self._bound if counts is None else counts,
+            self._dense, self._candidates, self._bound if counts is None else counts,
             *operands.query.stride(), *operands.key.stride(), *key_scale.stride(),
-            self._tokens, begin, end, segment_keys, self._sinks, self._local, self._capacity, 1 + segments,
+            self._tokens, begin, end, segment_keys, self._sinks, self._local, 2 * self._capacity, self._capacity,
+            1 + segments,
             HEADS=heads, DIM=dim, BLOCK_D=max(32, triton.next_power_of_2(dim)),
             BLOCK_M=config["BLOCK_M"], BLOCK_N=config["BLOCK_N"], KIND=operands.kind,
             SCALED=operands.key_scale is not None, FILTER=counts is not None,
-            STAGES=config["num_stages"], num_warps=config["num_warps"],
+            STAGES=config["num_stages"], num_warps=config["num_warps"], maxnreg=config.get("maxnreg"),
             # The reference rounds products and sums one by one.
             enable_fp_fusion=operands.kind != "int8",
         )  # fmt: skip
@@ -290,16 +292,17 @@ class _Chunk:
         self, source: _Source, config: Config, groups: int, target: int, counts: Tensor, selection: Tensor | None
     ) -> None:
         """Keeps the best of every group at `target`, or writes the selection, if given."""
-        counts_in = counts if source.counts is None else source.counts
+        dense = source.counts is None
+        counts_in = counts if dense else source.counts
         final = selection is not None
         block = min(self._limits.block, triton.next_power_of_2(max(16, 4 * self._top_k)))
         select_kernel[(groups, self._tokens, self._batch)](
-            self._candidates, self._positions, counts_in, counts, self._first, self._last, self._bound,
-            selection if final else self._positions,
-            self._tokens, self._top_k, self._capacity, source.dense_keys, source.group_keys,
-            source.first, source.later, source.spacing, source.segments, target,
+            self._dense if dense else self._candidates, self._candidates, counts_in, counts,
+            self._first, self._last, self._bound, selection if final else self._bound,
+            self._tokens, self._top_k, 2 * self._capacity if dense else self._capacity, self._capacity,
+            source.dense_keys, source.group_keys, source.first, source.later, source.spacing, source.segments, target,
             counts_in.shape[1], counts.shape[1], selection.stride(0) if final else 0,
-            DENSE=source.counts is None, FINAL=final, BLOCK=block, BLOCK_M=config["BLOCK_M"],
+            DENSE=dense, FINAL=final, BLOCK=block, BLOCK_M=config["BLOCK_M"],
             num_warps=max(1, min(16, block // 512)),
         )  # fmt: skip
 
@@ -312,23 +315,32 @@ def _programs(device: torch.device, config: Config) -> int:
     """How many programs of `score_kernel` run on the device at the same time; registers are what limits them."""
     if device.type != "cuda":
         return _INTERPRETER_PROCESSORS
-    return triton_support.processors(device.index or 0) * max(1, 12 // config["num_warps"])
+    threads = 32 * config["num_warps"]
+    # Scores and products take one register each; the rest is what the compiler was seen to use.
+    registers = min(config.get("maxnreg", 255), 110 + 2 * config["BLOCK_M"] * config["BLOCK_N"] // threads)
+    return triton_support.processors(device.index or 0) * max(1, (1 << 16) // (threads * registers))
 
 
 def _score_configs(operands: _Operands, tokens: int) -> list[Config]:
     """Tiles to choose from, best guess first."""
     rows = min(64, max(16, triton.next_power_of_2(tokens)))
     if operands.query.device.type != "cuda":
-        return [{"BLOCK_M": 16, "BLOCK_N": 128, "num_warps": 4, "num_stages": 1}]
+        return [_config(16, 128, 4, 1)]
     if operands.kind == "fp32":
-        return [{"BLOCK_M": min(rows, 32), "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}]
-    tiles = [(rows, 128, 4, 3), (rows, 128, 4, 4)]
+        return [_config(min(rows, 32), 64, 4, 2)]
+    configs = [_config(rows, 128, 4, 3)]
     if rows == 64:
-        tiles += [(64, 256, 8, 3), (128, 128, 8, 3)]
-    configs = [dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), tile)) for tile in tiles]
+        # Three programs on a processor hide each other's waiting; the registers that this takes away are missed
+        # outside the loop over heads only.
+        configs = [_config(64, 128, 4, 3) | {"maxnreg": 168}, *configs, _config(128, 128, 8, 3)]
     row_bytes = triton.next_power_of_2(operands.query.shape[-1]) * operands.query.element_size()
 
     def shared_bytes(config: Config) -> int:
-        return (config["BLOCK_N"] + config["num_stages"] * config["BLOCK_M"]) * row_bytes + (4 << 10)
+        keys, queries = config["BLOCK_N"], config["BLOCK_M"] * (config["num_stages"] - 1)
+        return (keys + queries) * row_bytes + 2 * keys * keys + (1 << 10)
 
     return triton_support.fitting(configs, shared_bytes, operands.query.device)
+
+
+def _config(block_m: int, block_n: int, num_warps: int, num_stages: int) -> Config:
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": num_warps, "num_stages": num_stages}

@@ -2,7 +2,8 @@
 
 A score becomes an int32 in the order of the scores (an ordered key): `-0.0` equals `0.0`, NaN lies below every
 number, the lowest integer marks a hidden token and the highest one that must be selected. Tokens are handled from the
-newest to the oldest, so that among equal ordered keys the first one met wins.
+newest to the oldest, so that among equal ordered keys the first one met wins. A candidate is a pair of ordered key and
+position, the halves of an int64.
 
 Shapes: `B` batch, `T` query tokens of the launch, `S` key tokens, `Hi`/`Di` index heads / index head dim, `K` top-k;
 `n` tokens and `s` keys of one tile. A row is one query, `b * T + t`.
@@ -13,6 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+_INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 _HIDDEN = tl.constexpr(-(2**31))
 _NOT_A_NUMBER = tl.constexpr(-(2**31) + 1)
 _FORCED = tl.constexpr(2**31 - 1)
@@ -33,9 +35,7 @@ def _decode_e4m3(code):
 @triton.jit
 def _as_operand(x, KIND: tl.constexpr):
     """Brings loaded queries or keys into the type in which they are multiplied."""
-    if KIND == "fp8":
-        x = x.to(tl.float8e4nv, bitcast=True)
-    elif KIND == "fp8_as_fp16":
+    if KIND == "fp8_as_fp16":
         x = _decode_e4m3(x)
     elif KIND == "fp32":
         x = x.to(tl.float32)
@@ -60,8 +60,29 @@ def _relu_products(query, key, KIND: tl.constexpr):
 @triton.jit
 def _ordered_keys(scores):
     """int32 in the order of fp32 scores."""
-    bits = tl.where(scores == 0.0, 0.0, scores).to(tl.int32, bitcast=True)
+    bits = (scores + 0.0).to(tl.int32, bitcast=True)
     return tl.where(scores != scores, _NOT_A_NUMBER, bits ^ ((bits >> 31) & 0x7FFFFFFF))
+
+
+@triton.jit
+def _store_candidates(pointers, ordered, position, mask):
+    """Scattered stores of pairs from where the matrix product leaves them.
+
+    `tl.store` would first move pointers, pairs and mask through shared memory into a layout for contiguous stores,
+    which costs more than the selection itself.
+    """
+    if _INTERPRETED:
+        pair = (ordered.to(tl.int64) << 32) | position.to(tl.int64)
+        tl.store(pointers, pair, mask=mask)
+    else:
+        tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.s32 p, $4, 0; @p st.global.v2.b32 [$1], {$2, $3}; mov.b32 $0, 0; }",
+            "=r,l,r,r,r",
+            [pointers.to(tl.int64), position, ordered, mask.to(tl.int32)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
 
 
 @triton.jit
@@ -83,8 +104,8 @@ def score_kernel(
     first_ptr,
     last_ptr,
     bound_ptr,
+    dense_ptr,
     candidate_ptr,
-    position_ptr,
     count_ptr,
     stride_qb,
     stride_qt,
@@ -101,6 +122,7 @@ def score_kernel(
     segment_keys,
     sinks,
     local,
+    dense_capacity,
     capacity,
     counts_per_row,
     HEADS: tl.constexpr,
@@ -117,7 +139,7 @@ def score_kernel(
 
     `score = (sum over heads in order of coefficient * relu(q . k)) * key_scale`. With `FILTER`, what lies above
     the row's bound is appended to the segment of the row, newest first, and counted. Without, the ordered key of
-    every token is written at its distance from the newest, hidden ones included.
+    every token is stored at its distance from the newest, hidden ones included.
 
     Grid: segments, blocks of queries, `B`.
     """
@@ -125,7 +147,7 @@ def score_kernel(
     first, last, lowest, highest = _block_extent(first_ptr, last_ptr, batch, block, tokens, BLOCK_M)
     token = block * BLOCK_M + tl.arange(0, BLOCK_M)
     present = token < tokens
-    row = (batch * tokens + token).to(tl.int64)
+    row = batch * tokens + token
     begin = round_begin + segment * segment_keys
     end = tl.minimum(tl.minimum(begin + segment_keys, round_end), highest - lowest)
 
@@ -140,6 +162,9 @@ def score_kernel(
     filled = tl.zeros([BLOCK_M], tl.int32)
     if FILTER:
         bound = tl.load(bound_ptr + row, mask=present, other=_FORCED)
+        no_later = (column[:, None] <= column[None, :]).to(tl.float16)
+    latest_start = tl.max(first)
+    earliest_end = tl.min(tl.where(present, last, _BEYOND))
 
     for distance in range(begin, end, BLOCK_N):
         position = highest - 1 - distance - column
@@ -159,37 +184,45 @@ def score_kernel(
             score *= key_scale[None, :]
 
         ordered = _ordered_keys(score)
-        after_first = position[None, :] - first[:, None]
-        before_last = last[:, None] - position[None, :]
-        ordered = tl.where((after_first < sinks) | (before_last <= local), _FORCED, ordered)
-        ordered = tl.where((after_first < 0) | (before_last <= 0), _HIDDEN, ordered)
+        newest = highest - distance
+        if (newest - BLOCK_N < latest_start + sinks) | (newest > earliest_end - local):
+            after_first = position[None, :] - first[:, None]
+            before_last = last[:, None] - position[None, :]
+            ordered = tl.where((after_first < sinks) | (before_last <= local), _FORCED, ordered)
+            ordered = tl.where((after_first < 0) | (before_last <= 0), _HIDDEN, ordered)
         if FILTER:
             passes = ordered > bound[:, None]
-            passed = passes.to(tl.int32)
-            place = kept[:, None] + (filled[:, None] + tl.cumsum(passed, axis=1) - 1)
-            tl.store(candidate_ptr + place, ordered, mask=passes)
-            tl.store(position_ptr + place, tl.broadcast_to(position[None, :], [BLOCK_M, BLOCK_N]), mask=passes)
-            filled += tl.sum(passed, axis=1)
+            # A matrix product counts along the rows and, unlike a scan, leaves the layout as it is.
+            upto = tl.dot(tl.where(passes, 1.0, 0.0).to(tl.float16), no_later)
+            rank = (upto + _INTEGER_FLOAT).to(tl.int32, bitcast=True) & 0x7FFFFF
+            place = (kept + filled)[:, None] + rank - 1
+            _store_candidates(candidate_ptr + place, ordered, position[None, :], passes)
+            filled += tl.sum(passes.to(tl.int32), axis=1)
         else:
-            place = row[:, None] * capacity + (distance - round_begin + column)[None, :]
-            tl.store(candidate_ptr + place, ordered, mask=present[:, None] & exists[None, :])
+            place = row[:, None] * dense_capacity + (distance - round_begin + column)[None, :]
+            tl.store(dense_ptr + place, ordered, mask=present[:, None] & exists[None, :])
     if FILTER:
         tl.store(count_ptr + row * counts_per_row + 1 + segment, filled, mask=present)
 
 
 @triton.jit
 def _candidates(
-    candidate_ptr, index, total, count_ptr, first_place, later_place, spacing, segments, DENSE: tl.constexpr
+    source_ptr, index, total, count_ptr, first_place, later_place, spacing, segments, DENSE: tl.constexpr
 ):
-    """The candidates number `index`, of segment 0, then of the next, ..., and where they lie."""
+    """Ordered keys and positions of the candidates number `index`, of segment 0, then of the next, ...
+
+    Of a dense round the position is not stored: 0.
+    """
     place = first_place + index
-    if not DENSE:
-        before = tl.load(count_ptr)
-        for segment in range(1, segments):
-            start = later_place + (segment - 1) * spacing
-            place = tl.where(index >= before, start + index - before, place)
-            before += tl.load(count_ptr + segment)
-    return tl.load(candidate_ptr + place, mask=index < total, other=_HIDDEN), place
+    if DENSE:
+        return tl.load(source_ptr + place, mask=index < total, other=_HIDDEN), 0
+    before = tl.load(count_ptr)
+    for segment in range(1, segments):
+        start = later_place + (segment - 1) * spacing
+        place = tl.where(index >= before, start + index - before, place)
+        before += tl.load(count_ptr + segment)
+    pair = tl.load(source_ptr + place, mask=index < total, other=0)
+    return tl.where(index < total, (pair >> 32).to(tl.int32), _HIDDEN), pair.to(tl.int32)
 
 
 @triton.jit
@@ -207,8 +240,8 @@ def _chosen(ordered, bound, room, equal_before, CROWDED: tl.constexpr):
 
 @triton.jit
 def select_kernel(
-    candidate_ptr,
-    position_ptr,
+    source_ptr,
+    target_ptr,
     count_in_ptr,
     count_out_ptr,
     first_ptr,
@@ -217,7 +250,8 @@ def select_kernel(
     selection_ptr,
     tokens,
     top_k,
-    capacity,
+    source_capacity,
+    target_capacity,
     dense_keys,
     group_keys,
     first_place,
@@ -235,8 +269,8 @@ def select_kernel(
 ):
     """Keeps the `K` highest of a row's candidates, in order, and stores a bound that later ones must exceed.
 
-    Candidates: with `DENSE`, the ordered keys of `group_keys` tokens, where `score_kernel` put them; else those of
-    `segments` segments: the first at `first_place`, the others at `later_place` and every `spacing` after it.
+    The source: with `DENSE` a stored round, int32, of which a group takes `group_keys` tokens; else pairs in
+    `segments` segments, the first at `first_place`, the others at `later_place` and every `spacing` after it.
     The kept ones go to `target_place` of the row, or with `FINAL` to the selection, oldest first.
 
     Grid: groups, `T`, `B`. Group `g` of a row reads and writes `g` times the size of a group further on.
@@ -245,10 +279,9 @@ def select_kernel(
     row = (batch * tokens + token).to(tl.int64)
     if tl.load(last_ptr + row) <= tl.load(first_ptr + row):
         return
-    candidate_ptr += row * capacity
-    position_ptr += row * capacity
+    source_ptr += row * source_capacity
+    target_ptr += row * target_capacity + target_place + group * top_k
     count_in_ptr += row * counts_in_per_row + group * segments
-    target = target_place + group * top_k
     newest = 0
     total = 0
     if DENSE:
@@ -265,12 +298,12 @@ def select_kernel(
     index = tl.arange(0, BLOCK)
     # The first block stays in registers; only rows with more candidates read the rest again and again.
     head, _ = _candidates(
-        candidate_ptr, index, total, count_in_ptr, first_place, later_place, spacing, segments, DENSE
+        source_ptr, index, total, count_in_ptr, first_place, later_place, spacing, segments, DENSE
     )
     visible = tl.sum((head > _HIDDEN).to(tl.int32))
     for start in range(BLOCK, total, BLOCK):
         more, _ = _candidates(
-            candidate_ptr, start + index, total, count_in_ptr, first_place, later_place, spacing, segments, DENSE
+            source_ptr, start + index, total, count_in_ptr, first_place, later_place, spacing, segments, DENSE
         )
         visible += tl.sum((more > _HIDDEN).to(tl.int32))
 
@@ -283,7 +316,7 @@ def select_kernel(
         enough = tl.sum((head >= trial).to(tl.int32))
         for start in range(BLOCK, total, BLOCK):
             more, _ = _candidates(
-                candidate_ptr, start + index, total, count_in_ptr, first_place, later_place, spacing, segments, DENSE
+                source_ptr, start + index, total, count_in_ptr, first_place, later_place, spacing, segments, DENSE
             )
             enough += tl.sum((more >= trial).to(tl.int32))
         if enough >= top_k:
@@ -299,7 +332,7 @@ def select_kernel(
         above = tl.sum((head > bound).to(tl.int32))
         for start in range(BLOCK, total, BLOCK):
             more, _ = _candidates(
-                candidate_ptr, start + index, total, count_in_ptr, first_place, later_place, spacing, segments, DENSE
+                source_ptr, start + index, total, count_in_ptr, first_place, later_place, spacing, segments, DENSE
             )
             above += tl.sum((more > bound).to(tl.int32))
         room = top_k - above
@@ -307,21 +340,22 @@ def select_kernel(
     met = 0
     written = 0
     for start in range(0, total, BLOCK):
-        ordered, place = _candidates(
-            candidate_ptr, start + index, total, count_in_ptr, first_place, later_place, spacing, segments, DENSE
+        ordered, position = _candidates(
+            source_ptr, start + index, total, count_in_ptr, first_place, later_place, spacing, segments, DENSE
         )
         if reaching > top_k:
             chosen, met = _chosen(ordered, reached, room, met, True)
         else:
             chosen, met = _chosen(ordered, reached, room, met, False)
-        position = newest - start - index if DENSE else tl.load(position_ptr + place, mask=chosen, other=0)
+        if DENSE:
+            position = newest - start - index
         rank = written + tl.cumsum(chosen.to(tl.int32), axis=0) - 1
         if FINAL:
             oldest_first = batch.to(tl.int64) * stride_ob + token.to(tl.int64) * top_k + (top_k - 1 - rank)
             tl.store(selection_ptr + oldest_first, position, mask=chosen)
         else:
-            tl.store(candidate_ptr + target + rank, ordered, mask=chosen)
-            tl.store(position_ptr + target + rank, position, mask=chosen)
+            pair = (ordered.to(tl.int64) << 32) | position.to(tl.int64)
+            tl.store(target_ptr + rank, pair, mask=chosen)
         written += tl.sum(chosen.to(tl.int32))
     if not FINAL:
         tl.store(count_out_ptr + row * counts_out_per_row + group, kept)
