@@ -16,6 +16,7 @@ def run(script: str, *arguments: str) -> None:
         runpy.run_path(str(ROOT / script), run_name="__main__")
 
 
+@pytest.mark.filterwarnings("ignore:324 tokens are more than")
 def test_attach_and_generate(tiny: str, text: str, capsys: pytest.CaptureFixture[str]) -> None:
     run("examples/attach_and_generate.py", tiny, text)
     printed = capsys.readouterr().out
