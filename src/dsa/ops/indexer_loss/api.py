@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dsa.ops import triton_support
 from dsa.ops.checks import check_attention, check_count, check_indices, check_scale, check_tensor, describe
 from dsa.ops.indexer_loss import reference
 from dsa.ops.ranges import resolve_ranges
@@ -101,7 +102,8 @@ def indexer_loss(
     visible = resolve_ranges(_OP, key_start, key_end, batch, tokens, keys, device)
     if query_mask is not None:
         visible = visible.only(query_mask.cpu())
-    resolve_impl(_OP, impl, {"reference": None})
+    gaps = triton_support.beside({"reference": None}, q, k, sink_logits, q_index, k_index, w_index)
+    chosen = resolve_impl(_OP, impl, gaps)
     inputs = reference.LossInputs(
         q=q.detach(),
         k=k.detach(),
@@ -113,4 +115,8 @@ def indexer_loss(
         visible=visible,
         kept=visible.shrink(sinks, local),
     )
+    if chosen == "triton":
+        from dsa.ops.indexer_loss import triton
+
+        return triton.indexer_loss(q_index, k_index, w_index, **vars(inputs))
     return reference.indexer_loss(q_index, k_index, w_index, inputs)
