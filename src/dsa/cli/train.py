@@ -131,9 +131,9 @@ def train(
 
     [bold]Examples[/]
 
-      dsa train default --data text/*.txt --steps 240 --seq-len 4096 --out runs/mine
+      dsa train default --data text/*.txt --steps 240 --out runs/mine
 
-      dsa train Qwen/Qwen3-0.6B --data book.txt --steps 500 --out runs/qwen --device cuda --dtype bfloat16
+      dsa train Qwen/Qwen3-0.6B --data book.txt --steps 500 --out runs/qwen
 
       dsa eval Qwen/Qwen3-0.6B --file other.txt --indexers runs/qwen
     """

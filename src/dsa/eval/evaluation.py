@@ -12,7 +12,6 @@ Four passes over the text, each as cheap as an honest figure allows:
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,8 +27,7 @@ from dsa.eval.mass import LayerMass, MassObserver
 from dsa.eval.progress import Progress, layer_progress, silent
 from dsa.eval.reading import Reading, read
 from dsa.eval.window import window_attention
-from dsa.models.attachment import AttachReport, attach, detach, is_attached, report_of
-from dsa.models.checkpoint import save_indexers
+from dsa.models.attachment import AttachReport, detach, is_attached, put_on, take_off
 from dsa.models.context import DSAContext
 from dsa.models.loading import LoadedModel, attach_indexers
 
@@ -232,14 +230,14 @@ def _attached(
         What attaching did, and where the indexers came from (`None` for untrained ones).
     """
     model = loaded.model
-    with tempfile.TemporaryDirectory() as folder:
-        before = report_of(model) if is_attached(model) else None
-        own = save_indexers(model, Path(folder) / "own.safetensors") if before is not None else None
-        try:
-            yield attach_indexers(loaded, indexers, **overrides)
-        finally:
-            if is_attached(model):
-                detach(model)
-            if before is not None:
-                attach(model, indexers=own)
-                model.dsa_attached.report = before
+    before = None
+    if is_attached(model):
+        before = take_off(model)
+        put_on(model, before)
+    try:
+        yield attach_indexers(loaded, indexers, **overrides)
+    finally:
+        if is_attached(model):
+            detach(model)
+        if before is not None:
+            put_on(model, before)

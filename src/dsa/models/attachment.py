@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from dsa.config import DSAConfig
 from dsa.models import attention as dsa_attention
-from dsa.models.attention import IMPLEMENTATION, PLAN, LayerPlan, before_attention, before_decoder
+from dsa.models.attention import IMPLEMENTATION, PLAN, WARNED, LayerPlan, before_attention, before_decoder
 from dsa.models.families import Family, decoder_of, family_of, full_attention_layers
 from dsa.modules.indexer import Indexer
 
@@ -212,9 +212,61 @@ def detach(model: PreTrainedModel) -> None:
             del module.indexer
         if hasattr(module, PLAN):
             delattr(module, PLAN)
+    vars(decoder_of(model)).pop(WARNED, None)
     saving.become_plain(model)
     model.set_attn_implementation(attached.implementation)
     delattr(model, ATTACHED)
+
+
+@dataclass(frozen=True)
+class Attachment:
+    """What `take_off` took off a model, enough to put it on again.
+
+    Args:
+        config: What the model was attached with.
+        weights: State of every indexer by layer number.
+        trained: Whether they came from a checkpoint.
+    """
+
+    config: DSAConfig
+    weights: dict[int, dict[str, torch.Tensor]]
+    trained: bool
+
+
+def take_off(model: PreTrainedModel) -> Attachment:
+    """`detach` that keeps the indexers, for `put_on`. Raises `ValueError` where nothing is attached."""
+    attached = _attached(model)
+    weights = {layer: indexer.state_dict() for layer, indexer in indexers_of(model).items()}
+    taken = Attachment(attached.config, weights, attached.report.trained)
+    detach(model)
+    return taken
+
+
+def put_on(model: PreTrainedModel, taken: Attachment, **overrides: Any) -> AttachReport:
+    """Attaches a model with the indexers that `take_off` kept.
+
+    Args:
+        model: The same model, not attached.
+        taken: What was taken off.
+        **overrides: Fields of the config to change; sizes of the indexers cannot.
+
+    Raises:
+        ValueError: A field out of range, another size, or a layer that has no indexer among those kept. The
+            model is then not attached.
+    """
+    config = taken.config.replace(**overrides)
+    for name in ("index_heads", "index_head_dim", "rope_dim"):
+        if getattr(config, name) != getattr(taken.config, name):
+            raise ValueError(f"{name} is {getattr(taken.config, name)} in these indexers, got {getattr(config, name)}")
+    full = full_attention_layers(model.config)
+    wanted = [layer for layer, whole in enumerate(full) if whole and config.has_indexer(layer)]
+    missing = [layer for layer in wanted if layer not in taken.weights]
+    if missing:
+        raise ValueError(f"layer {missing[0]} had no indexer, so it cannot become sparse without training; leave it")
+    report = install(model, config, family=family_of(model), trained=taken.trained)
+    for layer, indexer in indexers_of(model).items():
+        indexer.load_state_dict(taken.weights[layer])
+    return report
 
 
 def is_attached(model: nn.Module) -> bool:

@@ -7,7 +7,6 @@ takes transformers about 20 s, so it is read once and kept as safetensors in a c
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -109,20 +108,19 @@ def attach_indexers(
         ValueError: `dsa.attach` refuses the model, the indexers or the configuration.
         OSError: The indexers cannot be read.
     """
-    from dsa.models import attach, detach, is_attached, report_of, save_indexers
+    from dsa.models.attachment import attach, detach, is_attached, put_on, report_of, take_off
 
     model = loaded.model
     if is_attached(model) and indexers is None:
-        before = report_of(model)
-        if not overrides:
-            return before, loaded.name if before.trained else None
-        with tempfile.TemporaryDirectory() as folder:
-            own = save_indexers(model, Path(folder) / "own.safetensors")
-            detach(model)
-            report = attach(model, indexers=own, **overrides)
-        report = dataclasses.replace(report, trained=before.trained)
-        model.dsa_attached.report = report
-        return report, loaded.name if before.trained else None
+        report = report_of(model)
+        if overrides:
+            own = take_off(model)
+            try:
+                report = put_on(model, own, **overrides)
+            except ValueError:
+                put_on(model, own)
+                raise
+        return report, loaded.name if report.trained else None
     if is_attached(model):
         detach(model)
     source = DEFAULT_MODEL if indexers is None and loaded.is_default else indexers
