@@ -15,7 +15,7 @@ from transformers import (
 
 import dsa
 from dsa import DSAConfig, LayerConfig
-from dsa.models.attachment import indexers_of
+from dsa.models.attachment import indexers_of, put_on, take_off
 from dsa.testing.tiny_models import TINY_CONFIG, tiny_model, tiny_tokens
 
 
@@ -203,3 +203,22 @@ def test_config_survives_json() -> None:
 
     config = DSAConfig(top_k=512, layers={3: LayerConfig(dense=True), 5: LayerConfig(share=4)})
     assert DSAConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_taken_off_and_put_on_again(model: torch.nn.Module) -> None:
+    dsa.attach(model, TINY_CONFIG)
+    tokens = tiny_tokens(1, 40)
+    before = model(tokens).logits
+    taken = take_off(model)
+    assert not dsa.is_attached(model)
+    report = put_on(model, taken)
+    assert not report.trained
+    assert torch.equal(model(tokens).logits, before)
+    taken = take_off(model)
+    assert put_on(model, taken, top_k=12, layers={1: {"dense": True}}).config.top_k == 12
+    taken = take_off(model)
+    with pytest.raises(ValueError, match="layer 1 had no indexer"):
+        put_on(model, taken, layers={})
+    with pytest.raises(ValueError, match="index_heads is 2 in these indexers, got 3"):
+        put_on(model, taken, index_heads=3)
+    assert not dsa.is_attached(model)
