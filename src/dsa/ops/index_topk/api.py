@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dsa.ops import triton_support
 from dsa.ops.blocks import full_precision
 from dsa.ops.checks import check_count, check_scale, check_tensor, describe
 from dsa.ops.index_topk import reference
@@ -13,6 +14,8 @@ from dsa.ops.ranges import resolve_ranges
 from dsa.ops.types import Impl, resolve_impl
 
 _OP = "index_topk"
+
+_TRITON_LARGEST_DIM = 256
 
 
 def index_topk(
@@ -81,6 +84,12 @@ def index_topk(
         )
     scale = check_scale(_OP, "scale", scale, head_dim**-0.5)
     ranges = resolve_ranges(_OP, key_start, key_end, batch, tokens, k.shape[1], q.device)
-    resolve_impl(_OP, impl, {"reference": None})
+    gaps = triton_support.beside({"reference": None}, q, w, k if isinstance(k, Tensor) else None)
+    if gaps["triton"] is None and head_dim > _TRITON_LARGEST_DIM:
+        gaps["triton"] = f"the kernels take index heads of at most {_TRITON_LARGEST_DIM} dims, got {head_dim}"
     with torch.no_grad(), full_precision(q.device):
+        if resolve_impl(_OP, impl, gaps) == "triton":
+            from dsa.ops.index_topk import triton
+
+            return triton.index_topk(q, k, w, top_k, scale=scale, sinks=sinks, local=local, ranges=ranges)
         return reference.index_topk(q, k, w, top_k, scale=scale, sinks=sinks, local=local, ranges=ranges)

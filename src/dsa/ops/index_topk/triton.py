@@ -40,9 +40,6 @@ from dsa.ops.quantize.types import QuantizedKeys
 from dsa.ops.ranges import VisibleRanges
 from dsa.ops.triton_support import Config
 
-LARGEST_DIM = 256
-"""Of an index head; also keeps the int8 dot products below 2**23, which the kernel relies on."""
-
 _CANDIDATE_BYTES = 288 << 20
 _BYTES_PER_CANDIDATE = 8
 _KEY_MULTIPLE = 256
@@ -71,13 +68,6 @@ class Limits:
     candidates: int = _CANDIDATE_BYTES // _BYTES_PER_CANDIDATE
     block: int = 8192
     segments: int = 48
-
-
-def gap(q: Tensor, k: Tensor | QuantizedKeys, w: Tensor) -> str | None:
-    """Why this implementation cannot run this input, or `None`."""
-    if q.shape[-1] > LARGEST_DIM:
-        return f"index heads of {q.shape[-1]} dims, and the kernels take at most {LARGEST_DIM}"
-    return None
 
 
 def index_topk(
@@ -332,7 +322,7 @@ def _score_configs(operands: _Operands, tokens: int) -> list[Config]:
     if rows == 64:
         # Three programs on a processor hide each other's waiting; the registers that this takes away are missed
         # outside the loop over heads only.
-        configs = [_config(64, 128, 4, 3) | {"maxnreg": 168}, *configs, _config(128, 128, 8, 3)]
+        configs = [_config(64, 128, 4, 3) | {"maxnreg": 168}, *configs, _config(128, 128, 8, 3), _config(64, 64, 4, 3)]
     row_bytes = triton.next_power_of_2(operands.query.shape[-1]) * operands.query.element_size()
 
     def shared_bytes(config: Config) -> int:

@@ -170,11 +170,11 @@ def score_kernel(
         position = highest - 1 - distance - column
         exists = position >= lowest
         k_offsets = (position.to(tl.int64) * stride_ks)[:, None] + (dim * stride_kd)[None, :]
-        key = tl.load(k_base + k_offsets, mask=exists[:, None] & (dim < DIM)[None, :], other=0)
+        key = tl.load(k_base + k_offsets, mask=exists[:, None] & (dim < DIM)[None, :], other=0.0)
         key = tl.trans(_as_operand(key, KIND))
         score = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for head in tl.range(HEADS, num_stages=STAGES):
-            query = tl.load(q_base + head * stride_qh + q_offsets, mask=q_mask, other=0)
+            query = tl.load(q_base + head * stride_qh + q_offsets, mask=q_mask, other=0.0)
             coefficient = tl.load(coefficient_ptrs + head * tokens, mask=present, other=0.0)
             score += _relu_products(_as_operand(query, KIND), key, KIND) * coefficient[:, None]
         if SCALED:
@@ -211,18 +211,22 @@ def _candidates(
 ):
     """Ordered keys and positions of the candidates number `index`, of segment 0, then of the next, ...
 
-    Of a dense round the position is not stored: 0.
+    A dense round stores no positions: 0.
     """
     place = first_place + index
     if DENSE:
-        return tl.load(source_ptr + place, mask=index < total, other=_HIDDEN), 0
-    before = tl.load(count_ptr)
-    for segment in range(1, segments):
-        start = later_place + (segment - 1) * spacing
-        place = tl.where(index >= before, start + index - before, place)
-        before += tl.load(count_ptr + segment)
-    pair = tl.load(source_ptr + place, mask=index < total, other=0)
-    return tl.where(index < total, (pair >> 32).to(tl.int32), _HIDDEN), pair.to(tl.int32)
+        ordered = tl.load(source_ptr + place, mask=index < total, other=_HIDDEN)
+        position = tl.zeros_like(index)
+    else:
+        before = tl.load(count_ptr)
+        for segment in range(1, segments):
+            start = later_place + (segment - 1) * spacing
+            place = tl.where(index >= before, start + index - before, place)
+            before += tl.load(count_ptr + segment)
+        pair = tl.load(source_ptr + place, mask=index < total, other=0)
+        ordered = tl.where(index < total, (pair >> 32).to(tl.int32), _HIDDEN)
+        position = pair.to(tl.int32)
+    return ordered, position
 
 
 @triton.jit

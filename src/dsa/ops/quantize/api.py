@@ -7,23 +7,37 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from dsa.ops import triton_support
 from dsa.ops.blocks import full_precision
 from dsa.ops.checks import check_tensor
 from dsa.ops.quantize import reference
 from dsa.ops.quantize.types import QuantizedKeys
+from dsa.ops.types import Impl, resolve_impl
 
 
-def quantize_index_keys(k: Tensor, dtype: Literal["int8", "fp8"] = "int8") -> QuantizedKeys:
+def quantize_index_keys(
+    k: Tensor,
+    dtype: Literal["int8", "fp8"] = "int8",
+    *,
+    out: QuantizedKeys | None = None,
+    impl: Impl = "auto",
+) -> QuantizedKeys:
     """Rotates index keys, where `Di` is a power of two, and rounds them to eight bits with one scale a token.
 
     Args:
         k: Index keys `[B, S, Di]`; converted to fp32 first. No gradient passes.
         dtype: `"int8"`: `scale = max|k| / 127`, round half to even. `"fp8"`: e4m3, `scale = max|k| / 448`.
             A zero row has scale 1. A row with NaN or infinity has scale NaN and zeros as data.
+        out: Where to write in place of new tensors: the next tokens of a preallocated cache, `cache[:, a:b]`.
+        impl: Which implementation runs; an explicit choice never falls back. All give the same bytes.
+
+    Returns:
+        The keys: `out`, where given.
 
     Raises:
         TypeError: `k` is not a floating-point tensor.
-        ValueError: `k` is not `[B, S, Di]`, `Di` is 0, or an unknown dtype.
+        ValueError: `k` is not `[B, S, Di]`, `Di` is 0, an unknown dtype, or `out` of another shape, dtype or device.
+        NotImplementedError: The implementation asked for cannot run this input.
     """
     op = "quantize_index_keys"
     check_tensor(op, "k", k, "[B, S, Di]", (None, None, None))
@@ -31,8 +45,22 @@ def quantize_index_keys(k: Tensor, dtype: Literal["int8", "fp8"] = "int8") -> Qu
         raise ValueError(f"{op}: k must have at least one dim per key, got {list(k.shape)}")
     if dtype not in ("int8", "fp8"):
         raise ValueError(f"{op}: dtype must be 'int8' or 'fp8', got {dtype!r}")
+    if out is not None and (out.shape, out.dtype, out.device) != (k.shape, dtype, k.device):
+        raise ValueError(
+            f"{op}: out must be {dtype} {list(k.shape)} on {k.device} like the keys, "
+            f"got {out.dtype} {list(out.shape)} on {out.device}; slice it"
+        )
+    if resolve_impl(op, impl, triton_support.beside({"reference": None}, k)) == "triton":
+        from dsa.ops.quantize import triton
+
+        return triton.quantize_keys(k, dtype, out)
     with torch.no_grad(), full_precision(k.device):
-        return reference.quantize_keys_int8(k) if dtype == "int8" else reference.quantize_keys_fp8(k)
+        keys = reference.quantize_keys_int8(k) if dtype == "int8" else reference.quantize_keys_fp8(k)
+    if out is None:
+        return keys
+    out.data.copy_(keys.data)
+    out.scale.copy_(keys.scale)
+    return out
 
 
 def quantize_index_queries(q: Tensor) -> tuple[Tensor, Tensor]:

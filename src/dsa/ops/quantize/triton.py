@@ -9,6 +9,8 @@ Shapes: `B` batch, `T` query tokens, `S` key tokens, `Hi`/`Di` index heads / ind
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 import triton
 import triton.language as tl
@@ -69,6 +71,7 @@ def _quantize_kernel(
     stride_da,
     stride_db,
     stride_dc,
+    stride_dd,
     stride_sa,
     stride_sb,
     stride_sc,
@@ -104,7 +107,7 @@ def _quantize_kernel(
     level = tl.minimum(tl.maximum(level, -levels), levels)
     scale = tl.where(broken, float("nan"), scale)
 
-    target = (a * stride_da + b * stride_db + c * stride_dc)[:, None] + dim[None, :]
+    target = (a * stride_da + b * stride_db + c * stride_dc)[:, None] + (dim * stride_dd)[None, :]
     if FP8:
         tl.store(data_ptr + target, encode_e4m3(level), mask=inside)
     else:
@@ -124,8 +127,7 @@ def quantize_keys(k: Tensor, dtype: str, out: QuantizedKeys | None = None) -> Qu
     Args:
         k: Any floating dtype up to fp32, any strides.
         dtype: `"int8"` or `"fp8"`.
-        out: Where to write, such as the next tokens of a preallocated cache; must be of this shape and dtype,
-            with a last stride of 1. `None` allocates.
+        out: Where to write, of this shape and dtype, such as the next tokens of a cache. `None` allocates.
     """
     batch, tokens, dim = k.shape
     if out is None:
@@ -134,10 +136,8 @@ def quantize_keys(k: Tensor, dtype: str, out: QuantizedKeys | None = None) -> Qu
             torch.empty(batch, tokens, dim, dtype=data_dtype, device=k.device),
             torch.empty(batch, tokens, dtype=torch.float32, device=k.device),
         )
-    assert (out.dtype, out.shape, out.data.stride(-1)) == (dtype, k.shape, 1)
-    data = out.data.unsqueeze(2)
-    scale = out.scale.unsqueeze(2)
-    _launch(k.unsqueeze(2), None, data, scale, _FP8_LARGEST if dtype == "fp8" else _KEY_LEVELS, 1.0)
+    levels = _FP8_LARGEST if dtype == "fp8" else _KEY_LEVELS
+    _launch(k.unsqueeze(2), None, out.data.unsqueeze(2), out.scale.unsqueeze(2), levels, 1.0)
     return out
 
 
@@ -171,26 +171,10 @@ def _launch(x: Tensor, weight: Tensor | None, data: Tensor, scale: Tensor, level
     fp8 = data.dtype in (torch.uint8, torch.float8_e4m3fn)
     rotate = dim & (dim - 1) == 0
     weights = scale if weight is None else weight
-    _quantize_kernel[(triton.cdiv(rows, _ROWS_PER_PROGRAM),)](
-        x,
-        weights,
-        data.view(torch.uint8) if fp8 else data,
-        scale,
-        scale,
-        rows,
-        *x.shape[1:3],
-        *x.stride(),
-        *weights.stride(),
-        *data.stride()[:3],
-        *scale.stride(),
-        dim**-0.5,
-        levels,
-        factor,
-        DIM=dim,
-        BLOCK_D=triton.next_power_of_2(dim),
-        BLOCK_ROWS=_ROWS_PER_PROGRAM,
-        ROTATE=rotate,
-        FP8=fp8,
-        WEIGHTED=weight is not None,
-        num_warps=4,
-    )
+    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+        _quantize_kernel[(triton.cdiv(rows, _ROWS_PER_PROGRAM),)](
+            x, weights, data.view(torch.uint8) if fp8 else data, scale, scale, rows, *x.shape[1:3],
+            *x.stride(), *weights.stride(), *data.stride(), *scale.stride(), dim**-0.5, levels, factor,
+            DIM=dim, BLOCK_D=triton.next_power_of_2(dim), BLOCK_ROWS=_ROWS_PER_PROGRAM,
+            ROTATE=rotate, FP8=fp8, WEIGHTED=weight is not None, num_warps=4,
+        )  # fmt: skip
