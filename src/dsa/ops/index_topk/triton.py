@@ -93,7 +93,9 @@ def index_topk(
             ranges.start, ranges.end, selection, top_k, *ranges.start.stride(), *ranges.end.stride(), tokens * top_k,
             BLOCK=min(1024, triton.next_power_of_2(top_k)),
         )  # fmt: skip
-        for rows in _chunks(batch, tokens, limits.rows):
+        # Twice 2 K for the first round and the kept, at the least; so places fit 32 bits whatever K.
+        most = max(1, min(limits.rows, limits.candidates // (4 * top_k)))
+        for rows in _chunks(batch, tokens, most):
             if (ranges.host_end[rows] - ranges.host_start[rows] > top_k).any():
                 operands = _operands(q[rows], k[rows[0]], w[rows], scale)
                 _Chunk(operands, top_k, sinks, local, ranges, rows, limits).select(selection[rows])
@@ -132,6 +134,9 @@ def _operands(q: Tensor, k: Tensor | QuantizedKeys, w: Tensor, scale: float) -> 
     narrow = q.dtype == k.dtype and q.dtype.itemsize == 2
     # The interpreter cannot multiply bf16; widened, the products are the same.
     kind = "half" if narrow and not (triton_support.interpreted() and q.dtype == torch.bfloat16) else "fp32"
+    if q.stride(2) * q.shape[2] >= 1 << 31:
+        # The kernel steps from head to head in 32 bits.
+        q = q.contiguous()
     return _Operands(kind, q, k, (w.float() * scale).transpose(1, 2).contiguous(), None)
 
 
@@ -229,9 +234,11 @@ class _Chunk:
         seen = first_round
         blocks = self._batch * triton.cdiv(self._tokens, config["BLOCK_M"])
         segments = max(1, min(_programs(self._device, config) // blocks, limits.segments, longest // _KEY_MULTIPLE))
+        # Rounds that the segments share evenly.
+        longest -= longest % (segments * _KEY_MULTIPLE)
         while seen < extent:
-            # As many keys as have been seen: they hold about K that exceed the bound, if age says nothing.
-            end = min(seen + min(seen, longest), _round_up(extent))
+            # Twice as many keys as have been seen: about 2 K of them exceed the bound, if age says nothing.
+            end = min(seen + min(2 * seen, longest), _round_up(extent))
             segment_keys = _round_up(triton.cdiv(end - seen, segments))
             arriving = self._empty(1 + segments)
             arriving[:, 0] = counts[:, 0]
@@ -318,12 +325,13 @@ def _score_configs(operands: _Operands, tokens: int) -> list[Config]:
         return [_config(16, 128, 4, 1)]
     if operands.kind == "fp32":
         return [_config(min(rows, 32), 64, 4, 2)]
+    row_bytes = triton.next_power_of_2(operands.query.shape[-1]) * operands.query.element_size()
     configs = [_config(rows, 128, 4, 3)]
     if rows == 64:
-        # Three programs on a processor hide each other's waiting; the registers that this takes away are missed
-        # outside the loop over heads only.
-        configs = [_config(64, 128, 4, 3) | {"maxnreg": 168}, *configs, _config(128, 128, 8, 3), _config(64, 64, 4, 3)]
-    row_bytes = triton.next_power_of_2(operands.query.shape[-1]) * operands.query.element_size()
+        configs += [_config(128, 128, 8, 3), _config(64, 64, 4, 3)]
+        # Three programs on a processor hide each other's waiting, if their tiles fit; the registers that this takes
+        # away are missed outside the loop over heads only.
+        configs.insert(0 if row_bytes <= 128 else 1, configs[0] | {"maxnreg": 168})
 
     def shared_bytes(config: Config) -> int:
         keys, queries = config["BLOCK_N"], config["BLOCK_M"] * (config["num_stages"] - 1)
