@@ -211,13 +211,7 @@ class _Chunk:
         self._dense = self._candidates.view(torch.int32)
         best, spare = longest, longest + groups * top_k
 
-        config = triton_support.choose(
-            "index_topk",
-            (self._operands.kind, *self._operands.query.shape[2:], configs[0]["BLOCK_M"]),
-            configs,
-            self._device,
-            lambda config: self._score(config, 0, first_round),
-        )
+        config = self._choose(configs, first_round)
         extent = self._extent(config["BLOCK_M"])
         self._score(config, 0, first_round)
         counts = self._empty(_round_up(groups, fan_in)).zero_()
@@ -250,6 +244,13 @@ class _Chunk:
 
     def _empty(self, columns: int, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.empty(self._rows, columns, dtype=dtype, device=self._device)
+
+    def _choose(self, configs: list[Config], keys: int) -> Config:
+        """The tile to use; where that is decided by time, of a first round of so many keys."""
+        shape = (self._operands.kind, *self._operands.query.shape[2:], configs[0]["BLOCK_M"])
+        return triton_support.choose(
+            "index_topk", shape, configs, self._device, lambda config: self._score(config, 0, keys)
+        )
 
     def _extent(self, block_m: int) -> int:
         """The most keys that any block of queries has to go through."""
