@@ -19,14 +19,16 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/pip
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(PIP) --editable '.[gguf,dev]'
+	$(PIP) --editable '.[gguf,dev,triton]'
 	@touch $@
 
 demo: install
 	$(BIN)/dsa demo
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --ignore tests/ops/triton
+	@# The interpreter of Triton has to be chosen before anything imports triton: a process of its own.
+	if $(BIN)/python -c 'import triton' 2>/dev/null; then $(BIN)/python -m pytest tests/ops/triton; fi
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
