@@ -40,10 +40,13 @@ from dsa.ops.quantize.types import QuantizedKeys
 from dsa.ops.ranges import VisibleRanges
 from dsa.ops.triton_support import Config
 
-_CANDIDATE_BYTES = 288 << 20
+_CANDIDATE_BYTES = 384 << 20
 _BYTES_PER_CANDIDATE = 8
 _KEY_MULTIPLE = 256
 """Rounds and segments are multiples of this, and so of every tile's width."""
+
+_SELECT_REGISTERS = {8: 80, 16: 64}
+"""By warps: `select_kernel` waits more than it computes, so several programs share a processor at a few spills."""
 
 _INTERPRETER_PROCESSORS = 4
 _BEYOND = 1 << 62
@@ -151,6 +154,7 @@ class _Source(NamedTuple):
         spacing: Places between two segments after the first.
         group_keys: Places between two groups.
         dense_keys: Number of keys of a dense round.
+        expected: How many candidates a group probably has; more only take longer.
     """
 
     counts: Tensor | None
@@ -160,6 +164,7 @@ class _Source(NamedTuple):
     spacing: int
     group_keys: int
     dense_keys: int
+    expected: int
 
 
 class _Chunk:
@@ -215,12 +220,12 @@ class _Chunk:
         extent = self._extent(config["BLOCK_M"])
         self._score(config, 0, first_round)
         counts = self._empty(_round_up(groups, fan_in)).zero_()
-        source = _Source(None, 1, 0, 0, 0, group_keys, first_round)
+        source = _Source(None, 1, 0, 0, 0, group_keys, first_round, min(group_keys, first_round))
         last = first_round >= extent
         self._keep(source, config, groups, best, counts, selection if last and groups == 1 else None)
         while groups > 1:
             groups = triton.cdiv(groups, fan_in)
-            source = _Source(counts, fan_in, best, best + top_k, top_k, fan_in * top_k, 0)
+            source = _Source(counts, fan_in, best, best + top_k, top_k, fan_in * top_k, 0, fan_in * top_k)
             counts = self._empty(_round_up(groups, fan_in)).zero_()
             self._keep(source, config, groups, spare, counts, selection if last and groups == 1 else None)
             best, spare = spare, best
@@ -231,13 +236,14 @@ class _Chunk:
         # Rounds that the segments share evenly.
         longest -= longest % (segments * _KEY_MULTIPLE)
         while seen < extent:
-            # Twice as many keys as have been seen: about 2 K of them exceed the bound, if age says nothing.
+            # If age says nothing, K / seen of the new keys exceed the bound.
             end = min(seen + min(2 * seen, longest), _round_up(extent))
+            expected = top_k + 5 * top_k * (end - seen) // (4 * seen)
             segment_keys = _round_up(triton.cdiv(end - seen, segments))
             arriving = self._empty(1 + segments)
             arriving[:, 0] = counts[:, 0]
             self._score(config, seen, end, segment_keys, arriving)
-            source = _Source(arriving, 1 + segments, best, 0, segment_keys, 0, 0)
+            source = _Source(arriving, 1 + segments, best, 0, segment_keys, 0, 0, expected)
             self._keep(source, config, 1, spare, counts, selection if end >= extent else None)
             best, spare = spare, best
             seen = end
@@ -293,7 +299,8 @@ class _Chunk:
         dense = source.counts is None
         counts_in = counts if dense else source.counts
         final = selection is not None
-        block = min(self._limits.block, triton.next_power_of_2(max(16, 4 * self._top_k)))
+        block = min(self._limits.block, triton.next_power_of_2(max(16, source.expected)))
+        warps = max(1, min(16, block // 512))
         select_kernel[(groups, self._tokens, self._batch)](
             self._dense if dense else self._candidates, self._candidates, counts_in, counts,
             self._first, self._last, self._bound, selection if final else self._bound,
@@ -301,7 +308,7 @@ class _Chunk:
             source.dense_keys, source.group_keys, source.first, source.later, source.spacing, source.segments, target,
             counts_in.shape[1], counts.shape[1], selection.stride(0) if final else 0,
             DENSE=dense, FINAL=final, BLOCK=block, BLOCK_M=config["BLOCK_M"],
-            num_warps=max(1, min(16, block // 512)),
+            num_warps=warps, maxnreg=_SELECT_REGISTERS.get(warps),
         )  # fmt: skip
 
 

@@ -230,16 +230,28 @@ def _candidates(
 
 
 @triton.jit
-def _chosen(ordered, bound, room, equal_before, CROWDED: tl.constexpr):
-    """Which candidates of one block belong to the selection, and the number of those equal to the bound.
+def _keep(
+    target_ptr, selection_ptr, ordered, position, bound, crowded, room, met, written, top_k, FINAL: tl.constexpr
+):
+    """Stores the chosen ones of a block of candidates: those above the bound and, in order, those equal to it.
 
-    With `CROWDED`, `room` of those equal to the bound are chosen, in order, of which `equal_before` have been met.
+    Where equal ones are too many (`crowded`), only `room` of them are chosen, of which `met` have been met before.
+
+    Returns:
+        `met` and `written`, counted on.
     """
-    if CROWDED:
+    chosen = ordered >= bound
+    if crowded:
         equal = (ordered == bound).to(tl.int32)
-        chosen = (ordered > bound) | ((equal > 0) & (equal_before + tl.cumsum(equal, axis=0) <= room))
-        return chosen, equal_before + tl.sum(equal)
-    return ordered >= bound, equal_before
+        chosen = chosen & ((equal == 0) | (met + tl.cumsum(equal, axis=0) <= room))
+        met += tl.sum(equal)
+    rank = written + tl.cumsum(chosen.to(tl.int32), axis=0) - 1
+    if FINAL:
+        tl.store(selection_ptr + (top_k - 1 - rank), position, mask=chosen)
+    else:
+        pair = (ordered.to(tl.int64) << 32) | position.to(tl.int64)
+        tl.store(target_ptr + rank, pair, mask=chosen)
+    return met, written + tl.sum(chosen.to(tl.int32))
 
 
 @triton.jit
@@ -285,11 +297,12 @@ def select_kernel(
         return
     source_ptr += row * source_capacity
     target_ptr += row * target_capacity + target_place + group * top_k
+    selection_ptr += batch.to(tl.int64) * stride_ob + token.to(tl.int64) * top_k
     count_in_ptr += row * counts_in_per_row + group * segments
     newest = 0
     total = 0
     if DENSE:
-        _, _, lowest, highest = _block_extent(first_ptr, last_ptr, batch, token // BLOCK_M, tokens, BLOCK_M)
+        _starts, _ends, lowest, highest = _block_extent(first_ptr, last_ptr, batch, token // BLOCK_M, tokens, BLOCK_M)
         first_place = group * group_keys
         newest = highest - 1 - first_place
         total = tl.minimum(group_keys, tl.minimum(dense_keys, highest - lowest) - first_place)
@@ -301,7 +314,7 @@ def select_kernel(
 
     index = tl.arange(0, BLOCK)
     # The first block stays in registers; only rows with more candidates read the rest again and again.
-    head, _ = _candidates(
+    head, head_position = _candidates(
         source_ptr, index, total, count_in_ptr, first_place, later_place, spacing, segments, DENSE
     )
     visible = tl.sum((head > _HIDDEN).to(tl.int32))
@@ -328,11 +341,11 @@ def select_kernel(
             reaching = enough
         bit -= 1
 
-    kept = tl.minimum(reaching, top_k)
     # With K candidates or fewer all that are visible stay; a bound that K reach is known only once there are more.
-    reached = tl.maximum(bound, _HIDDEN + 1)
+    lowest_kept = tl.maximum(bound, _HIDDEN + 1)
+    crowded = reaching > top_k
     room = 0
-    if reaching > top_k:
+    if crowded:
         above = tl.sum((head > bound).to(tl.int32))
         for start in range(BLOCK, total, BLOCK):
             more, _ = _candidates(
@@ -341,28 +354,23 @@ def select_kernel(
             above += tl.sum((more > bound).to(tl.int32))
         room = top_k - above
 
-    met = 0
-    written = 0
-    for start in range(0, total, BLOCK):
-        ordered, position = _candidates(
+    if DENSE:
+        head_position = newest - index
+    none = tl.full((), 0, tl.int32)
+    met, written = _keep(
+        target_ptr, selection_ptr, head, head_position, lowest_kept, crowded, room, none, none, top_k, FINAL
+    )
+    for start in range(BLOCK, total, BLOCK):
+        more, position = _candidates(
             source_ptr, start + index, total, count_in_ptr, first_place, later_place, spacing, segments, DENSE
         )
-        if reaching > top_k:
-            chosen, met = _chosen(ordered, reached, room, met, True)
-        else:
-            chosen, met = _chosen(ordered, reached, room, met, False)
         if DENSE:
             position = newest - start - index
-        rank = written + tl.cumsum(chosen.to(tl.int32), axis=0) - 1
-        if FINAL:
-            oldest_first = batch.to(tl.int64) * stride_ob + token.to(tl.int64) * top_k + (top_k - 1 - rank)
-            tl.store(selection_ptr + oldest_first, position, mask=chosen)
-        else:
-            pair = (ordered.to(tl.int64) << 32) | position.to(tl.int64)
-            tl.store(target_ptr + rank, pair, mask=chosen)
-        written += tl.sum(chosen.to(tl.int32))
+        met, written = _keep(
+            target_ptr, selection_ptr, more, position, lowest_kept, crowded, room, met, written, top_k, FINAL
+        )
     if not FINAL:
-        tl.store(count_out_ptr + row * counts_out_per_row + group, kept)
+        tl.store(count_out_ptr + row * counts_out_per_row + group, written)
         tl.store(bound_ptr + row, bound)
 
 
