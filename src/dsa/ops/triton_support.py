@@ -13,6 +13,7 @@ import os
 import statistics
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ LOWEST_CAPABILITY = (8, 0)
 
 SHARED_MEMORY = {(8, 0): 163, (8, 6): 99, (8, 7): 163, (8, 9): 99, (9, 0): 227, (10, 0): 227, (12, 0): 99}
 """KiB that one block may use, by compute capability (CUDA C++ programming guide); 99 is the least of all."""
+
+Result = TypeVar("Result")
 
 Config = dict[str, int]
 """Constants of a kernel and its `num_warps` and `num_stages`."""
@@ -34,16 +37,16 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
-def capability(device: torch.device) -> tuple[int, int]:
+def capability(index: int) -> tuple[int, int]:
     """Compute capability of a CUDA device."""
     # Not through a cache and not through get_device_capability: torch.compile folds this call alone into a constant.
-    properties = torch.cuda.get_device_properties(device.index or 0)
+    properties = torch.cuda.get_device_properties(index)
     return properties.major, properties.minor
 
 
-def processors(device: torch.device) -> int:
+def processors(index: int) -> int:
     """Number of multiprocessors of a CUDA device."""
-    return torch.cuda.get_device_properties(device.index or 0).multi_processor_count
+    return torch.cuda.get_device_properties(index).multi_processor_count
 
 
 def gap(*tensors: Tensor | None) -> str | None:
@@ -63,8 +66,8 @@ def gap(*tensors: Tensor | None) -> str | None:
         return f"the kernels need an NVIDIA GPU, and the tensors are on {device}"
     elif torch.version.hip is not None:
         return "the kernels were written for NVIDIA GPUs"
-    elif capability(device) < LOWEST_CAPABILITY:
-        major, minor = capability(device)
+    elif capability(device.index or 0) < LOWEST_CAPABILITY:
+        major, minor = capability(device.index or 0)
         return f"the GPU has compute capability {major}.{minor} and the kernels need 8.0"
     for tensor in present:
         if tensor.dtype == torch.float64:
@@ -93,7 +96,7 @@ def shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that one block may use; unlimited under the interpreter."""
     if device.type != "cuda":
         return 1 << 62
-    return SHARED_MEMORY.get(capability(device), 99) << 10
+    return SHARED_MEMORY.get(capability(device.index or 0), 99) << 10
 
 
 def fitting(configs: Sequence[Config], bytes_of: Callable[[Config], int], device: torch.device) -> list[Config]:
@@ -205,3 +208,26 @@ def choose(
         return configs[0]
     with torch.cuda.device(device):
         return _choices(device.index or 0).choose(f"{kernel} {shape}", configs, launch)
+
+
+def launch_chosen(
+    kernel: str, shape: Hashable, configs: Sequence[Config], device: torch.device, launch: Callable[[Config], Result]
+) -> Result:
+    """Runs the chosen configuration; where the device turns out too small for it, the next candidate that fits.
+
+    The estimates behind `fitting` cannot know every layout a compiler picks. Arguments as for `choose`.
+
+    Raises:
+        NotImplementedError: No candidate fits.
+    """
+    from triton.runtime.errors import OutOfResources
+
+    chosen = choose(kernel, shape, configs, device, launch)
+    for config in (chosen, *(config for config in configs if config != chosen)):
+        try:
+            return launch(config)
+        except OutOfResources as error:
+            reason = error
+    raise NotImplementedError(
+        f"{kernel}: no tile fits this GPU for the shape {shape} ({reason}); use 16-bit inputs or impl='reference'"
+    )

@@ -122,11 +122,17 @@ def zero_parts(ROWS: tl.constexpr, WIDTHS: tl.constexpr):
 
 
 @triton.jit
-def dot_rows(a, b, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr):
-    """`a @ b^T` over the first `PARTS` parts: fp32 `[ROWS, COLUMNS]`."""
-    product = tl.full([ROWS, COLUMNS], 0.0, tl.float32)
-    for i in tl.static_range(PARTS):
-        product = dot(a[i], tl.trans(b[i]), product, PRECISION)
+def dot_rows(
+    a, b, factor, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr
+):
+    """`factor * a @ b^T` over the first `PARTS` parts: fp32 `[ROWS, COLUMNS]`.
+
+    The parts' products are scaled one by one and then added. One accumulator handed from product to product would make
+    the compiler give each warp whole rows, so that on SM90 two warp groups compute the same 64 rows twice.
+    """
+    product = dot(a[0], tl.trans(b[0]), tl.full([ROWS, COLUMNS], 0.0, tl.float32), PRECISION) * factor
+    for i in tl.static_range(1, PARTS):
+        product += dot(a[i], tl.trans(b[i]), tl.full([ROWS, COLUMNS], 0.0, tl.float32), PRECISION) * factor
     return product
 
 

@@ -22,16 +22,16 @@ from torch.autograd.function import once_differentiable
 from dsa.ops.indexer_loss.triton_dense import attention_totals, divergence, index_totals
 from dsa.ops.indexer_loss.triton_selected import selected_divergence, selected_totals
 from dsa.ops.ranges import VisibleRanges
-from dsa.ops.triton_support import Config, choose, fitting, processors
+from dsa.ops.triton_support import Config, fitting, launch_chosen, processors
 from dsa.ops.triton_tiles import TILE_DTYPES, padded_width, precision, product_dtype, split_width
 
 SCRATCH_BYTES = 128 << 20
 """What the fp32 gradients of the index queries may take before they are rounded; queries go in turns beyond that."""
 
 _DENSE = (
-    {"BLOCK_ROWS": 128, "BLOCK_KEYS": 64, "STAGES": 3, "num_warps": 8},
-    {"BLOCK_ROWS": 128, "BLOCK_KEYS": 128, "STAGES": 2, "num_warps": 8},
-    {"BLOCK_ROWS": 64, "BLOCK_KEYS": 64, "STAGES": 3, "num_warps": 4},
+    {"BLOCK_ROWS": 128, "BLOCK_KEYS": 64, "STAGES": 2, "num_warps": 8},
+    {"BLOCK_ROWS": 64, "BLOCK_KEYS": 64, "STAGES": 3, "num_warps": 8},
+    {"BLOCK_ROWS": 64, "BLOCK_KEYS": 64, "STAGES": 2, "num_warps": 8},
     {"BLOCK_ROWS": 64, "BLOCK_KEYS": 32, "STAGES": 2, "num_warps": 4},
     {"BLOCK_ROWS": 32, "BLOCK_KEYS": 32, "STAGES": 2, "num_warps": 4},
     {"BLOCK_ROWS": 16, "BLOCK_KEYS": 16, "STAGES": 1, "num_warps": 4},
@@ -117,16 +117,11 @@ def loss_and_gradients(
     def launch(config: Config) -> Tensor:
         return run(q_index, k_index, w_index, constants, grads, config)
 
-    if config is None:
-        config = choose(
-            f"indexer_loss {'dense' if dense else 'selected'}",
-            (*q_index.shape[2:], *constants.q.shape[2:], constants.k.shape[2], constants.k.shape[1], str(q_index.dtype)),
-            _candidates(q_index, k_index, constants),
-            q_index.device,
-            launch,
-        )
+    kernel = f"indexer_loss {'dense' if dense else 'selected'}"
+    shape = (*q_index.shape[2:], *constants.q.shape[2:], *constants.k.shape[1:3], str(q_index.dtype), wanted)
+    configs = _candidates(q_index, k_index, constants) if config is None else [config]
     with torch.cuda.device(q_index.device if q_index.is_cuda else -1):
-        return launch(config), grads
+        return launch_chosen(kernel, shape, configs, q_index.device, launch), grads
 
 
 def _candidates(q_index: Tensor, k_index: Tensor, constants: Constants) -> list[Config]:
@@ -237,7 +232,7 @@ def _dense(
 
 def _key_chunks(programs: int, keys: int, config: Config, device: torch.device) -> int:
     """Into how many parts the keys are cut so that about four programs run on every multiprocessor."""
-    available = processors(device) if device.type == "cuda" else 1
+    available = processors(device.index or 0) if device.type == "cuda" else 1
     most = triton.cdiv(keys, 8 * config["BLOCK_KEYS"])
     return max(1, min(32, most, triton.cdiv(4 * available, programs)))
 

@@ -81,12 +81,7 @@ def attention_totals(
     q_rows = q + batch * q_batch + row.to(tl.int64) * q_token + head * q_head
     queries = load_parts(q_rows, real, q_dim, SIZE, OFFSETS, WIDTHS, DTYPE)
     k_base = k + batch * k_batch + (head // (HEADS // GROUPS)) * k_head
-    if HAS_SOFTCAP:
-        inner = scale / softcap
-        outer = softcap * LOG2_E
-    else:
-        inner = 1.0
-        outer = scale * LOG2_E
+    factor = scale / softcap if HAS_SOFTCAP else scale * LOG2_E
     top = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
     total = tl.full([BLOCK_ROWS], 0.0, tl.float32)
     kept_total = tl.full([BLOCK_ROWS], 0.0, tl.float32)
@@ -95,11 +90,11 @@ def attention_totals(
         keys = load_parts(
             k_base + column.to(tl.int64) * k_token, column < high, k_dim, SIZE, OFFSETS, WIDTHS, DTYPE
         )
-        scores = dot_rows(queries, keys, BLOCK_ROWS, BLOCK_KEYS, len(WIDTHS), PRECISION)
+        scores = dot_rows(queries, keys, factor, BLOCK_ROWS, BLOCK_KEYS, len(WIDTHS), PRECISION)
         if HAS_SOFTCAP:
-            scores = tanh(scores * inner)
+            scores = tanh(scores) * (softcap * LOG2_E)
         seen = (column[None, :] >= start[:, None]) & (column[None, :] < end[:, None])
-        scores = tl.where(seen, scores * outer, float("-inf"))
+        scores = tl.where(seen, scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, axis=1))
         shift = finite_or_zero(new_top)
         shrink = tl.exp2(top - shift)
@@ -207,7 +202,7 @@ def _index_scores(
     for head in tl.range(0, HEADS, num_stages=STAGES):
         queries = load_parts(q_rows + head * q_head, real, q_dim, SIZE, OFFSETS, WIDTHS, DTYPE)
         coefficient = tl.load(w_rows + head * w_head, mask=real, other=0.0).to(tl.float32) * scale
-        dots = dot_rows(queries, keys, BLOCK_ROWS, BLOCK_KEYS, len(WIDTHS), PRECISION)
+        dots = dot_rows(queries, keys, 1.0, BLOCK_ROWS, BLOCK_KEYS, len(WIDTHS), PRECISION)
         # Not a maximum with zero, which would hide a NaN.
         scores += coefficient[:, None] * tl.where(dots < 0.0, 0.0, dots)
     return scores
@@ -307,12 +302,7 @@ def divergence(
     w_rows = w_index + batch * w_batch + wide_row * w_token
     ki_base = k_index + batch * ki_batch
     k_base = k + batch * k_batch
-    if HAS_SOFTCAP:
-        inner = scale / softcap
-        outer = softcap * LOG2_E
-    else:
-        inner = 1.0
-        outer = scale * LOG2_E
+    factor = scale / softcap if HAS_SOFTCAP else scale * LOG2_E
     loss = tl.full([BLOCK_ROWS], 0.0, tl.float32)
     for first in tl.range(low, high, BLOCK_KEYS, num_stages=1):
         column = first + tl.arange(0, BLOCK_KEYS)
@@ -325,11 +315,11 @@ def divergence(
             group = head // (HEADS // GROUPS)
             rows = k_base + wide_column * k_token + group * k_head
             main_keys = load_parts(rows, column < high, k_dim, SIZE, OFFSETS, WIDTHS, DTYPE)
-            logits = dot_rows(queries, main_keys, BLOCK_ROWS, BLOCK_KEYS, len(WIDTHS), PRECISION)
+            logits = dot_rows(queries, main_keys, factor, BLOCK_ROWS, BLOCK_KEYS, len(WIDTHS), PRECISION)
             if HAS_SOFTCAP:
-                logits = tanh(logits * inner)
+                logits = tanh(logits) * (softcap * LOG2_E)
             log_total = tl.load(log_totals + (batch * HEADS + head) * tokens + row, mask=counted, other=0.0)
-            probability += tl.exp2(logits * outer - log_total[:, None])
+            probability += tl.exp2(logits - log_total[:, None])
         target = tl.where(compared, probability * inverse_mass[:, None], 0.0)
 
         # A key that no query of the block compares may be memory that was never written: 0 * NaN is NaN.
@@ -355,7 +345,7 @@ def divergence(
                     qi_rows + head * qi_head, counted, qi_dim, INDEX_SIZE, INDEX_OFFSETS, INDEX_WIDTHS, INDEX_DTYPE
                 )
                 coefficient = tl.load(w_rows + head * w_head, mask=counted, other=0.0).to(tl.float32) * index_scale
-                dots = dot_rows(queries, index_keys, BLOCK_ROWS, BLOCK_KEYS, len(INDEX_WIDTHS), INDEX_PRECISION)
+                dots = dot_rows(queries, index_keys, 1.0, BLOCK_ROWS, BLOCK_KEYS, len(INDEX_WIDTHS), INDEX_PRECISION)
                 passed = tl.where(dots > 0.0, grad_scores, 0.0)
                 mine = (batch * tokens_here + local) * INDEX_HEADS + head
                 tl.atomic_add(

@@ -84,12 +84,7 @@ def selected_totals(
     queries = load_parts(q_rows, real_head, q_dim, SIZE, OFFSETS, WIDTHS, DTYPE)
     k_base = k + batch * k_batch + group * k_head
     i_base = indices + batch * i_batch + token * i_token
-    if HAS_SOFTCAP:
-        inner = scale / softcap
-        outer = softcap * LOG2_E
-    else:
-        inner = 1.0
-        outer = scale * LOG2_E
+    factor = scale / softcap if HAS_SOFTCAP else scale * LOG2_E
     top = tl.full([BLOCK_HEADS], float("-inf"), tl.float32)
     total = tl.full([BLOCK_HEADS], 0.0, tl.float32)
     kept_total = tl.full([BLOCK_HEADS], 0.0, tl.float32)
@@ -100,10 +95,10 @@ def selected_totals(
         seen = (index >= tl.maximum(start, 0)) & (index < tl.minimum(end, keys))
         compared = seen & (index >= from_kept) & (index < to_kept)
         rows = load_parts(k_base + index * k_token, seen, k_dim, SIZE, OFFSETS, WIDTHS, DTYPE)
-        scores = dot_rows(queries, rows, BLOCK_HEADS, BLOCK_KEYS, len(WIDTHS), PRECISION)
+        scores = dot_rows(queries, rows, factor, BLOCK_HEADS, BLOCK_KEYS, len(WIDTHS), PRECISION)
         if HAS_SOFTCAP:
-            scores = tanh(scores * inner)
-        scores = tl.where(seen[None, :], scores * outer, float("-inf"))
+            scores = tanh(scores) * (softcap * LOG2_E)
+        scores = tl.where(seen[None, :], scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, axis=1))
         shift = finite_or_zero(new_top)
         shrink = tl.exp2(top - shift)
@@ -225,7 +220,7 @@ def selected_divergence(
             ki_base + index * ki_token, compared, ki_dim, INDEX_SIZE, INDEX_OFFSETS, INDEX_WIDTHS, INDEX_DTYPE
         )
         dots = dot_rows(
-            index_queries, index_keys, BLOCK_INDEX_HEADS, BLOCK_KEYS, len(INDEX_WIDTHS), INDEX_PRECISION
+            index_queries, index_keys, 1.0, BLOCK_INDEX_HEADS, BLOCK_KEYS, len(INDEX_WIDTHS), INDEX_PRECISION
         )
         scores = tl.sum(coefficient[:, None] * tl.where(dots < 0.0, 0.0, dots), axis=0)
         scores = tl.where(compared, scores * LOG2_E, float("-inf"))
@@ -235,12 +230,7 @@ def selected_divergence(
         top = new_top
     index_log_total = finite_or_zero(tl.log2(total) + finite_or_zero(top)) * LN_2
 
-    if HAS_SOFTCAP:
-        inner = scale / softcap
-        outer = softcap * LOG2_E
-    else:
-        inner = 1.0
-        outer = scale * LOG2_E
+    factor = scale / softcap if HAS_SOFTCAP else scale * LOG2_E
     loss = tl.full([1], 0.0, tl.float32)
     grown_q = zero_parts(BLOCK_INDEX_HEADS, INDEX_WIDTHS)
     grown_w = tl.full([BLOCK_INDEX_HEADS], 0.0, tl.float32)
@@ -259,11 +249,11 @@ def selected_divergence(
             queries = load_parts(q_rows, real_head, q_dim, SIZE, OFFSETS, WIDTHS, DTYPE)
             k_rows = k + batch * k_batch + index * k_token + group * k_head
             rows = load_parts(k_rows, compared, k_dim, SIZE, OFFSETS, WIDTHS, DTYPE)
-            logits = dot_rows(queries, rows, BLOCK_HEADS, BLOCK_KEYS, len(WIDTHS), PRECISION)
+            logits = dot_rows(queries, rows, factor, BLOCK_HEADS, BLOCK_KEYS, len(WIDTHS), PRECISION)
             if HAS_SOFTCAP:
-                logits = tanh(logits * inner)
+                logits = tanh(logits) * (softcap * LOG2_E)
             log_total = tl.load(log_totals + (batch * HEADS + head) * tokens + token, mask=real_head, other=0.0)
-            weights = tl.exp2(logits * outer - log_total[:, None])
+            weights = tl.exp2(logits - log_total[:, None])
             probability += tl.sum(tl.where(real_head[:, None], weights, 0.0), axis=0)
         target = tl.where(compared, probability * inverse_mass, 0.0)
 
@@ -271,7 +261,7 @@ def selected_divergence(
             ki_base + index * ki_token, compared, ki_dim, INDEX_SIZE, INDEX_OFFSETS, INDEX_WIDTHS, INDEX_DTYPE
         )
         dots = dot_rows(
-            index_queries, index_keys, BLOCK_INDEX_HEADS, BLOCK_KEYS, len(INDEX_WIDTHS), INDEX_PRECISION
+            index_queries, index_keys, 1.0, BLOCK_INDEX_HEADS, BLOCK_KEYS, len(INDEX_WIDTHS), INDEX_PRECISION
         )
         scores = tl.sum(coefficient[:, None] * tl.where(dots < 0.0, 0.0, dots), axis=0)
         predicted = scores - index_log_total

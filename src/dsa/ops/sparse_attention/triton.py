@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from dsa.ops.sparse_attention.triton_backward import attend_backward, sum_by_key
 from dsa.ops.sparse_attention.triton_forward import attend, merge_splits
-from dsa.ops.triton_support import Config, choose, fitting, processors
+from dsa.ops.triton_support import Config, fitting, launch_chosen, processors
 from dsa.ops.triton_tiles import TILE_DTYPES, padded_width, precision, product_dtype, split_width
 
 SCRATCH_BYTES = 384 << 20
@@ -29,27 +29,37 @@ _MOST_SPLITS = 64
 
 # Best guesses first. Tiles of 64 heads fill the matrix units of SM90; fewer heads leave room for more loads in flight.
 _MANY_HEADS = (
-    {"BLOCK_HEADS": 64, "BLOCK_KEYS": 64, "STAGES": 2, "num_warps": 8},
     {"BLOCK_HEADS": 64, "BLOCK_KEYS": 32, "STAGES": 3, "num_warps": 8},
-    {"BLOCK_HEADS": 64, "BLOCK_KEYS": 32, "STAGES": 2, "num_warps": 4},
-    {"BLOCK_HEADS": 32, "BLOCK_KEYS": 32, "STAGES": 2, "num_warps": 4},
+    {"BLOCK_HEADS": 64, "BLOCK_KEYS": 64, "STAGES": 2, "num_warps": 8},
+    {"BLOCK_HEADS": 64, "BLOCK_KEYS": 32, "STAGES": 4, "num_warps": 8},
+    {"BLOCK_HEADS": 64, "BLOCK_KEYS": 16, "STAGES": 2, "num_warps": 8},
+    {"BLOCK_HEADS": 32, "BLOCK_KEYS": 32, "STAGES": 2, "num_warps": 8},
     {"BLOCK_HEADS": 16, "BLOCK_KEYS": 32, "STAGES": 2, "num_warps": 4},
     {"BLOCK_HEADS": 16, "BLOCK_KEYS": 16, "STAGES": 2, "num_warps": 4},
 )
 _FEW_HEADS = (
     {"BLOCK_HEADS": 16, "BLOCK_KEYS": 64, "STAGES": 3, "num_warps": 4},
-    {"BLOCK_HEADS": 16, "BLOCK_KEYS": 32, "STAGES": 4, "num_warps": 2},
+    {"BLOCK_HEADS": 16, "BLOCK_KEYS": 32, "STAGES": 4, "num_warps": 4},
     {"BLOCK_HEADS": 16, "BLOCK_KEYS": 128, "STAGES": 2, "num_warps": 8},
-    {"BLOCK_HEADS": 16, "BLOCK_KEYS": 32, "STAGES": 2, "num_warps": 4},
+    {"BLOCK_HEADS": 16, "BLOCK_KEYS": 32, "STAGES": 2, "num_warps": 2},
     {"BLOCK_HEADS": 16, "BLOCK_KEYS": 16, "STAGES": 2, "num_warps": 4},
 )
 _BACKWARD = (
-    {"BLOCK_HEADS": 64, "BLOCK_KEYS": 32, "STAGES": 2, "num_warps": 8},
-    {"BLOCK_HEADS": 32, "BLOCK_KEYS": 32, "STAGES": 2, "num_warps": 4},
-    {"BLOCK_HEADS": 16, "BLOCK_KEYS": 64, "STAGES": 2, "num_warps": 4},
+    {"BLOCK_HEADS": 64, "BLOCK_KEYS": 64, "STAGES": 1, "num_warps": 8},
+    {"BLOCK_HEADS": 32, "BLOCK_KEYS": 64, "STAGES": 1, "num_warps": 8},
+    {"BLOCK_HEADS": 16, "BLOCK_KEYS": 64, "STAGES": 2, "num_warps": 8},
+    {"BLOCK_HEADS": 16, "BLOCK_KEYS": 32, "STAGES": 3, "num_warps": 4},
     {"BLOCK_HEADS": 16, "BLOCK_KEYS": 32, "STAGES": 2, "num_warps": 4},
     {"BLOCK_HEADS": 16, "BLOCK_KEYS": 16, "STAGES": 1, "num_warps": 4},
 )
+# Three tf32 products each, whose operands take registers instead of shared memory.
+_FLOAT32 = (
+    {"BLOCK_HEADS": 16, "BLOCK_KEYS": 32, "STAGES": 2, "num_warps": 4},
+    {"BLOCK_HEADS": 16, "BLOCK_KEYS": 16, "STAGES": 2, "num_warps": 4},
+    {"BLOCK_HEADS": 16, "BLOCK_KEYS": 16, "STAGES": 1, "num_warps": 4},
+)
+# The backward pass keeps more tiles, and three products of each would not fit: it multiplies fp32 without matrix units.
+_BACKWARD_FLOAT32 = ({"BLOCK_HEADS": 16, "BLOCK_KEYS": 16, "STAGES": 1, "num_warps": 8},)
 
 
 def sparse_attention(
@@ -182,13 +192,10 @@ def forward(
     def launch(config: Config) -> None:
         _launch_forward(q, k, v, indices, sink_logits, scale, softcap, out, lse, splits, config)
 
-    if config is None:
-        shared = heads // k.shape[2]
-        configs = _candidates(_FEW_HEADS if shared <= 16 else _MANY_HEADS, q, k, v)
-        rows = min(batch * tokens, 4096)
-        shape = (shared, k.shape[2], *_shape_key(q, k, v), triton.next_power_of_2(rows), indices.shape[-1])
-        config = choose("sparse_attention", shape, configs, q.device, launch)
-    launch(config)
+    rows = triton.next_power_of_2(min(batch * tokens, 4096))
+    shape = (heads, k.shape[2], *_shape_key(q, k, v), rows, indices.shape[-1])
+    configs = _forward_candidates(q, k, v) if config is None else [config]
+    launch_chosen("sparse_attention", shape, configs, q.device, launch)
     return out, lse
 
 
@@ -217,16 +224,17 @@ def _launch_forward(
     if splits > 1:
         parts = torch.empty(splits, rows, heads, value_dim, dtype=torch.float32, device=q.device)
         logs = torch.empty(splits, rows, heads, dtype=torch.float32, device=q.device)
-    offsets, widths = split_width(head_dim, 512)
-    v_offsets, v_widths = split_width(value_dim, 512)
     dtype = product_dtype(q, k, v)
+    widest = 512 if dtype.itemsize == 2 else 128
+    offsets, widths = split_width(head_dim, widest)
+    v_offsets, v_widths = split_width(value_dim, widest)
     with _on(q.device):
         attend[(programs * splits,)](
             q, k, v, indices, sink_logits, parts, logs,
             *q.stride(), *k.stride(), *v.stride(), *indices.stride(),
             tokens, keys, selected, per_split, rows, scale, softcap or 1.0,
             HEADS=heads, GROUPS=groups, SIZE=head_dim, OFFSETS=offsets, WIDTHS=widths,
-            V_SIZE=value_dim, V_OFFSETS=v_offsets, V_WIDTHS=v_widths, VALUES_IN_KEYS=values_in_keys(k, v, 512),
+            V_SIZE=value_dim, V_OFFSETS=v_offsets, V_WIDTHS=v_widths, VALUES_IN_KEYS=values_in_keys(k, v, widest),
             SPLITS=splits, HAS_SINK=sink_logits is not None, HAS_SOFTCAP=softcap is not None,
             DTYPE=TILE_DTYPES[dtype], PRECISION=precision(dtype), **config,
         )  # fmt: skip
@@ -266,13 +274,9 @@ def backward(
     def launch(config: Config) -> None:
         _launch_backward(grad_out, q, k, v, indices, sink_logits, out, lse, scale, softcap, *grads, delta, config)
 
-    if config is None:
-        shared = q.shape[2] // k.shape[2]
-        useful = [c for c in _BACKWARD if c["BLOCK_HEADS"] <= max(16, triton.next_power_of_2(shared))]
-        configs = _candidates(useful, q, k, v)
-        shape = (shared, k.shape[2], *_shape_key(q, k, v), indices.shape[-1])
-        config = choose("sparse_attention backward", shape, configs, q.device, launch)
-    launch(config)
+    shape = (q.shape[2], k.shape[2], *_shape_key(q, k, v), indices.shape[-1])
+    configs = _backward_candidates(q, k, v) if config is None else [config]
+    launch_chosen("sparse_attention backward", shape, configs, q.device, launch)
     if sink_logits is not None:
         logits = sink_logits.float()
         share = (logits - torch.logaddexp(lse, logits)).exp()
@@ -301,8 +305,10 @@ def _launch_backward(
     keys, groups = k.shape[1:3]
     rows, value_dim, selected = batch * tokens, v.shape[-1], indices.shape[-1]
     head_blocks = triton.cdiv(heads // groups, config["BLOCK_HEADS"])
-    offsets, widths = split_width(head_dim, 128)
-    v_offsets, v_widths = split_width(value_dim, 128)
+    # The query gradient of a wide head fills the registers; what is left holds parts of 64 columns of the others.
+    widest = 64 if head_dim > 256 else 128
+    offsets, widths = split_width(head_dim, widest)
+    v_offsets, v_widths = split_width(value_dim, widest)
     dtype = product_dtype(q, k, v)
     deterministic = torch.are_deterministic_algorithms_enabled()
     # 4 bytes for every column of a key and its value.
@@ -334,9 +340,9 @@ def _launch_backward(
                     tokens, keys, selected, first_row, first_group, scale, softcap or 1.0,
                     HEADS=heads, GROUPS=groups, GROUPS_HERE=here, SIZE=head_dim, OFFSETS=offsets, WIDTHS=widths,
                     V_SIZE=value_dim, V_OFFSETS=v_offsets, V_WIDTHS=v_widths,
-                    VALUES_IN_KEYS=values_in_keys(k, v, 128),
+                    VALUES_IN_KEYS=values_in_keys(k, v, widest),
                     HAS_SINK=sink_logits is not None, HAS_SOFTCAP=softcap is not None, DETERMINISTIC=deterministic,
-                    DTYPE=TILE_DTYPES[dtype], PRECISION=precision(dtype), **config,
+                    DTYPE=TILE_DTYPES[dtype], PRECISION="ieee", **config,
                 )  # fmt: skip
                 if deterministic:
                     _sum_in_order(indices, first_row, rows_here, here, head_blocks, keys, targets, sums)
@@ -379,7 +385,7 @@ def split_count(programs: int, selected: int, block_keys: int, device: torch.dev
     """Into how many parts a selection is cut so that about four programs run on every multiprocessor."""
     if device.type != "cuda":
         return 1
-    available = processors(device)
+    available = processors(device.index or 0)
     if programs >= 2 * available:
         return 1
     return max(1, min(triton.cdiv(selected, block_keys), triton.cdiv(4 * available, programs), _MOST_SPLITS))
@@ -393,18 +399,41 @@ def values_in_keys(k: Tensor, v: Tensor, widest: int) -> bool:
     return sum(widths) == v.shape[-1] and split_width(k.shape[-1], widest)[1][: len(widths)] == widths
 
 
-def _candidates(configs: tuple[Config, ...] | list[Config], q: Tensor, k: Tensor, v: Tensor) -> list[Config]:
-    """Those whose queries and gathered rows fit shared memory."""
+def _forward_candidates(q: Tensor, k: Tensor, v: Tensor) -> list[Config]:
+    """Those whose queries, gathered rows in flight and probabilities fit shared memory."""
     itemsize = product_dtype(q, k, v).itemsize
-    columns = padded_width(q.shape[-1])
-    gathered = columns + (0 if values_in_keys(k, v, 512) else padded_width(v.shape[-1]))
+    columns, gathered = padded_width(q.shape[-1]), _gathered_width(k, v)
 
     def bytes_of(config: Config) -> int:
-        buffers = max(2, config["STAGES"] - 1)
-        tile = config["BLOCK_HEADS"] * (columns + config["BLOCK_KEYS"]) + buffers * config["BLOCK_KEYS"] * gathered
-        return tile * itemsize
+        rows, places = config["BLOCK_HEADS"], config["BLOCK_KEYS"]
+        return itemsize * (rows * (columns + places) + config["STAGES"] * places * gathered)
 
-    return fitting(configs, bytes_of, q.device)
+    if itemsize == 4:
+        return fitting(_FLOAT32, bytes_of, q.device)
+    return fitting(_FEW_HEADS if q.shape[2] // k.shape[2] <= 16 else _MANY_HEADS, bytes_of, q.device)
+
+
+def _backward_candidates(q: Tensor, k: Tensor, v: Tensor) -> list[Config]:
+    """Those whose queries, upstream gradients, gathered rows and probabilities fit shared memory."""
+    itemsize = product_dtype(q, k, v).itemsize
+    columns, gathered = padded_width(q.shape[-1]) + padded_width(v.shape[-1]), _gathered_width(k, v)
+    most_heads = max(16, triton.next_power_of_2(q.shape[2] // k.shape[2]))
+
+    def bytes_of(config: Config) -> int:
+        rows, places = config["BLOCK_HEADS"], config["BLOCK_KEYS"]
+        # SM90's matrix unit takes sides of 64. Where only some products have them, the tiles are kept in two layouts.
+        copies = 2 if (rows >= 64) != (places >= 64) else 1
+        flying = config["STAGES"] if max(rows, places) >= 64 else max(1, config["STAGES"] - 1)
+        return itemsize * (copies * rows * columns + flying * places * gathered + 64 * 64)
+
+    if itemsize == 4:
+        return fitting(_BACKWARD_FLOAT32, bytes_of, q.device)
+    return fitting([c for c in _BACKWARD if c["BLOCK_HEADS"] <= most_heads], bytes_of, q.device)
+
+
+def _gathered_width(k: Tensor, v: Tensor) -> int:
+    """Columns read for every selected token."""
+    return padded_width(k.shape[-1]) + (0 if values_in_keys(k, v, 512) else padded_width(v.shape[-1]))
 
 
 def _shape_key(q: Tensor, k: Tensor, v: Tensor) -> tuple[object, ...]:

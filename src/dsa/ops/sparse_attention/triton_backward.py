@@ -134,16 +134,14 @@ def attend_backward(
     v_base = v + batch * v_batch + group.to(tl.int64) * v_head
     i_base = indices + batch * i_batch + token * i_token
     end = count_used(i_base, i_place, 0, selected, keys, 1024)
-    if HAS_SOFTCAP:
-        inner = scale / softcap
-        outer = softcap * LOG2_E
-    else:
-        inner = 1.0
-        outer = scale * LOG2_E
+    factor = scale / softcap if HAS_SOFTCAP else scale * LOG2_E
     grown_q = zero_parts(BLOCK_HEADS, WIDTHS)
+    place = tl.arange(0, BLOCK_KEYS)
+    index = tl.load(i_base + place * i_place, mask=place < end, other=-1)
     for start in tl.range(0, end, BLOCK_KEYS, num_stages=STAGES):
         place = start + tl.arange(0, BLOCK_KEYS)
-        index = tl.load(i_base + place * i_place, mask=place < end, other=-1)
+        later = place + BLOCK_KEYS
+        next_index = tl.load(i_base + later * i_place, mask=later < end, other=-1)
         valid = (index >= 0) & (index < keys)
         position = index.to(tl.int64)
         key_parts = load_parts(k_base + position * k_token, valid, k_dim, SIZE, OFFSETS, WIDTHS, DTYPE)
@@ -151,14 +149,19 @@ def attend_backward(
             value_parts = key_parts
         else:
             value_parts = load_parts(v_base + position * v_token, valid, v_dim, V_SIZE, V_OFFSETS, V_WIDTHS, DTYPE)
-        scores = dot_rows(queries, key_parts, BLOCK_HEADS, BLOCK_KEYS, len(WIDTHS), PRECISION)
-        slope = scale
-        if HAS_SOFTCAP:
-            scores = tanh(scores * inner)
-            slope = (1.0 - scores * scores) * scale
-        weights = tl.exp2(tl.where(valid[None, :], scores * outer, float("-inf")) - log_total[:, None])
-        grad_weights = dot_rows(grads, value_parts, BLOCK_HEADS, BLOCK_KEYS, len(V_WIDTHS), PRECISION)
-        grad_scores = (weights * (grad_weights - mean[:, None]) * slope).to(DTYPE)
+        scores = dot_rows(queries, key_parts, factor, BLOCK_HEADS, BLOCK_KEYS, len(WIDTHS), PRECISION)
+        grad_scores = dot_rows(grads, value_parts, scale, BLOCK_HEADS, BLOCK_KEYS, len(V_WIDTHS), PRECISION)
+        weights = scores
+        # Always taken: see the same branch in the forward pass.
+        if keys > 0:
+            slope = 1.0
+            if HAS_SOFTCAP:
+                scores = tanh(scores)
+                slope = 1.0 - scores * scores
+                scores *= softcap * LOG2_E
+            weights = tl.exp2(tl.where(valid[None, :], scores, float("-inf")) - log_total[:, None])
+            grad_scores = weights * (grad_scores - mean[:, None] * scale) * slope
+        grad_scores = grad_scores.to(DTYPE)
         weights = weights.to(DTYPE)
         grown = ()
         for i in tl.static_range(len(WIDTHS)):
@@ -186,6 +189,7 @@ def attend_backward(
                 store_part(grad_k + target * SIZE, wanted, part, SIZE, OFFSETS[i], WIDTHS[i])
             else:
                 add_part(grad_k + target * SIZE, wanted, part, SIZE, OFFSETS[i], WIDTHS[i])
+        index = next_index
 
     for i in tl.static_range(len(WIDTHS)):
         store_part(grad_q + own_row * SIZE, real_head, grown_q[i], SIZE, OFFSETS[i], WIDTHS[i])

@@ -107,18 +107,16 @@ def attend(
     begin = split * per_split
     end = count_used(i_base, i_place, begin, tl.minimum(begin + per_split, selected), keys, 1024)
 
-    if HAS_SOFTCAP:
-        inner = scale / softcap
-        outer = softcap * LOG2_E
-    else:
-        inner = 1.0
-        outer = scale * LOG2_E
+    factor = scale / softcap if HAS_SOFTCAP else scale * LOG2_E
     top = tl.full([BLOCK_HEADS], float("-inf"), tl.float32)
     total = tl.full([BLOCK_HEADS], 0.0, tl.float32)
     mixed = zero_parts(BLOCK_HEADS, V_WIDTHS)
+    place = begin + tl.arange(0, BLOCK_KEYS)
+    index = tl.load(i_base + place * i_place, mask=place < end, other=-1)
     for start in tl.range(begin, end, BLOCK_KEYS, num_stages=STAGES):
-        place = start + tl.arange(0, BLOCK_KEYS)
-        index = tl.load(i_base + place * i_place, mask=place < end, other=-1)
+        # The next tile's indices are read by hand, so that every stage of the loop's pipeline holds gathered rows.
+        place = start + BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
+        next_index = tl.load(i_base + place * i_place, mask=place < end, other=-1)
         valid = (index >= 0) & (index < keys)
         position = index.to(tl.int64)
         key_parts = load_parts(k_base + position * k_token, valid, k_dim, SIZE, OFFSETS, WIDTHS, DTYPE)
@@ -126,21 +124,26 @@ def attend(
             value_parts = key_parts
         else:
             value_parts = load_parts(v_base + position * v_token, valid, v_dim, V_SIZE, V_OFFSETS, V_WIDTHS, DTYPE)
-        scores = dot_rows(queries, key_parts, BLOCK_HEADS, BLOCK_KEYS, len(WIDTHS), PRECISION)
-        if HAS_SOFTCAP:
-            scores = tanh(scores * inner)
-        scores = tl.where(valid[None, :], scores * outer, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, axis=1))
-        shift = finite_or_zero(new_top)
-        shrink = tl.exp2(top - shift)
-        weights = tl.exp2(scores - shift[:, None])
-        total = total * shrink + tl.sum(weights, axis=1)
+        scores = dot_rows(queries, key_parts, factor, BLOCK_HEADS, BLOCK_KEYS, len(WIDTHS), PRECISION)
+        new_top, shrink, weights = top, total, scores
+        # Always taken. The branch keeps the compiler from seeing that one product feeds the other, for which it would
+        # give each warp whole rows: on SM90 two warp groups would then compute the same 64 rows of scores twice.
+        if keys > 0:
+            if HAS_SOFTCAP:
+                scores = tanh(scores) * (softcap * LOG2_E)
+            scores = tl.where(valid[None, :], scores, float("-inf"))
+            new_top = tl.maximum(top, tl.max(scores, axis=1))
+            shift = finite_or_zero(new_top)
+            shrink = tl.exp2(top - shift)
+            weights = tl.exp2(scores - shift[:, None])
+            total = total * shrink + tl.sum(weights, axis=1)
         weights = weights.to(DTYPE)
         grown = ()
         for i in tl.static_range(len(V_WIDTHS)):
             grown = grown + (dot(weights, value_parts[i], mixed[i] * shrink[:, None], PRECISION),)
         mixed = grown
         top = new_top
+        index = next_index
 
     shift = finite_or_zero(top)
     log_total = tl.log2(total) + shift

@@ -1,0 +1,186 @@
+"""What the compiler makes of the Triton kernels, without a GPU: registers, spills, shared memory, matrix instructions.
+
+    python benchmarks/gpu/resources.py [--targets 80 86 90 100 120] [--kernel NAME]
+
+Compiles every kernel of `sparse_attention` and `indexer_loss` at the sizes of the benchmark, with the first
+configuration that fits each target, and reads the machine code. Fails if a kernel does not compile, and says where no
+configuration fits. Needs triton only; it must not run under Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import inspect
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.errors import OutOfResources
+
+from dsa.ops import triton_support
+from dsa.ops.indexer_loss import triton as loss_kernels
+from dsa.ops.ranges import resolve_ranges
+from dsa.ops.sparse_attention import triton as attention_kernels
+
+INSTRUCTIONS = ("HGMMA", "HMMA", "UTCHMMA", "LDGSTS", "RED", "REDG", "STL", "LDL")
+TENSOR_MEMORY_COLUMNS = 512
+"""Of SM100, per multiprocessor."""
+
+POINTERS = {
+    torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32", torch.int64: "*i64",
+}  # fmt: skip
+
+
+class Recorder:
+    """Stands in for a kernel and compiles what it would have launched."""
+
+    def __init__(self, kernel: Any, label: str, capability: int) -> None:
+        self.kernel, self.label, self.capability = kernel, label, capability
+        self.shared_memory = triton_support.SHARED_MEMORY.get(divmod(capability, 10), 99) << 10
+        self.rows: list[dict[str, Any]] = []
+
+    def __getitem__(self, grid: Any) -> Any:
+        return self.compile
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages") if name in kwargs}
+        bound = inspect.signature(self.kernel.fn).bind(*args, **kwargs).arguments
+        signature, constants, attributes = {}, {}, {}
+        for place, (name, value) in enumerate(bound.items()):
+            if isinstance(value, Tensor):
+                signature[name] = POINTERS[value.dtype]
+                attributes[(place,)] = [["tt.divisibility", 16]]
+            elif isinstance(value, float):
+                signature[name] = "fp32"
+            elif type(value) is int and value != 1 and name.islower():
+                signature[name] = "i32"
+                if value % 16 == 0:
+                    attributes[(place,)] = [["tt.divisibility", 16]]
+            else:
+                signature[name] = "constexpr"
+                constants[name] = value
+        source = ASTSource(self.kernel, signature, constants, attributes)
+        compiled = triton.compile(source, target=GPUTarget("cuda", self.capability, 32), options=options)
+        limits = {"shared memory": (compiled.metadata.shared, self.shared_memory),
+                  "tensor memory": (getattr(compiled.metadata, "tmem_size", None) or 0, TENSOR_MEMORY_COLUMNS)}
+        for name, (needed, there) in limits.items():
+            if needed > there:
+                raise OutOfResources(needed, there, name)
+        sizes = {k: v for k, v in kwargs.items() if k.startswith("BLOCK") or k == "STAGES"} | options
+        self.rows.append(
+            {
+                "kernel": self.label,
+                "target": self.capability,
+                **{name.split()[0]: needed for name, (needed, _) in limits.items()},
+                "sizes": sizes,
+            }
+            | machine_code(compiled.asm["cubin"])
+        )
+
+
+def machine_code(cubin: bytes) -> dict[str, int]:
+    """Registers, bytes of stack, and counts of instructions."""
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+
+        def dump(option: str) -> str:
+            command = [str(tools / "cuobjdump"), option, file.name]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+        usage, code = dump("--dump-resource-usage"), dump("--dump-sass")
+    counts = collections.Counter(re.findall(r"\b(" + "|".join(INSTRUCTIONS) + r")\b", code))
+    found = {key: int(re.search(rf"\b{key}:(\d+)", usage).group(1)) for key in ("REG", "STACK")}  # type: ignore[union-attr]
+    return found | {name: counts[name] for name in INSTRUCTIONS}
+
+
+def attention_calls() -> Iterator[tuple[str, tuple[Tensor, Tensor, Tensor, Tensor]]]:
+    """Small tensors with the head counts and dims of the benchmark."""
+    indices = torch.zeros(1, 16, 2048, dtype=torch.int32)
+    for dtype in (torch.bfloat16, torch.float32):
+        name = str(dtype).removeprefix("torch.")
+        rows = torch.zeros(1, 64, 1, 576, dtype=dtype)
+        yield f"mla {name}", (torch.zeros(1, 16, 128, 576, dtype=dtype), rows, rows[..., :512], indices)
+        k, v = torch.zeros(2, 1, 64, 8, 128, dtype=dtype)
+        yield f"gqa {name}", (torch.zeros(1, 16, 32, 128, dtype=dtype), k, v, indices)
+
+
+def compile_all(capability: int, wanted: str) -> Iterator[dict[str, Any]]:
+    """Rows of the table for one target."""
+    limit = triton_support.SHARED_MEMORY.get(divmod(capability, 10), 99) << 10
+    with mock.patch.object(triton_support, "shared_memory", lambda _: limit):
+        for label, (q, k, v, indices) in attention_calls():
+            for splits, names in ((1, ["attend"]), (2, ["merge_splits"])):
+                yield from record(
+                    attention_kernels, names, f"{label} forward", capability, wanted,
+                    lambda s=splits, a=(q, k, v, indices): attention_kernels.forward(*a, None, 0.1, None, splits=s),
+                )  # fmt: skip
+            out, lse = torch.zeros(*q.shape[:3], v.shape[-1], dtype=q.dtype), torch.zeros(q.shape[:3])
+            yield from record(
+                attention_kernels, ["attend_backward"], f"{label} backward", capability, wanted,
+                lambda a=(out, q, k, v, indices, None, out, lse): attention_kernels.backward(*a, 0.1, None),
+            )  # fmt: skip
+        for label, selected in (("loss dense", None), ("loss selected", indices)):
+            for dtype in (torch.bfloat16, torch.float32):
+                q, k = torch.zeros(1, 16, 32, 128, dtype=dtype), torch.zeros(1, 64, 8, 128, dtype=dtype)
+                index = torch.zeros(1, 16, 8, 64, dtype=dtype), torch.zeros(1, 64, 64, dtype=dtype)
+                visible = resolve_ranges("", None, None, 1, 16, 64, torch.device("cpu"))
+                constants = loss_kernels.Constants(q, k, None, selected, 0.1, 0.1, None, visible, visible)
+                names = ["selected_totals", "selected_divergence"]
+                if selected is None:
+                    names = ["attention_totals", "index_totals", "divergence"]
+                yield from record(
+                    loss_kernels, names, f"{label} {str(dtype).removeprefix('torch.')}", capability, wanted,
+                    lambda i=index, c=constants: loss_kernels.loss_and_gradients(
+                        *i, torch.zeros(1, 16, 8, dtype=i[0].dtype), c, True, None
+                    ),
+                )  # fmt: skip
+
+
+def record(module: Any, names: list[str], label: str, capability: int, wanted: str, call: Any) -> list[dict[str, Any]]:
+    """Compiles the named kernels of a module as one call launches them."""
+    everything = [n for n in ("attend", "merge_splits", "attend_backward", "sum_by_key", "attention_totals",
+                              "index_totals", "divergence", "selected_totals", "selected_divergence")
+                  if hasattr(module, n)]  # fmt: skip
+    recorders = {n: Recorder(getattr(module, n), f"{label} {n}", capability) for n in everything}
+    with mock.patch.multiple(module, **{n: mock.MagicMock() for n in everything}):
+        chosen = [n for n in names if wanted in recorders[n].label]
+        with mock.patch.multiple(module, **{n: recorders[n] for n in chosen}) if chosen else mock.MagicMock():
+            if chosen:
+                try:
+                    call()
+                except NotImplementedError as error:
+                    print(f"{label:45s} {capability:3d} {error}", flush=True)
+    return [row for n in names for row in recorders[n].rows]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--targets", type=int, nargs="+", default=[80, 86, 90, 100, 120])
+    parser.add_argument("--kernel", default="", help="only kernels whose label contains this")
+    arguments = parser.parse_args()
+    columns = ("tensor", "REG", "STACK", *INSTRUCTIONS)
+    print(f"{'kernel':45s} sm   shared  " + " ".join(f"{c:>7s}" for c in columns) + "  sizes")
+    for target in arguments.targets:
+        for row in compile_all(target, arguments.kernel):
+            print(
+                f"{row['kernel']:45s} {target:3d} {row['shared']:7d} "
+                + " ".join(f"{row[c]:7d}" for c in columns)
+                + "  " + " ".join(f"{k}={v}" for k, v in row["sizes"].items()),
+                flush=True,
+            )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
