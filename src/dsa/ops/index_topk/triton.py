@@ -336,10 +336,14 @@ def _score_configs(operands: _Operands, tokens: int) -> list[Config]:
     row_bytes = triton.next_power_of_2(operands.query.shape[-1]) * operands.query.element_size()
     configs = [_config(rows, 128, 4, 3)]
     if rows == 64:
-        configs += [_config(128, 128, 8, 3), _config(64, 64, 4, 3)]
+        small = _config(64, 64, 4, 3)
+        configs += [_config(128, 128, 8, 3), small]
         # Three programs on a processor hide each other's waiting, if their tiles fit; the registers that this takes
         # away are missed outside the loop over heads only.
         configs.insert(0 if row_bytes <= 128 else 1, configs[0] | {"maxnreg": 168})
+        if triton_support.capability(operands.query.device.index or 0)[0] not in (9, 10):
+            # Matrix instructions of single warps need the operands in registers too.
+            configs.sort(key=lambda config: config != small)
 
     def shared_bytes(config: Config) -> int:
         keys, queries = config["BLOCK_N"], config["BLOCK_M"] * (config["num_stages"] - 1)

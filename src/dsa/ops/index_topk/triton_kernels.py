@@ -65,20 +65,20 @@ def _ordered_keys(scores):
 
 
 @triton.jit
-def _store_candidates(pointers, ordered, position, mask):
-    """Scattered stores of pairs from where the matrix product leaves them.
+def _store_above(pointers, ordered, position, bound):
+    """Scattered stores of the pairs above a bound, from where the matrix product leaves them.
 
     `tl.store` would first move pointers, pairs and mask through shared memory into a layout for contiguous stores,
     which costs more than the selection itself.
     """
     if _INTERPRETED:
         pair = (ordered.to(tl.int64) << 32) | position.to(tl.int64)
-        tl.store(pointers, pair, mask=mask)
+        tl.store(pointers, pair, mask=ordered > bound)
     else:
         tl.inline_asm_elementwise(
-            "{ .reg .pred p; setp.ne.s32 p, $4, 0; @p st.global.v2.b32 [$1], {$2, $3}; mov.b32 $0, 0; }",
+            "{ .reg .pred p; setp.gt.s32 p, $3, $4; @p st.global.v2.b32 [$1], {$2, $3}; mov.b32 $0, 0; }",
             "=r,l,r,r,r",
-            [pointers.to(tl.int64), position, ordered, mask.to(tl.int32)],
+            [pointers.to(tl.int64), position, ordered, bound],
             dtype=tl.int32,
             is_pure=False,
             pack=1,
@@ -196,7 +196,7 @@ def score_kernel(
             upto = tl.dot(tl.where(passes, 1.0, 0.0).to(tl.float16), no_later)
             rank = (upto + _INTEGER_FLOAT).to(tl.int32, bitcast=True) & 0x7FFFFF
             place = (kept + filled)[:, None] + rank - 1
-            _store_candidates(candidate_ptr + place, ordered, position[None, :], passes)
+            _store_above(candidate_ptr + place, ordered, position[None, :], bound[:, None])
             filled += tl.sum(passes.to(tl.int32), axis=1)
         else:
             place = row[:, None] * dense_capacity + (distance - round_begin + column)[None, :]
