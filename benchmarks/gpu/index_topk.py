@@ -70,7 +70,7 @@ def options(q: Tensor, k: Tensor | QuantizedKeys) -> dict[str, Any]:
 
 def fused(inputs: Inputs, top_k: int, limits: kernels.Limits = DEFAULT) -> Tensor:
     q, k, w = inputs
-    return kernels.index_topk(q, k, w, top_k, limits=limits, **options(q, k))
+    return kernels.select(q, k, w, top_k, limits=limits, **options(q, k))
 
 
 class StoredScores:
@@ -196,15 +196,15 @@ def decode(sets: list[Inputs], top_k: int, form: str) -> Row:
     """One query: launched from Python, and replayed from a graph over several sets of keys, larger than the L2."""
     prepared = [(inputs, options(*inputs[:2])) for inputs in sets]
     for (q, k, w), settings in prepared:
-        kernels.index_topk(q, k, w, top_k, **settings)
+        kernels.select(q, k, w, top_k, **settings)
     row = {"what": "decode", "form": form, "shape": shape_of(sets[0])}
     (q, k, w), settings = prepared[0]
-    row["launched ms"] = milliseconds(lambda: kernels.index_topk(q, k, w, top_k, **settings))
+    row["launched ms"] = milliseconds(lambda: kernels.select(q, k, w, top_k, **settings))
     if DEVICE.type == "cuda":
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             for (q, k, w), settings in prepared:
-                kernels.index_topk(q, k, w, top_k, **settings)
+                kernels.select(q, k, w, top_k, **settings)
         row["ms"] = milliseconds(graph.replay) / len(sets)
         (q, k, w), _ = prepared[0]
         data = k.data if isinstance(k, QuantizedKeys) else k

@@ -13,7 +13,7 @@ from dsa.ops import QuantizedKeys, index_topk, quantize_index_keys
 from dsa.ops.index_topk import reference
 from dsa.ops.index_topk import triton as kernels
 from dsa.ops.quantize import hadamard_transform, is_power_of_two
-from dsa.ops.ranges import resolve_ranges
+from dsa.ops.ranges import VisibleRanges, resolve_ranges
 from dsa.testing import oracles
 from dsa.testing.cases import CASES, Case, Inputs, make_inputs
 
@@ -61,7 +61,7 @@ def both(
     resolved = resolve_ranges("index_topk", *ranges, q.shape[0], q.shape[1], k.shape[1], q.device)
     options = {"scale": q.shape[-1] ** -0.5, "sinks": sinks, "local": local, "ranges": resolved}
     return (
-        kernels.index_topk(q, k, w, top_k, limits=limits, **options),
+        kernels.select(q, k, w, top_k, limits=limits, **options),
         reference.index_topk(q, k, w, top_k, **options),
     )
 
@@ -147,6 +147,19 @@ def test_rounds_with_ranges_of_every_length(device: str) -> None:
     assert torch.equal(selection, expected)
 
 
+def test_a_plan_for_more_keys_than_are_visible(device: str) -> None:
+    # What a graph captures: the host does not know the ranges and plans for all keys.
+    end = torch.tensor([[700, 40, 0, 38]], device=device)
+    start = torch.tensor([[300, 0, 0, 0]], device=device)
+    q, k, w = make_index(1, 4, 1100, device)
+    keys = quantize_index_keys(k)
+    _, expected = both(q, keys, w, 37, ROUNDS, ranges=(start, end))
+    ranges = VisibleRanges(start, end, torch.zeros(1, 4, dtype=torch.int64), torch.full((1, 4), 1100))
+    for limits in (ROUNDS, kernels.Limits()):
+        selection = kernels.select(q, keys, w, 37, scale=0.25, sinks=0, local=0, ranges=ranges, limits=limits)
+        assert torch.equal(selection, expected)
+
+
 def test_more_candidates_than_a_block(device: str) -> None:
     q, k, w = make_index(1, 2, 600, device, heads=1, tied=True)
     limits = replace(ROUNDS, block=64)
@@ -196,6 +209,31 @@ def test_mixed_dtypes(q_dtype: torch.dtype, k_dtype: torch.dtype, device: str) -
     scores = oracles.index_scores(*(x.double().cpu() for x in (q, k, w)))
     seen = oracles.visible_positions(None, None, 1, 2, 50)
     oracles.assert_selection_optimal(selection, scores, seen, 9, 0, 0, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["int8", None])
+def test_is_one_operator(dtype: str | None, device: str) -> None:
+    q, k, w = make_index(1, 2, 20, device, heads=1)
+    key, key_scale = (k, None)
+    if dtype is not None:
+        quantised = quantize_index_keys(k, dtype)
+        key, key_scale = quantised.data, quantised.scale
+    end = torch.tensor([[20, 12]], dtype=torch.int32, device=device)
+    torch.library.opcheck(kernels._index_topk, (q, key, key_scale, w, None, end, 3, 0.25, 1, 1))
+
+
+def test_compiles_into_one_graph(device: str) -> None:
+    q, k, w = make_index(1, 2, 20, device, heads=1)
+    compiled = torch.compile(
+        lambda q, k, w: index_topk(q, k, w, 3, sinks=1, impl="triton"), fullgraph=True, backend="aot_eager"
+    )
+    assert torch.equal(compiled(q, k, w), compiled.__wrapped__(q, k, w))
+
+
+def test_a_wrong_range_is_refused(device: str) -> None:
+    q, k, w = make_index(1, 2, 20, device, heads=1)
+    with pytest.raises(ValueError, match=r"key_end must lie in \[0, S\] = \[0, 20\]"):
+        index_topk(q, k, w, 3, key_end=torch.tensor([[20, 21]], device=device), impl="triton")
 
 
 def test_what_the_kernels_lack_is_said(device: str) -> None:

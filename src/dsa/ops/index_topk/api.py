@@ -83,13 +83,16 @@ def index_topk(
             f"local={local}, top_k={top_k}; raise top_k or lower local"
         )
     scale = check_scale(_OP, "scale", scale, head_dim**-0.5)
-    ranges = resolve_ranges(_OP, key_start, key_end, batch, tokens, k.shape[1], q.device)
     gaps = triton_support.beside({"reference": None}, q, w, k if isinstance(k, Tensor) else None)
     if gaps["triton"] is None and head_dim > _TRITON_LARGEST_DIM:
         gaps["triton"] = f"the kernels take index heads of at most {_TRITON_LARGEST_DIM} dims, got {head_dim}"
-    with torch.no_grad(), full_precision(q.device):
+    with torch.no_grad():
         if resolve_impl(_OP, impl, gaps) == "triton":
             from dsa.ops.index_topk import triton
 
-            return triton.index_topk(q, k, w, top_k, scale=scale, sinks=sinks, local=local, ranges=ranges)
-        return reference.index_topk(q, k, w, top_k, scale=scale, sinks=sinks, local=local, ranges=ranges)
+            return triton.index_topk(
+                q, k, w, top_k, scale=scale, sinks=sinks, local=local, key_start=key_start, key_end=key_end
+            )
+        ranges = resolve_ranges(_OP, key_start, key_end, batch, tokens, k.shape[1], q.device)
+        with full_precision(q.device):
+            return reference.index_topk(q, k, w, top_k, scale=scale, sinks=sinks, local=local, ranges=ranges)

@@ -37,7 +37,7 @@ from dsa.ops import triton_support
 from dsa.ops.index_topk.triton_kernels import fill_kernel, score_kernel, select_kernel
 from dsa.ops.quantize.triton import quantize_weighted_queries
 from dsa.ops.quantize.types import QuantizedKeys
-from dsa.ops.ranges import VisibleRanges
+from dsa.ops.ranges import VisibleRanges, resolve_ranges
 from dsa.ops.triton_support import Config
 
 _CANDIDATE_BYTES = 384 << 20
@@ -74,6 +74,78 @@ class Limits:
 
 
 def index_topk(
+    q: Tensor,
+    k: Tensor | QuantizedKeys,
+    w: Tensor,
+    top_k: int,
+    *,
+    scale: float,
+    sinks: int,
+    local: int,
+    key_start: Tensor | None,
+    key_end: Tensor | None,
+) -> Tensor:
+    """int32 `[B, T, K]`; arguments as in `api.index_topk`, validated but for the ranges.
+
+    One operator to `torch.compile`. A CUDA graph can capture it; given ranges are then neither checked nor read, and
+    all keys are gone through.
+    """
+    key, key_scale = (k.data, k.scale) if isinstance(k, QuantizedKeys) else (k, None)
+    return _index_topk(q, key, key_scale, w, key_start, key_end, top_k, scale, sinks, local)
+
+
+@torch.library.custom_op("dsa::index_topk_triton", mutates_args=())
+def _index_topk(
+    q: Tensor,
+    key: Tensor,
+    key_scale: Tensor | None,
+    w: Tensor,
+    key_start: Tensor | None,
+    key_end: Tensor | None,
+    top_k: int,
+    scale: float,
+    sinks: int,
+    local: int,
+) -> Tensor:
+    k = key if key_scale is None else QuantizedKeys(key, key_scale)
+    ranges = _visible(q, key.shape[1], key_start, key_end)
+    return select(q, k, w, top_k, scale=scale, sinks=sinks, local=local, ranges=ranges)
+
+
+@_index_topk.register_fake
+def _(
+    q: Tensor,
+    key: Tensor,
+    key_scale: Tensor | None,
+    w: Tensor,
+    key_start: Tensor | None,
+    key_end: Tensor | None,
+    top_k: int,
+    scale: float,
+    sinks: int,
+    local: int,
+) -> Tensor:
+    return torch.empty(q.shape[0], q.shape[1], top_k, dtype=torch.int32, device=q.device)
+
+
+def _visible(q: Tensor, keys: int, key_start: Tensor | None, key_end: Tensor | None) -> VisibleRanges:
+    """`resolve_ranges` without the copies between host and device that a graph cannot capture."""
+    batch, tokens = q.shape[:2]
+    given = key_start is not None or key_end is not None
+    capturing = q.is_cuda and torch.cuda.is_current_stream_capturing()
+    if given and not capturing:
+        return resolve_ranges("index_topk", key_start, key_end, batch, tokens, keys, q.device)
+    host = resolve_ranges("index_topk", None, None, batch, tokens, keys, torch.device("cpu"))
+    if key_start is None:
+        key_start = torch.zeros(batch, tokens, dtype=torch.int64, device=q.device)
+    if key_end is None:
+        key_end = torch.arange(keys - tokens + 1, keys + 1, device=q.device).clamp_min(0).expand(batch, tokens)
+    # What the host believes only says how far the kernels go; they look at the ranges themselves.
+    last = torch.full_like(host.host_end, keys) if given else host.host_end
+    return VisibleRanges(key_start.long(), key_end.long(), host.host_start, last)
+
+
+def select(
     q: Tensor,
     k: Tensor | QuantizedKeys,
     w: Tensor,
