@@ -1,71 +1,45 @@
-"""Index scores, exact selection and the append to the index cache on one GPU.
+"""`index_topk` and the append to the index cache on one GPU.
 
-    python benchmarks/gpu/index_topk.py [--out FILE.json] [--small]
-
-First every form is checked at the sizes that are timed: int8 against the reference, bit for bit; the others against
-the exact top-k of the scores that the kernel itself stores, and those scores against fp64. Then it times the fused
-operation beside the unfused path (the same kernel storing all scores, then `torch.topk`), decoding from a CUDA graph,
-a whole causal prefill, the append, and every candidate tile. `--small` runs all of it at sizes for a first try; on a
-machine without a GPU it needs TRITON_INTERPRET=1 and measures nothing worth reading.
+Every form is checked at the sizes that are timed: int8 against the reference, bit for bit; the others against the exact
+top-k of the scores that the kernel itself stores, and those scores against fp64. Then the fused operation is timed
+beside the unfused path (the same kernel storing all scores, then `torch.topk`), decoding from a CUDA graph, a whole
+causal prefill, the append, and every candidate tile.
 
 Shapes: `B` batch, `T` query tokens, `S` key tokens, `Hi`/`Di` index heads / index head dim, `K` top-k.
 """
 
 from __future__ import annotations
 
-import argparse
-import datetime
-import json
-import platform
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
-from dsa.ops import QuantizedKeys, hadamard_transform, quantize_index_keys, triton_support
+from dsa.ops import QuantizedKeys, hadamard_transform, index_topk, quantize_index_keys, triton_support
 from dsa.ops.index_topk import reference
 from dsa.ops.index_topk import triton as kernels
 from dsa.ops.ranges import resolve_ranges
+from gpu.common import DEVICE, Row, extra_memory, milliseconds, normal, replayed
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DEFAULT = kernels.Limits()
 ONE_ROUND = replace(DEFAULT, one_round=1 << 62)
-Row = dict[str, Any]
+SINKS, LOCAL = 4, 32
 Inputs = tuple[Tensor, Tensor | QuantizedKeys, Tensor]
 
 
-def milliseconds(launch: Callable[[], object], repeats: int = 20) -> float:
-    """Median time of a launch."""
-    if DEVICE.type == "cuda":
-        return triton_support.milliseconds(launch, repeats)
-    begin = time.perf_counter()
-    launch()
-    return 1e3 * (time.perf_counter() - begin)
-
-
 def make(batch: int, tokens: int, keys: int, heads: int, dim: int, form: str, seed: int = 0) -> Inputs:
-    """Fresh random inputs; all heads share a direction with some keys, as a trained indexer's do."""
-    generator = torch.Generator(DEVICE).manual_seed(seed)
-
-    def normal(*sizes: int) -> Tensor:
-        return torch.randn(sizes, generator=generator, device=DEVICE, dtype=torch.bfloat16)
-
-    k = normal(batch, keys, dim)
-    q = normal(batch, tokens, heads, dim) + 0.5 * normal(batch, tokens, 1, dim)
-    w = normal(batch, tokens, heads)
+    """Fresh random inputs; the heads of a query share a direction, as a trained indexer's do."""
+    k = normal(batch, keys, dim, seed=3 * seed)
+    q = normal(batch, tokens, heads, dim, seed=3 * seed + 1) + 0.5 * k[:, -tokens:].unsqueeze(2)
+    w = normal(batch, tokens, heads, seed=3 * seed + 2)
     return q, k if form == "bf16" else quantize_index_keys(k, form), w
 
 
 def options(q: Tensor, k: Tensor | QuantizedKeys) -> dict[str, Any]:
     ranges = resolve_ranges("index_topk", None, None, q.shape[0], q.shape[1], k.shape[1], q.device)
-    return {"scale": q.shape[-1] ** -0.5, "sinks": 4, "local": 64, "ranges": ranges}
+    return {"scale": q.shape[-1] ** -0.5, "sinks": SINKS, "local": LOCAL, "ranges": ranges}
 
 
 def fused(inputs: Inputs, top_k: int, limits: kernels.Limits = DEFAULT) -> Tensor:
@@ -90,7 +64,7 @@ class StoredScores:
         configs = kernels._score_configs(operands, q.shape[1])
         self.extent = max(kernels._round_up(self.chunk._extent(tile["BLOCK_M"])) for tile in configs)
         self.chunk._capacity = self.extent // 2
-        self.chunk._candidates = torch.empty(0)
+        self.chunk._candidates = torch.empty(1, dtype=torch.int64, device=DEVICE)
         # Hidden tokens that no block of queries comes to keep the lowest number.
         sizes = q.shape[0] * q.shape[1], self.extent
         self.chunk._dense = torch.full(sizes, -(2**31), dtype=torch.int32, device=DEVICE)
@@ -154,18 +128,7 @@ def shape_of(inputs: Inputs) -> str:
     return f"B {q.shape[0]} T {q.shape[1]} S {k.shape[1]} Hi {q.shape[2]} Di {q.shape[3]}"
 
 
-def extra_memory(launch: Callable[[], Tensor]) -> int:
-    """Peak bytes beyond what was allocated before and what is returned."""
-    if DEVICE.type != "cuda":
-        return 0
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    result = launch()
-    return torch.cuda.max_memory_allocated() - before - result.numel() * result.element_size()
-
-
-def prefill(inputs: Inputs, top_k: int, form: str) -> Row:
+def prefill(inputs: Inputs, top_k: int, form: str, asked: str) -> Row:
     """The fused operation beside the unfused path, on one chunk of queries at the end of the keys."""
     q, k, _ = inputs
     visible = int(options(q, k)["ranges"].host_end.sum()) * q.shape[0]
@@ -176,10 +139,9 @@ def prefill(inputs: Inputs, top_k: int, form: str) -> Row:
         "logits": milliseconds(stored.store),
         "topk": milliseconds(lambda: scores.topk(top_k, dim=-1, sorted=False)),
     }
-    memory = extra_memory(lambda: fused(inputs, top_k))
     operations = 2 * visible * q.shape[2] * q.shape[3]
     return {
-        "what": "prefill",
+        "what": "index prefill",
         "form": form,
         "shape": shape_of(inputs),
         "ms": times["fused"],
@@ -187,44 +149,46 @@ def prefill(inputs: Inputs, top_k: int, form: str) -> Row:
         "ratio": (times["logits"] + times["topk"]) / times["fused"],
         "logits TFLOP/s": operations / times["logits"] / 1e9,
         "fused TFLOP/s": operations / times["fused"] / 1e9,
-        "extra MB": memory / 1e6,
+        "extra MB": extra_memory(lambda: fused(inputs, top_k)) - 4 * q.shape[0] * q.shape[1] * top_k / 1e6,
         "parts": times,
+        "asked": asked,
     }
 
 
 def decode(sets: list[Inputs], top_k: int, form: str) -> Row:
     """One query: launched from Python, and replayed from a graph over several sets of keys, larger than the L2."""
-    prepared = [(inputs, options(*inputs[:2])) for inputs in sets]
-    for (q, k, w), settings in prepared:
-        kernels.select(q, k, w, top_k, **settings)
-    row = {"what": "decode", "form": form, "shape": shape_of(sets[0])}
-    (q, k, w), settings = prepared[0]
-    row["launched ms"] = milliseconds(lambda: kernels.select(q, k, w, top_k, **settings))
-    if DEVICE.type == "cuda":
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for (q, k, w), settings in prepared:
-                kernels.select(q, k, w, top_k, **settings)
-        row["ms"] = milliseconds(graph.replay) / len(sets)
-        (q, k, w), _ = prepared[0]
-        data = k.data if isinstance(k, QuantizedKeys) else k
-        row["GB/s of keys"] = data.numel() * data.element_size() / row["ms"] / 1e6
-    return row
+
+    def launch(inputs: Inputs) -> Tensor:
+        return index_topk(*inputs, top_k, sinks=SINKS, local=LOCAL, impl="triton")
+
+    took = replayed([lambda inputs=inputs: launch(inputs) for inputs in sets])
+    key_bytes = sets[0][1].shape.numel() * (2 if form == "bf16" else 1)
+    return {
+        "what": "index decode", "form": form, "shape": shape_of(sets[0]), "ms": took,
+        "launched ms": milliseconds(lambda: launch(sets[0])), "GB/s of keys": key_bytes / took / 1e6,
+    }  # fmt: skip
+
+
+def check_append(tokens: int, dim: int, dtype: str) -> Row:
+    """Raises unless the cache holds the bytes of the reference on a CPU."""
+    k = normal(1, tokens, dim)
+    cache = quantize_index_keys(torch.zeros_like(k), dtype, impl="triton")
+    quantize_index_keys(k, dtype, out=cache, impl="triton")
+    plain = quantize_index_keys(k.cpu(), dtype, impl="reference").to(DEVICE)
+    assert torch.equal(cache.data.view(torch.uint8), plain.data.view(torch.uint8)), f"{dtype}: other bytes"
+    assert torch.equal(cache.scale, plain.scale), f"{dtype}: other scales"
+    return {"what": "check append", "form": dtype, "shape": f"S {tokens} Di {dim}"}
 
 
 def append(tokens: int, dim: int, dtype: str) -> Row:
-    """Rotation, quantisation and store of new keys into a cache, against one pass over the bytes."""
-    k = torch.randn(1, tokens, dim, device=DEVICE, dtype=torch.bfloat16)
+    """Rotation, quantisation and store of new keys into a cache; each byte moves once."""
+    k = normal(1, tokens, dim)
     cache = quantize_index_keys(k, dtype, impl="triton")
-    plain = quantize_index_keys(k.cpu(), dtype, impl="reference").to(DEVICE)
-    assert torch.equal(cache.data.view(torch.uint8), plain.data.view(torch.uint8)), "append must give the same bytes"
-    assert torch.equal(cache.scale, plain.scale), "append must give the same scales"
     took = milliseconds(lambda: quantize_index_keys(k, dtype, out=cache, impl="triton"))
     unfused = milliseconds(lambda: quantize_index_keys(k, dtype, out=cache, impl="reference"))
-    moved = tokens * (3 * dim + 4)
-    shape = f"S {tokens} Di {dim}"
     return {
-        "what": "append", "form": dtype, "shape": shape, "ms": took, "unfused ms": unfused, "GB/s": moved / took / 1e6
+        "what": "append", "form": dtype, "shape": f"S {tokens} Di {dim}", "ms": took, "unfused ms": unfused,
+        "GB/s": tokens * (3 * dim + 4) / took / 1e6,
     }  # fmt: skip
 
 
@@ -241,38 +205,33 @@ def tiles(inputs: Inputs, form: str) -> Iterator[Row]:
         }  # fmt: skip
 
 
-def ceilings() -> Iterator[Row]:
-    """What the device reaches on a copy and on matrix products, of random data."""
-    source = torch.randn(1 << 28, device=DEVICE)
-    target = torch.empty_like(source)
-    took = milliseconds(lambda: target.copy_(source))
-    yield {"what": "ceiling", "form": "copy", "shape": "1 GB", "ms": took, "GB/s": 8 * source.numel() / took / 1e6}
-    a, b = torch.randn(2, 8192, 8192, device=DEVICE, dtype=torch.bfloat16)
-    took = milliseconds(lambda: a @ b)
-    yield {"what": "ceiling", "form": "bf16", "shape": "8192^3", "ms": took, "TFLOP/s": 2 * 8192**3 / took / 1e9}
-    if torch.cuda.get_device_capability() >= (8, 9):
-        one = torch.ones((), device=DEVICE)
-        a8, b8 = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn).T
-        took = milliseconds(lambda: torch._scaled_mm(a8, b8, one, one, out_dtype=torch.bfloat16))
-        yield {"what": "ceiling", "form": "fp8", "shape": "8192^3", "ms": took, "TFLOP/s": 2 * 8192**3 / took / 1e9}
+def fp8_ceiling() -> Row:
+    """What the device reaches on an fp8 matrix product of random data."""
+    a, b = (normal(8192, 8192, seed=seed).to(torch.float8_e4m3fn) for seed in (1, 2))
+    one = torch.ones((), device=DEVICE)
+    took = milliseconds(lambda: torch._scaled_mm(a, b.T, one, one, out_dtype=torch.bfloat16))
+    return {"what": "ceiling", "form": "fp8", "shape": "8192^3", "ms": took, "TFLOP/s": 2 * 8192**3 / took / 1e9}
 
 
 def rows(small: bool) -> Iterator[Row]:
     """Everything, checks first."""
-    native = DEVICE.type != "cuda" or torch.cuda.get_device_capability() >= (8, 9)
-    forms = ("fp8", "int8", "bf16") if native else ("int8", "bf16", "fp8")
+    native = DEVICE.type == "cuda" and torch.cuda.get_device_capability() >= (8, 9)
     tokens, lengths, top_k = (3, (600,), 40) if small else (2048, (65536, 131072), 2048)
     heads, dim = (2, 32) if small else (64, 128)
     limits = replace(DEFAULT, first_round=256, one_round=1) if small else DEFAULT
-    for form in forms:
+    for form in ("fp8", "int8", "bf16"):
         yield check(make(1, tokens, lengths[0], heads, dim, form, seed=1), top_k, form, limits)
     yield check(make(3, 1, lengths[0], heads, dim, "int8", seed=2), top_k, "int8", limits)
-    if DEVICE.type == "cuda":
-        yield from ceilings()
+    for dtype in ("int8", "fp8"):
+        yield check_append(70 if small else 131072, dim, dtype)
+    if native:
+        yield fp8_ceiling()
     for length in lengths:
-        for form in forms:
-            yield prefill(make(1, tokens, length, heads, dim, form), top_k, form)
-    yield from tiles(make(1, tokens, min(16384, lengths[0]), heads, dim, forms[0]), forms[0])
+        for form in ("fp8", "int8", "bf16"):
+            asked = "ratio 1.4, logits 700 TFLOP/s, extra 512 MB" if form == "fp8" else "extra 512 MB"
+            yield prefill(make(1, tokens, length, heads, dim, form), top_k, form, asked)
+    for form in ("fp8", "int8"):
+        yield from tiles(make(1, tokens, min(16384, lengths[0]), heads, dim, form), form)
     for batch in (1,) if small else (1, 32):
         for size in ((heads, dim),) if small else ((8, 64), (64, 128)):
             number = 2 if small else 6 // batch + 1
@@ -281,42 +240,11 @@ def rows(small: bool) -> Iterator[Row]:
     length = 60 if small else 131072
     inputs = make(1, length, length, *((2, 32) if small else (8, 64)), "int8")
     took = milliseconds(lambda: fused(inputs, top_k), 3)
-    memory = extra_memory(lambda: fused(inputs, top_k))
     yield {
-        "what": "whole prefill", "form": "int8", "shape": shape_of(inputs), "ms": took, "extra MB": memory / 1e6,
+        "what": "index whole prefill", "form": "int8", "shape": shape_of(inputs), "ms": took,
         "fused TFLOP/s": length * length * inputs[0].shape[2] * inputs[0].shape[3] / took / 1e9,
+        "extra MB": extra_memory(lambda: fused(inputs, top_k)) - 4 * length * top_k / 1e6,
+        "asked": "extra 512 MB",
     }  # fmt: skip
     for dtype in ("int8", "fp8"):
         yield append(length, dim, dtype)
-
-
-def environment() -> Row:
-    """What a figure must carry."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else platform.processor() or platform.machine()
-    versions = {"torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda}
-    return {"device": name, "commit": commit, "date": datetime.date.today().isoformat()} | versions
-
-
-def line(row: Row) -> str:
-    numbers = (f"{key} {value:.4g}" for key, value in row.items() if isinstance(value, float))
-    return f"{row['what']:13s} {row['form']:5s} {row['shape']:36s} " + "  ".join(numbers)
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="JSON file for all figures")
-    parser.add_argument("--small", action="store_true", help="sizes for a first try")
-    arguments = parser.parse_args()
-    found = environment() | {"rows": []}
-    for row in rows(arguments.small):
-        found["rows"].append(row)
-        if arguments.out:
-            arguments.out.write_text(json.dumps(found, indent=1))
-    print(" ".join(f"{key} {value}" for key, value in found.items() if key != "rows"))
-    print("\n".join(line(row) for row in found["rows"]))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
