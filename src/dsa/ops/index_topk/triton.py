@@ -369,16 +369,17 @@ class _Chunk:
     ) -> None:
         """Keeps the best of every group at `target`, or writes the selection, if given."""
         dense = source.counts is None
-        counts_in = counts if dense else source.counts
+        counts_in = counts if source.counts is None else source.counts
         final = selection is not None
+        result = self._bound if selection is None else selection
         block = min(self._limits.block, triton.next_power_of_2(max(16, source.expected)))
         warps = max(1, min(16, block // 512))
         select_kernel[(groups, self._tokens, self._batch)](
             self._dense if dense else self._candidates, self._candidates, counts_in, counts,
-            self._first, self._last, self._bound, selection if final else self._bound,
+            self._first, self._last, self._bound, result,
             self._tokens, self._top_k, 2 * self._capacity if dense else self._capacity, self._capacity,
             source.dense_keys, source.group_keys, source.first, source.later, source.spacing, source.segments, target,
-            counts_in.shape[1], counts.shape[1], selection.stride(0) if final else 0,
+            counts_in.shape[1], counts.shape[1], result.stride(0),
             DENSE=dense, FINAL=final, BLOCK=block, BLOCK_M=config["BLOCK_M"],
             num_warps=warps, maxnreg=_SELECT_REGISTERS.get(warps),
         )  # fmt: skip

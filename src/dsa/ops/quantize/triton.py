@@ -7,6 +7,8 @@ Every row is read once and written once.
 Shapes: `B` batch, `T` query tokens, `S` key tokens, `Hi`/`Di` index heads / index head dim.
 """
 
+# mypy: disable-error-code="no-untyped-def,assignment"
+
 from __future__ import annotations
 
 import contextlib
