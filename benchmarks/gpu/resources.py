@@ -107,6 +107,9 @@ def machine_code(cubin: bytes) -> dict[str, int]:
 
 def attention_calls() -> Iterator[tuple[str, tuple[Tensor, Tensor, Tensor, Tensor]]]:
     """Small tensors with the head counts and dims of the benchmark."""
+    # Integers that equal one become constants when a kernel is compiled: all of them at once.
+    one = torch.zeros(1, 1, 1, 1, dtype=torch.bfloat16)
+    yield "ones", (one, one, one.clone(), torch.zeros(1, 1, 1, dtype=torch.int32))
     indices = torch.zeros(1, 16, 2048, dtype=torch.int32)
     for dtype in (torch.bfloat16, torch.float32):
         name = str(dtype).removeprefix("torch.")
@@ -119,7 +122,7 @@ def attention_calls() -> Iterator[tuple[str, tuple[Tensor, Tensor, Tensor, Tenso
 def compile_all(capability: int, wanted: str) -> Iterator[dict[str, Any]]:
     """Rows of the table for one target."""
     limit = triton_support.SHARED_MEMORY.get(divmod(capability, 10), 99) << 10
-    with mock.patch.object(triton_support, "shared_memory", lambda _: limit):
+    with mock.patch.object(triton_support, "shared_memory", return_value=limit):
         for label, (q, k, v, indices) in attention_calls():
             for splits, names in ((1, ["attend"]), (2, ["merge_splits"])):
                 yield from record(
@@ -131,19 +134,39 @@ def compile_all(capability: int, wanted: str) -> Iterator[dict[str, Any]]:
                 attention_kernels, ["attend_backward"], f"{label} backward", capability, wanted,
                 lambda a=(out, q, k, v, indices, None, out, lse): attention_kernels.backward(*a, 0.1, None),
             )  # fmt: skip
+            if label == "gqa bfloat16":
+                sinks, options = torch.zeros(q.shape[2]), f"{label} with sinks, softcap, fixed order,"
+                for splits, names in ((1, ["attend"]), (2, ["attend", "merge_splits"])):
+                    yield from record(
+                        attention_kernels, names, f"{options} forward", capability, wanted,
+                        lambda s=splits, a=(q, k, v, indices, sinks): attention_kernels.forward(*a, 0.1, 3.0, splits=s),
+                    )  # fmt: skip
+                torch.use_deterministic_algorithms(True)
+                yield from record(
+                    attention_kernels, ["attend_backward", "sum_by_key"], f"{options} backward", capability, wanted,
+                    lambda a=(out, q, k, v, indices, sinks, out, lse): attention_kernels.backward(*a, 0.1, 3.0),
+                )  # fmt: skip
+                torch.use_deterministic_algorithms(False)
         for label, selected in (("loss dense", None), ("loss selected", indices)):
-            for dtype in (torch.bfloat16, torch.float32):
-                q, k = torch.zeros(1, 16, 32, 128, dtype=dtype), torch.zeros(1, 64, 8, 128, dtype=dtype)
-                index = torch.zeros(1, 16, 8, 64, dtype=dtype), torch.zeros(1, 64, 64, dtype=dtype)
-                visible = resolve_ranges("", None, None, 1, 16, 64, torch.device("cpu"))
-                constants = loss_kernels.Constants(q, k, None, selected, 0.1, 0.1, None, visible, visible)
+            for dtype in (torch.bfloat16, torch.float32, torch.float16):
+                tokens, keys, heads, groups, dim, index_heads, index_dim = 16, 64, 32, 8, 128, 8, 64
+                if dtype == torch.float16:
+                    label = f"ones, sinks, softcap, {label}"
+                    tokens, keys, heads, groups, dim, index_heads, index_dim = 1, 1, 1, 1, 1, 1, 1
+                    selected = selected if selected is None else selected[:, :1, :1]
+                q, k = torch.zeros(1, tokens, heads, dim, dtype=dtype), torch.zeros(1, keys, groups, dim, dtype=dtype)
+                index = torch.zeros(1, tokens, index_heads, index_dim, dtype=dtype), torch.zeros(1, keys, index_dim)
+                index = index[0], index[1].to(dtype)
+                visible = resolve_ranges("", None, None, 1, tokens, keys, torch.device("cpu"))
+                sinks, softcap = (torch.zeros(heads), 3.0) if dtype == torch.float16 else (None, None)
+                constants = loss_kernels.Constants(q, k, sinks, selected, 0.1, 0.1, softcap, visible, visible)
                 names = ["selected_totals", "selected_divergence"]
                 if selected is None:
                     names = ["attention_totals", "index_totals", "divergence"]
                 yield from record(
                     loss_kernels, names, f"{label} {str(dtype).removeprefix('torch.')}", capability, wanted,
                     lambda i=index, c=constants: loss_kernels.loss_and_gradients(
-                        *i, torch.zeros(1, 16, 8, dtype=i[0].dtype), c, True, None
+                        *i, i[0][..., 0].contiguous(), c, True, None
                     ),
                 )  # fmt: skip
 
@@ -161,7 +184,7 @@ def record(module: Any, names: list[str], label: str, capability: int, wanted: s
                 try:
                     call()
                 except NotImplementedError as error:
-                    print(f"{label:45s} {capability:3d} {error}", flush=True)
+                    print(f"{label:62s} {capability:3d} {error}", flush=True)
     return [row for n in names for row in recorders[n].rows]
 
 
@@ -171,11 +194,11 @@ def main() -> None:
     parser.add_argument("--kernel", default="", help="only kernels whose label contains this")
     arguments = parser.parse_args()
     columns = ("tensor", "REG", "STACK", *INSTRUCTIONS)
-    print(f"{'kernel':45s} sm   shared  " + " ".join(f"{c:>7s}" for c in columns) + "  sizes")
+    print(f"{'kernel':62s} sm   shared  " + " ".join(f"{c:>7s}" for c in columns) + "  sizes")
     for target in arguments.targets:
         for row in compile_all(target, arguments.kernel):
             print(
-                f"{row['kernel']:45s} {target:3d} {row['shared']:7d} "
+                f"{row['kernel']:62s} {target:3d} {row['shared']:7d} "
                 + " ".join(f"{row[c]:7d}" for c in columns)
                 + "  " + " ".join(f"{k}={v}" for k, v in row["sizes"].items()),
                 flush=True,

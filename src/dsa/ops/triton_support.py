@@ -20,7 +20,7 @@ from torch import Tensor
 
 LOWEST_CAPABILITY = (8, 0)
 
-SHARED_MEMORY = {(8, 0): 163, (8, 6): 99, (8, 7): 163, (8, 9): 99, (9, 0): 227, (10, 0): 227, (12, 0): 99}
+SHARED_MEMORY = {(8, 0): 163, (8, 6): 99, (8, 7): 163, (8, 9): 99, (9, 0): 227, (10, 0): 227, (10, 3): 227, (12, 0): 99}
 """KiB that one block may use, by compute capability (CUDA C++ programming guide); 99 is the least of all."""
 
 Result = TypeVar("Result")
@@ -135,17 +135,25 @@ class Choices:
             # A missing or broken cache costs time, not correctness.
             self._stored = {}
 
+    def known(self, key: str, configs: Sequence[Config]) -> Config | None:
+        """What was chosen for `key` before, here or in an earlier process."""
+        if key not in self._chosen:
+            stored = self._stored.get(key)
+            if stored is None or stored["candidates"] != list(configs):
+                return None
+            self._chosen[key] = configs[stored["best"]]
+        return self._chosen[key]
+
     def choose(self, key: str, configs: Sequence[Config], launch: Callable[[Config], object]) -> Config:
         """The fastest of `configs` for `key`, timed at most once per device and list of candidates."""
-        if key in self._chosen:
-            return self._chosen[key]
-        stored = self._stored.get(key)
-        if stored is None or stored["candidates"] != list(configs):
-            stored = {"candidates": list(configs), "best": self._fastest(configs, launch)}
-            self._stored[key] = stored
-            self._save()
-        self._chosen[key] = configs[stored["best"]]
-        return self._chosen[key]
+        known = self.known(key, configs)
+        if known is not None:
+            return known
+        best = self._fastest(configs, launch)
+        self._stored[key] = {"candidates": list(configs), "best": best}
+        self._chosen[key] = configs[best]
+        self._save()
+        return configs[best]
 
     def _fastest(self, configs: Sequence[Config], launch: Callable[[Config], object]) -> int:
         from triton.runtime.errors import OutOfResources
@@ -153,7 +161,7 @@ class Choices:
         times = []
         for config in configs:
             try:
-                times.append(self._time(lambda config=config: launch(config)))
+                times.append(self._time(functools.partial(launch, config)))
             except OutOfResources:
                 times.append(float("inf"))
         return min(range(len(times)), key=times.__getitem__)
@@ -204,10 +212,13 @@ def choose(
         device: Where the tensors are.
         launch: Runs the kernel with a candidate; it must bear being run many times.
     """
-    if len(configs) == 1 or device.type != "cuda" or not tuning():
+    if len(configs) == 1 or device.type != "cuda":
         return configs[0]
     with torch.cuda.device(device):
-        return _choices(device.index or 0).choose(f"{kernel} {shape}", configs, launch)
+        choices, key = _choices(device.index or 0), f"{kernel} {shape}"
+        if tuning():
+            return choices.choose(key, configs, launch)
+        return choices.known(key, configs) or configs[0]
 
 
 def launch_chosen(

@@ -4,6 +4,10 @@ Triton's tiles have power-of-two sides. A head dim such as 576 or 80 is therefor
 given to a kernel as two tuples of constants, offsets and widths; `split_width` makes them.
 """
 
+# A kernel has no types to annotate, and grows its tuples of tiles by the one form that Triton compiles.
+# mypy: disable-error-code="no-untyped-def,assignment"
+# ruff: noqa: RUF005
+
 from __future__ import annotations
 
 import torch

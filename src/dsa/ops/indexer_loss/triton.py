@@ -214,7 +214,7 @@ def _dense(
         grad_w = torch.zeros(shape, dtype=torch.float32, device=device)
         grad_q = torch.zeros((*shape, index_dim), dtype=torch.float32, device=device)
         divergence[(triton.cdiv(here, config["BLOCK_ROWS"]), chunks, batch)](
-            q_index, k_index, w_index, q, k, *bounds, log_totals, mass, index_log_totals, share, losses,
+            q_index, k_index, w_index, q, k, *bounds[2:], log_totals, mass, index_log_totals, share, losses,
             grad_q, grad_k, grad_w,
             *q_index.stride(), *k_index.stride(), *w_index.stride(), *q.stride(), *k.stride(),
             tokens, keys, first, here, per_chunk, constants.index_scale, constants.attention_scale, softcap,

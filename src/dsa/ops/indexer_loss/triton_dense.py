@@ -11,6 +11,10 @@ Shapes: `B` batch, `T` query tokens, `S` key tokens, `Hi`/`Di` index heads / ind
 `D` head dim, `C` chunks of keys.
 """
 
+# A kernel has no types to annotate, and grows its tuples of tiles by the one form that Triton compiles.
+# mypy: disable-error-code="no-untyped-def,assignment"
+# ruff: noqa: RUF005
+
 from __future__ import annotations
 
 import triton
@@ -78,9 +82,11 @@ def attention_totals(
     low = tl.min(tl.where(end > start, start, 2147483647), axis=0)
     high = tl.max(tl.where(end > start, end, 0), axis=0)
 
-    q_rows = q + batch * q_batch + row.to(tl.int64) * q_token + head * q_head
+    # int64: head times stride passes 2**31 where heads lie outside tokens.
+    wide_head = batch * 0 + head
+    q_rows = q + batch * q_batch + row.to(tl.int64) * q_token + wide_head * q_head
     queries = load_parts(q_rows, real, q_dim, SIZE, OFFSETS, WIDTHS, DTYPE)
-    k_base = k + batch * k_batch + (head // (HEADS // GROUPS)) * k_head
+    k_base = k + batch * k_batch + (wide_head // (HEADS // GROUPS)) * k_head
     factor = scale / softcap if HAS_SOFTCAP else scale * LOG2_E
     top = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
     total = tl.full([BLOCK_ROWS], 0.0, tl.float32)
@@ -215,8 +221,6 @@ def divergence(
     w_index,
     q,
     k,
-    visible_start,
-    visible_end,
     kept_start,
     kept_end,
     log_totals,
@@ -285,8 +289,6 @@ def divergence(
     own = batch * tokens + row
     mass = tl.load(masses + own, mask=local < tokens_here, other=0.0)
     counted = mass != 0.0
-    start = tl.load(visible_start + own, mask=counted, other=0).to(tl.int32)
-    end = tl.load(visible_end + own, mask=counted, other=0).to(tl.int32)
     from_kept = tl.load(kept_start + own, mask=counted, other=0).to(tl.int32)
     to_kept = tl.load(kept_end + own, mask=counted, other=0).to(tl.int32)
     # Bounds of what is compared: what is only visible entered the totals already.
@@ -311,8 +313,9 @@ def divergence(
         compared = compared & (column[None, :] < high)
         probability = tl.full([BLOCK_ROWS, BLOCK_KEYS], 0.0, tl.float32)
         for head in tl.range(0, HEADS, num_stages=STAGES):
-            queries = load_parts(q_rows + head * q_head, counted, q_dim, SIZE, OFFSETS, WIDTHS, DTYPE)
-            group = head // (HEADS // GROUPS)
+            wide_head = batch * 0 + head
+            queries = load_parts(q_rows + wide_head * q_head, counted, q_dim, SIZE, OFFSETS, WIDTHS, DTYPE)
+            group = wide_head // (HEADS // GROUPS)
             rows = k_base + wide_column * k_token + group * k_head
             main_keys = load_parts(rows, column < high, k_dim, SIZE, OFFSETS, WIDTHS, DTYPE)
             logits = dot_rows(queries, main_keys, factor, BLOCK_ROWS, BLOCK_KEYS, len(WIDTHS), PRECISION)

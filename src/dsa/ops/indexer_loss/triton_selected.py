@@ -7,6 +7,10 @@ Shapes: `B` batch, `T` query tokens, `S` key tokens, `Hi`/`Di` index heads / ind
 `D` head dim, `K` selected tokens.
 """
 
+# A kernel has no types to annotate, and grows its tuples of tiles by the one form that Triton compiles.
+# mypy: disable-error-code="no-untyped-def,assignment"
+# ruff: noqa: RUF005
+
 from __future__ import annotations
 
 import triton
@@ -82,7 +86,7 @@ def selected_totals(
     head = group * SHARED + local_head
     q_rows = q + batch * q_batch + token * q_token + head.to(tl.int64) * q_head
     queries = load_parts(q_rows, real_head, q_dim, SIZE, OFFSETS, WIDTHS, DTYPE)
-    k_base = k + batch * k_batch + group * k_head
+    k_base = k + batch * k_batch + group.to(tl.int64) * k_head
     i_base = indices + batch * i_batch + token * i_token
     factor = scale / softcap if HAS_SOFTCAP else scale * LOG2_E
     top = tl.full([BLOCK_HEADS], float("-inf"), tl.float32)
@@ -241,7 +245,7 @@ def selected_divergence(
         compared = (index >= low) & (index < high)
         probability = tl.full([BLOCK_KEYS], 0.0, tl.float32)
         for block in tl.range(0, GROUPS * HEAD_BLOCKS, num_stages=STAGES):
-            group = block // HEAD_BLOCKS
+            group = batch * 0 + block // HEAD_BLOCKS
             local_head = block % HEAD_BLOCKS * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
             real_head = local_head < SHARED
             head = group * SHARED + local_head

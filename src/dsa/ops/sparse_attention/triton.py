@@ -138,8 +138,8 @@ def _(
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     sink = q.new_empty(0) if sink_logits is None else torch.empty_like(sink_logits)
-    grads = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    return (*grads, sink)
+    grad_q, grad_k, grad_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    return grad_q, grad_k, grad_v, sink
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -265,14 +265,16 @@ def backward(
     The gradients of keys and values are summed in fp32, by default atomically and so in an order that varies from run
     to run; `torch.use_deterministic_algorithms(True)` makes the order fixed, for more memory traffic.
     """
-    grads = [torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
+    grad_q, grad_k, grad_v = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     sink_grad = q.new_empty(0) if sink_logits is None else torch.zeros_like(sink_logits)
     if not out.numel() or not k.shape[1] or not indices.shape[-1]:
-        return (*grads, sink_grad)
+        return grad_q, grad_k, grad_v, sink_grad
     delta = torch.empty_like(lse)
 
     def launch(config: Config) -> None:
-        _launch_backward(grad_out, q, k, v, indices, sink_logits, out, lse, scale, softcap, *grads, delta, config)
+        _launch_backward(
+            grad_out, q, k, v, indices, sink_logits, out, lse, scale, softcap, grad_q, grad_k, grad_v, delta, config
+        )  # fmt: skip
 
     shape = (q.shape[2], k.shape[2], *_shape_key(q, k, v), indices.shape[-1])
     configs = _backward_candidates(q, k, v) if config is None else [config]
@@ -281,7 +283,7 @@ def backward(
         logits = sink_logits.float()
         share = (logits - torch.logaddexp(lse, logits)).exp()
         sink_grad = -(share * delta).sum(dim=(0, 1)).to(sink_logits.dtype)
-    return (*grads, sink_grad)
+    return grad_q, grad_k, grad_v, sink_grad
 
 
 def _launch_backward(
@@ -395,7 +397,7 @@ def values_in_keys(k: Tensor, v: Tensor, widest: int) -> bool:
     """Whether `v` is a view of the first columns of `k` and covers whole parts, so that its tiles are those of `k`."""
     if v.data_ptr() != k.data_ptr() or v.dtype != k.dtype or v.stride() != k.stride():
         return False
-    offsets, widths = split_width(v.shape[-1], widest)
+    _, widths = split_width(v.shape[-1], widest)
     return sum(widths) == v.shape[-1] and split_width(k.shape[-1], widest)[1][: len(widths)] == widths
 
 

@@ -13,6 +13,10 @@ With `P` the probabilities (the sink in the denominator), `delta = sum_d out * g
 Shapes: as in `triton_forward.py`.
 """
 
+# A kernel has no types to annotate, and grows its tuples of tiles by the one form that Triton compiles.
+# mypy: disable-error-code="no-untyped-def,assignment"
+# ruff: noqa: RUF005
+
 from __future__ import annotations
 
 import triton

@@ -11,6 +11,10 @@ Shapes: `B` batch, `T` query tokens, `S` key tokens, `H`/`G` query / KV heads, `
 `K` selected tokens, `R = H / G` query heads that share a KV head, `X` splits.
 """
 
+# A kernel has no types to annotate, and grows its tuples of tiles by the one form that Triton compiles.
+# mypy: disable-error-code="no-untyped-def,assignment"
+# ruff: noqa: RUF005
+
 from __future__ import annotations
 
 import triton

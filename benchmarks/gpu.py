@@ -1,0 +1,69 @@
+"""The check and the benchmark of every GPU kernel, in one command.
+
+    python benchmarks/gpu.py [--only sparse_attention indexer_loss index_topk] [--small] [--checks] [--out FILE.json]
+
+Each section checks its kernels against fp64 on fresh random inputs and stops the run where one is wrong; then it
+measures: device events, medians after warm-up. The device's ceilings come first, one table comes last, and all of
+it is written as JSON. `--small` runs all of it at sizes for a first try, without a GPU too (then under Triton's
+interpreter, and its times mean nothing); `--checks` stops after the checks, which is what a memory checker should see:
+
+    compute-sanitizer --tool memcheck python benchmarks/gpu.py --small --checks
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from dsa.testing.triton_interpreter import start_interpreter
+
+SECTIONS = ("sparse_attention", "indexer_loss", "index_topk")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS)
+    parser.add_argument("--small", action="store_true", help="sizes for a first try")
+    parser.add_argument("--checks", action="store_true", help="stop each section after its checks")
+    parser.add_argument("--out", type=Path, help="JSON file; default benchmarks/results/gpu-DEVICE-DATE.json")
+    arguments = parser.parse_args()
+
+    if not torch.cuda.is_available():
+        if not arguments.small:
+            print("no GPU: nothing to measure here; --small runs everything under Triton's interpreter")
+            return 2
+        assert start_interpreter()
+    from gpu import common
+
+    found = common.environment() | {"rows": [], "seconds": {}}
+    out = arguments.out
+    if out is None and common.DEVICE.type == "cuda" and not arguments.small and not arguments.checks:
+        device = "".join(letter if letter.isalnum() else "-" for letter in found["device"].lower())
+        out = Path(__file__).parent / "results" / f"gpu-{device}-{found['date']}.json"
+    if common.DEVICE.type == "cuda" and not arguments.checks:
+        found["rows"].extend(common.ceilings())
+    for name in arguments.only:
+        section = importlib.import_module(f"gpu.{name}")
+        begin = time.perf_counter()
+        for row in section.rows(arguments.small):
+            if arguments.checks and not row["what"].startswith("check"):
+                break
+            found["rows"].append({"section": name} | row)
+            print(common.line(row), file=sys.stderr, flush=True)
+            if out is not None:
+                out.parent.mkdir(parents=True, exist_ok=True)
+                out.write_text(json.dumps(found, indent=1))
+        found["seconds"][name] = time.perf_counter() - begin
+    print(" ".join(f"{key} {value}" for key, value in found.items() if key not in ("rows", "seconds")))
+    print("\n".join(common.line(row) for row in found["rows"] if row["what"] != "tile"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
