@@ -38,7 +38,7 @@ def test_values_out_of_range(changes: dict[str, Any], message: str) -> None:
 
 def test_defaults_use_every_query_about_once() -> None:
     settings = WarmupSettings(steps=200, seq_len=4096).resolved(DSAConfig(), [1, 2])
-    assert (settings.queries_per_update, settings.updates_per_sequence, settings.warmup_steps) == (512, 7, 4)
+    assert (settings.queries_per_update, settings.updates_per_sequence, settings.warmup_steps) == (64, 60, 4)
     short = WarmupSettings(steps=1, seq_len=100).resolved(CONFIG, [0, 1])
     assert (short.queries_per_update, short.updates_per_sequence, short.warmup_steps) == (100 - 37, 1, 0)
 
@@ -60,4 +60,4 @@ def test_schedule_rises_to_the_peak_and_falls_to_zero() -> None:
     assert settings.lr_at(10) == pytest.approx(0.01)
     assert settings.lr_at(60) == pytest.approx(0.005)
     assert settings.lr_at(110) == pytest.approx(0)
-    assert WarmupSettings(steps=4, seq_len=128, warmup_steps=0).resolved(CONFIG, [0]).lr_at(0) == pytest.approx(2e-3)
+    assert WarmupSettings(steps=4, seq_len=128, warmup_steps=0).resolved(CONFIG, [0]).lr_at(0) == pytest.approx(1e-2)

@@ -86,12 +86,15 @@ def train(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the run, new or empty.", show_default=False)],
     seq_len: Annotated[int, typer.Option(metavar="L", help="Tokens per sequence.")] = 2048,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
-    lr: Annotated[float, typer.Option(metavar="X", help="Peak learning rate; decays as a cosine to zero.")] = 2e-3,
+    lr: Annotated[float, typer.Option(metavar="X", help="Peak learning rate; decays as a cosine to zero.")] = 1e-2,
     warmup_steps: Annotated[
         int | None, typer.Option(metavar="N", help="Steps of linear warm-up; by default a fiftieth of all")
     ] = None,
     queries_per_update: Annotated[
-        int | None, typer.Option(metavar="Q", help="Queries one optimizer step of a layer learns from; by default 512")
+        int | None,
+        typer.Option(
+            metavar="Q", help="Queries one optimizer step of a layer learns from; by default 64; on a GPU try 512."
+        ),
     ] = None,
     updates_per_sequence: Annotated[
         int | None,
