@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Stores the indexers of a training run in fp16 as those that ship with the package.
 
-    python scripts/ship_indexers.py runs/default
+    python scripts/ship_indexers.py runs/default --dense-layers 0,7,18
 
-fp16 keeps 11 bits of each weight, well beyond the 7 or 8 that index queries and keys are quantised to when they are
+Layers named here stay dense from now on, whatever was trained for them. fp16 keeps 11 bits of each weight, well beyond the 7 or 8 that index queries and keys are quantised to when they are
 used, and halves the file.
 """
 
@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 
 import dsa
+from dsa import LayerConfig
+from dsa.cli.train import parse_layers
 from dsa.models.checkpoint import SHIPPED
 from dsa.models.loading import load_model
 
@@ -22,8 +24,11 @@ from dsa.models.loading import load_model
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="folder that `dsa train default` wrote, or its indexer file")
+    parser.add_argument("--dense-layers", type=parse_layers, default=[], help="such as 0,7,18")
+    given = parser.parse_args()
     model = load_model("default").model
-    print(dsa.attach(model, indexers=parser.parse_args().run))
+    layers = {layer: LayerConfig(dense=True) for layer in given.dense_layers}
+    print(dsa.attach(model, indexers=given.run, layers=layers))
     file = dsa.save_indexers(model, SHIPPED, dtype=torch.float16)
     print(f"{file}: {file.stat().st_size / 1e6:.1f} MB")
 
