@@ -141,6 +141,12 @@ def compile_all(capability: int, wanted: str) -> Iterator[dict[str, Any]]:
                         attention_kernels, names, f"{options} forward", capability, wanted,
                         lambda s=splits, a=(q, k, v, indices, sinks): attention_kernels.forward(*a, 0.1, 3.0, splits=s),
                     )  # fmt: skip
+                # SM100 does without: see `_shares_tiles`.
+                with mock.patch.object(attention_kernels, "SHARING_ROWS", 1 << 62 if capability == 100 else 1):
+                    yield from record(
+                        attention_kernels, ["mark", "collect", "attend_union", "attend"], f"{options} shared forward",
+                        capability, wanted, lambda a=(q, k, v, indices, sinks): attention_kernels.forward(*a, 0.1, 3.0),
+                    )  # fmt: skip
                 torch.use_deterministic_algorithms(True)
                 yield from record(
                     attention_kernels, ["attend_backward", "sum_by_key"], f"{options} backward", capability, wanted,
@@ -173,8 +179,9 @@ def compile_all(capability: int, wanted: str) -> Iterator[dict[str, Any]]:
 
 def record(module: Any, names: list[str], label: str, capability: int, wanted: str, call: Any) -> list[dict[str, Any]]:
     """Compiles the named kernels of a module as one call launches them."""
-    everything = [n for n in ("attend", "merge_splits", "attend_backward", "sum_by_key", "attention_totals",
-                              "index_totals", "divergence", "selected_totals", "selected_divergence")
+    everything = [n for n in ("attend", "merge_splits", "attend_union", "mark", "collect", "attend_backward",
+                              "sum_by_key", "attention_totals", "index_totals", "divergence", "selected_totals",
+                              "selected_divergence")
                   if hasattr(module, n)]  # fmt: skip
     recorders = {n: Recorder(getattr(module, n), f"{label} {n}", capability) for n in everything}
     with mock.patch.multiple(module, **{n: mock.MagicMock() for n in everything}):

@@ -129,6 +129,45 @@ def test_head_dims(sizes: tuple[int, int], device: str) -> None:
     assert_both(case, inputs)
 
 
+@pytest.mark.parametrize(
+    ("what", "heads"),
+    [("shared", (1, 1)), ("shared", (16, 2)), ("in_turns", (6, 2)), ("scattered", (4, 1)), ("twice", (4, 1)),
+     ("not_finite", (4, 1))],
+)  # fmt: skip
+def test_neighbours_share_tiles(
+    what: str, heads: tuple[int, int], device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks of queries over the union of their selections, and the blocks that are left to single queries."""
+    monkeypatch.setattr(kernels, "SHARING_ROWS", 1)
+    monkeypatch.setattr(kernels, "SHARING_BYTES", 1 if what == "in_turns" else 1 << 20)
+    monkeypatch.setattr(kernels, "LONGEST_UNION", 1 if what == "scattered" else 2)
+    case = Case(
+        "neighbours", batch=2 if what == "in_turns" else 1, tokens=10 if heads == (16, 2) else 3, keys=70,
+        heads=heads[0], groups=heads[1], head_dim=24, value_dim=20, top_k=17, dtype=torch.bfloat16, sink=True,
+        softcap=3.0,
+    )  # fmt: skip
+    inputs = make_inputs(case, device)
+    if what != "scattered":
+        inputs.indices[..., 1:] = torch.arange(3, 51, 3, device=device)
+    inputs.indices[..., 0] = 0
+    inputs.indices[:, -1, 3] = -1
+    if what == "twice":
+        inputs.indices[:, 1, 2] = inputs.indices[:, 1, 5]
+    if what == "not_finite":
+        inputs.v[:, inputs.indices[0, 1, 4], 0, 0] = torch.inf
+        inputs.indices[:, 0, 4] = -1
+    shared, flagged = kernels._launch_shared, []
+
+    def recorded(*arguments: Any) -> tuple[Tensor, int]:
+        flags, queries = shared(*arguments)
+        flagged.append(bool(flags.any()))
+        return flags, queries
+
+    monkeypatch.setattr(kernels, "_launch_shared", recorded)
+    assert_forward(case, inputs, attend(case, inputs, tensors_of(inputs)))
+    assert flagged == [what in ("scattered", "twice", "not_finite")]
+
+
 def test_indices_out_of_range_are_never_read(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = BY_NAME["odd_lengths"]
     inputs = make_inputs(case, device)

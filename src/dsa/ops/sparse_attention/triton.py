@@ -19,11 +19,22 @@ from torch.autograd.function import once_differentiable
 
 from dsa.ops.sparse_attention.triton_backward import attend_backward, sum_by_key
 from dsa.ops.sparse_attention.triton_forward import attend, merge_splits
-from dsa.ops.triton_support import Config, fitting, launch_chosen, processors
+from dsa.ops.sparse_attention.triton_shared import attend_union, collect, mark
+from dsa.ops.triton_support import Config, capability, fitting, launch_chosen, processors
 from dsa.ops.triton_tiles import TILE_DTYPES, padded_width, precision, product_dtype, split_width
 
 SCRATCH_BYTES = 384 << 20
 """What the fp32 sums of the backward pass may take at once; KV heads, or queries, go in turns beyond that."""
+
+SHARING_BYTES = 128 << 20
+"""What the tables of neighbouring queries' unions may take at once; blocks of queries go in turns beyond that."""
+
+SHARING_ROWS = 1024
+"""How many queries there must be before neighbours share tiles."""
+
+LONGEST_UNION = 4
+"""How many times `K` a union may be long: beyond, its tiles hold more masked products than the queries' own hold
+padding."""
 
 _MOST_SPLITS = 64
 
@@ -51,6 +62,12 @@ _BACKWARD = (
     {"BLOCK_HEADS": 16, "BLOCK_KEYS": 32, "STAGES": 3, "num_warps": 4},
     {"BLOCK_HEADS": 16, "BLOCK_KEYS": 32, "STAGES": 2, "num_warps": 4},
     {"BLOCK_HEADS": 16, "BLOCK_KEYS": 16, "STAGES": 1, "num_warps": 4},
+)
+_UNION = (
+    {"BLOCK_KEYS": 64, "STAGES": 3, "num_warps": 4},
+    {"BLOCK_KEYS": 128, "STAGES": 2, "num_warps": 4},
+    {"BLOCK_KEYS": 64, "STAGES": 2, "num_warps": 4},
+    {"BLOCK_KEYS": 32, "STAGES": 2, "num_warps": 4},
 )
 # Three tf32 products each, whose operands take registers instead of shared memory.
 _FLOAT32 = (
@@ -189,12 +206,19 @@ def forward(
             return out, forward(q, k, v, indices, sink_logits, scale, softcap, splits, config)[1]
         return out.zero_(), lse.fill_(-torch.inf)
 
+    flags, block = None, 0
+    if splits is None and config is None and _shares_tiles(q, k, v):
+        flags, block = _launch_shared(q, k, v, indices, sink_logits, scale, softcap, out, lse)
+
     def launch(config: Config) -> None:
-        _launch_forward(q, k, v, indices, sink_logits, scale, softcap, out, lse, splits, config)
+        _launch_forward(q, k, v, indices, sink_logits, scale, softcap, out, lse, splits, config, flags, block)
 
     rows = triton.next_power_of_2(min(batch * tokens, 4096))
     shape = (heads, k.shape[2], *_shape_key(q, k, v), rows, indices.shape[-1])
     configs = _forward_candidates(q, k, v) if config is None else [config]
+    if block:
+        # What is left over says nothing about which tile is fast.
+        configs = configs[:1]
     launch_chosen("sparse_attention", shape, configs, q.device, launch)
     return out, lse
 
@@ -211,6 +235,8 @@ def _launch_forward(
     lse: Tensor,
     splits: int | None,
     config: Config,
+    flags: Tensor | None,
+    flagged_queries: int,
 ) -> None:
     batch, tokens, heads, head_dim = q.shape
     keys, groups = k.shape[1:3]
@@ -230,12 +256,14 @@ def _launch_forward(
     v_offsets, v_widths = split_width(value_dim, widest)
     with _on(q.device):
         attend[(programs * splits,)](
-            q, k, v, indices, sink_logits, parts, logs,
+            q, k, v, indices, sink_logits, flags, parts, logs,
             *q.stride(), *k.stride(), *v.stride(), *indices.stride(),
-            tokens, keys, selected, per_split, rows, scale, softcap or 1.0,
+            tokens, keys, selected, per_split, rows, triton.cdiv(tokens, max(1, flagged_queries)),
+            scale, softcap or 1.0,
             HEADS=heads, GROUPS=groups, SIZE=head_dim, OFFSETS=offsets, WIDTHS=widths,
             V_SIZE=value_dim, V_OFFSETS=v_offsets, V_WIDTHS=v_widths, VALUES_IN_KEYS=values_in_keys(k, v, widest),
-            SPLITS=splits, HAS_SINK=sink_logits is not None, HAS_SOFTCAP=softcap is not None,
+            SPLITS=splits, FLAGGED_QUERIES=flagged_queries,
+            HAS_SINK=sink_logits is not None, HAS_SOFTCAP=softcap is not None,
             DTYPE=TILE_DTYPES[dtype], PRECISION=precision(dtype), **config,
         )  # fmt: skip
         if splits > 1:
@@ -245,6 +273,77 @@ def _launch_forward(
                 HEADS=heads, V_SIZE=value_dim, SPLITS=splits, PADDED_SPLITS=triton.next_power_of_2(splits),
                 HAS_SINK=sink_logits is not None, BLOCK=block,
             )  # fmt: skip
+
+
+def _shares_tiles(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether neighbouring queries are worth a tile together: many of them, each with few heads on a KV head."""
+    if q.is_cuda and capability(q.device.index or 0)[0] == 10:
+        # Triton 3.6 fails to compile `attend_union` for SM100.
+        return False
+    rows, shared = q.shape[0] * q.shape[1], q.shape[2] // k.shape[2]
+    return rows >= SHARING_ROWS and shared <= 8 and product_dtype(q, k, v).itemsize == 2 and q.shape[3] <= 256
+
+
+def _launch_shared(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    sink_logits: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    out: Tensor,
+    lse: Tensor,
+) -> tuple[Tensor, int]:
+    """Attends block by block over the union of the queries' selections.
+
+    Returns:
+        flags: int32, one a block of queries: not zero where the block is still to be done, query by query.
+        queries: How many queries a block has.
+    """
+    batch, tokens, heads, head_dim = q.shape
+    keys, groups = k.shape[1:3]
+    selected, value_dim, device = indices.shape[-1], v.shape[-1], q.device
+    padded_shared = triton.next_power_of_2(heads // groups)
+    # 64 rows fill the matrix units; the bits of an int32 are the limit.
+    queries = min(32, 64 // padded_shared)
+    blocks_of_row = triton.cdiv(tokens, queries)
+    blocks = batch * blocks_of_row
+    capacity = triton.cdiv(min(keys, LONGEST_UNION * selected), 16) * 16
+    at_once = max(1, min(blocks, SHARING_BYTES // (4 * keys + 8 * capacity)))
+    flags = torch.zeros(blocks, dtype=torch.int32, device=device)
+    positions, members = torch.empty(2, at_once, capacity, dtype=torch.int32, device=device)
+    counts = torch.empty(at_once, dtype=torch.int32, device=device)
+    offsets, widths = split_width(head_dim, 512)
+    v_offsets, v_widths = split_width(value_dim, 512)
+    dtype = product_dtype(q, k, v)
+    configs = _union_candidates(q, k, v, queries * padded_shared)
+    for first in range(0, blocks, at_once):
+        here = min(at_once, blocks - first)
+        table = torch.zeros(here, keys, dtype=torch.int32, device=device)
+        with _on(device):
+            mark[(here, queries)](
+                indices, table, flags, *indices.stride(), tokens, keys, selected, blocks_of_row, first,
+                QUERIES=queries, BLOCK=1024,
+            )  # fmt: skip
+            collect[(here,)](table, positions, members, counts, flags, keys, capacity, first, BLOCK=2048)
+
+        def launch(config: Config, first: int = first, here: int = here) -> None:
+            with _on(device):
+                attend_union[(here * groups,)](
+                    q, k, v, positions, members, counts, flags, sink_logits, out, lse,
+                    *q.stride(), *k.stride(), *v.stride(), tokens, keys, capacity, blocks_of_row, first,
+                    scale, softcap or 1.0,
+                    HEADS=heads, GROUPS=groups, SIZE=head_dim, OFFSETS=offsets, WIDTHS=widths,
+                    V_SIZE=value_dim, V_OFFSETS=v_offsets, V_WIDTHS=v_widths,
+                    HAS_SINK=sink_logits is not None, HAS_SOFTCAP=softcap is not None,
+                    DTYPE=TILE_DTYPES[dtype], PRECISION=precision(dtype),
+                    QUERIES=queries, PADDED_SHARED=padded_shared, **config,
+                )  # fmt: skip
+
+        shape = (heads, groups, *_shape_key(q, k, v))
+        launch_chosen("sparse_attention shared", shape, configs, device, launch)
+    return flags, queries
 
 
 def backward(
@@ -431,6 +530,18 @@ def _backward_candidates(q: Tensor, k: Tensor, v: Tensor) -> list[Config]:
     if itemsize == 4:
         return fitting(_BACKWARD_FLOAT32, bytes_of, q.device)
     return fitting([c for c in _BACKWARD if c["BLOCK_HEADS"] <= most_heads], bytes_of, q.device)
+
+
+def _union_candidates(q: Tensor, k: Tensor, v: Tensor, rows: int) -> list[Config]:
+    """Those whose queries, gathered rows in flight and probabilities fit shared memory."""
+    itemsize, columns = product_dtype(q, k, v).itemsize, padded_width(q.shape[-1])
+    gathered = columns + padded_width(v.shape[-1])
+
+    def bytes_of(config: Config) -> int:
+        places = config["BLOCK_KEYS"]
+        return itemsize * (rows * (columns + places) + config["STAGES"] * places * gathered)
+
+    return fitting(_UNION, bytes_of, q.device)
 
 
 def _gathered_width(k: Tensor, v: Tensor) -> int:

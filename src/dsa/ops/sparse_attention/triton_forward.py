@@ -41,6 +41,7 @@ def attend(
     v,
     indices,
     sink_logits,
+    flags,
     out,
     lse,
     q_batch,
@@ -63,6 +64,7 @@ def attend(
     selected,
     per_split,
     rows,
+    blocks_of_row,
     scale,
     softcap,
     HEADS: tl.constexpr,
@@ -75,6 +77,7 @@ def attend(
     V_WIDTHS: tl.constexpr,
     VALUES_IN_KEYS: tl.constexpr,
     SPLITS: tl.constexpr,
+    FLAGGED_QUERIES: tl.constexpr,
     HAS_SINK: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -87,6 +90,9 @@ def attend(
 
     With one split these are the results. With several, `out` is fp32 and each part normalised by itself, and `lse`
     is in base 2 and leaves out the sink: `merge_splits` does the rest.
+
+    With `FLAGGED_QUERIES` above zero only the blocks of that many queries are computed whose `flags` are set: the
+    others are done already (see `triton_shared.py`).
     """
     SHARED: tl.constexpr = HEADS // GROUPS
     HEAD_BLOCKS: tl.constexpr = (SHARED + BLOCK_HEADS - 1) // BLOCK_HEADS
@@ -101,6 +107,11 @@ def attend(
 
     local_head = head_block * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
     real_head = local_head < SHARED
+    stop = selected
+    if FLAGGED_QUERIES > 0:
+        wanted = tl.load(flags + batch * blocks_of_row + token // FLAGGED_QUERIES) != 0
+        real_head = local_head < tl.where(wanted, SHARED, 0)
+        stop = tl.where(wanted, selected, 0)
     head = group * SHARED + local_head
     q_rows = q + batch * q_batch + token * q_token + head.to(tl.int64) * q_head
     queries = load_parts(q_rows, real_head, q_dim, SIZE, OFFSETS, WIDTHS, DTYPE)
@@ -109,7 +120,7 @@ def attend(
     v_base = v + batch * v_batch + group.to(tl.int64) * v_head
     i_base = indices + batch * i_batch + token * i_token
     begin = split * per_split
-    end = count_used(i_base, i_place, begin, tl.minimum(begin + per_split, selected), keys, 1024)
+    end = count_used(i_base, i_place, begin, tl.minimum(begin + per_split, stop), keys, 1024)
 
     factor = scale / softcap if HAS_SOFTCAP else scale * LOG2_E
     top = tl.full([BLOCK_HEADS], float("-inf"), tl.float32)
