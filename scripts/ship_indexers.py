@@ -3,8 +3,8 @@
 
     python scripts/ship_indexers.py runs/default --dense-layers 0,7,18
 
-Layers named here stay dense from now on, whatever was trained for them. fp16 keeps 11 bits of each weight, well beyond the 7 or 8 that index queries and keys are quantised to when they are
-used, and halves the file.
+Layers named here stay dense from now on, whatever was trained for them. fp16 keeps 11 bits of each weight, well beyond
+the 7 or 8 that index queries and keys are quantised to when they are used, and halves the file.
 """
 
 from __future__ import annotations

@@ -71,8 +71,10 @@ class Recorder:
                 constants[name] = value
         source = ASTSource(self.kernel, signature, constants, attributes)
         compiled = triton.compile(source, target=GPUTarget("cuda", self.capability, 32), options=options)
-        limits = {"shared memory": (compiled.metadata.shared, self.shared_memory),
-                  "tensor memory": (getattr(compiled.metadata, "tmem_size", None) or 0, TENSOR_MEMORY_COLUMNS)}
+        limits = {
+            "shared memory": (compiled.metadata.shared, self.shared_memory),
+            "tensor memory": (getattr(compiled.metadata, "tmem_size", None) or 0, TENSOR_MEMORY_COLUMNS),
+        }
         for name, (needed, there) in limits.items():
             if needed > there:
                 raise OutOfResources(needed, there, name)

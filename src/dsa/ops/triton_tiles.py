@@ -126,9 +126,7 @@ def zero_parts(ROWS: tl.constexpr, WIDTHS: tl.constexpr):
 
 
 @triton.jit
-def dot_rows(
-    a, b, factor, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr
-):
+def dot_rows(a, b, factor, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr):
     """`factor * a @ b^T` over the first `PARTS` parts: fp32 `[ROWS, COLUMNS]`.
 
     The parts' products are scaled one by one and then added. One accumulator handed from product to product would make

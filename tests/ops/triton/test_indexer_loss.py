@@ -71,9 +71,7 @@ def assert_agrees(case: Case, inputs: Inputs, selected: bool) -> None:
         index = index_tensors(inputs, dtype)
         loss = function(case, inputs, index, selected)
         grads = torch.autograd.grad(loss, index, allow_unused=True) if loss.requires_grad else [None] * 3
-        results.append(
-            (loss.detach(), [torch.zeros_like(x) if g is None else g for g, x in zip(grads, index)])
-        )
+        results.append((loss.detach(), [torch.zeros_like(x) if g is None else g for g, x in zip(grads, index)]))
     (loss, grads), (naive, naive_grads), (exact, exact_grads) = results
     # Differences of numbers near one; 16-bit inputs also round the gradient by the scores before it is spread.
     rounding = 8 * torch.finfo(case.dtype).eps

@@ -16,9 +16,7 @@ from dsa.testing.tolerance import assert_within_yardstick
 
 # The interpreter takes about 20 ms a program, and there is one for each token and KV head.
 SMALL = [
-    replace(case, tokens=min(case.tokens, 2), keys=min(case.keys, 23))
-    for case in CASES
-    if case.dtype != torch.float64
+    replace(case, tokens=min(case.tokens, 2), keys=min(case.keys, 23)) for case in CASES if case.dtype != torch.float64
 ]
 BY_NAME = {case.name: case for case in SMALL}
 
@@ -29,9 +27,7 @@ def tensors_of(inputs: Inputs) -> list[Tensor]:
 
 def attend(case: Case, inputs: Inputs, tensors: list[Tensor]) -> tuple[Tensor, Tensor]:
     q, k, v, sink_logits = (*tensors, None)[:4]
-    return sparse_attention(
-        q, k, v, inputs.indices, softcap=case.softcap, sink_logits=sink_logits, impl="triton"
-    )
+    return sparse_attention(q, k, v, inputs.indices, softcap=case.softcap, sink_logits=sink_logits, impl="triton")
 
 
 def oracle(case: Case, inputs: Inputs, tensors: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -171,7 +167,7 @@ def test_neighbours_share_tiles(
 def test_indices_out_of_range_are_never_read(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = BY_NAME["odd_lengths"]
     inputs = make_inputs(case, device)
-    inputs.indices[:, :, :3] = torch.tensor([case.keys, 2**31 - 1, -2**31], dtype=torch.int32)
+    inputs.indices[:, :, :3] = torch.tensor([case.keys, 2**31 - 1, -(2**31)], dtype=torch.int32)
     assert_both(case, inputs)
     monkeypatch.setenv("DSA_CHECK_INDICES", "1")
     with pytest.raises(ValueError, match="indices must lie in"):
@@ -200,9 +196,7 @@ def test_padding_never_reads_row_zero(device: str) -> None:
 
 @pytest.mark.parametrize("scratch", [1, 4000, 1 << 30])
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_backward_in_turns(
-    scratch: int, deterministic: bool, device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_backward_in_turns(scratch: int, deterministic: bool, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bounded memory, with and without the fixed order; several programs add to every key."""
     monkeypatch.setattr(kernels, "SCRATCH_BYTES", scratch)
     case = Case("turns", batch=2, tokens=3, keys=6, heads=6, groups=2, head_dim=20, value_dim=17, top_k=5)

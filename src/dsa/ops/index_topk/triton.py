@@ -338,9 +338,7 @@ class _Chunk:
         blocks = (self._batch, -1, block_m)
         return max(0, int((last.view(blocks).amax(-1) - first.view(blocks).amin(-1)).max()))
 
-    def _score(
-        self, config: Config, begin: int, end: int, segment_keys: int = 0, counts: Tensor | None = None
-    ) -> None:
+    def _score(self, config: Config, begin: int, end: int, segment_keys: int = 0, counts: Tensor | None = None) -> None:
         """Scores the keys at distances `[begin, end)` from the newest; with `counts`, keeps what exceeds the bound."""
         operands = self._operands
         heads, dim = operands.query.shape[2:]

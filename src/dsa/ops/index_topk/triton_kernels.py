@@ -208,9 +208,7 @@ def score_kernel(
 
 
 @triton.jit
-def _candidates(
-    source_ptr, index, total, count_ptr, first_place, later_place, spacing, segments, DENSE: tl.constexpr
-):
+def _candidates(source_ptr, index, total, count_ptr, first_place, later_place, spacing, segments, DENSE: tl.constexpr):
     """Ordered keys and positions of the candidates number `index`, of segment 0, then of the next, ...
 
     A dense round stores no positions: 0.
@@ -232,9 +230,7 @@ def _candidates(
 
 
 @triton.jit
-def _keep(
-    target_ptr, selection_ptr, ordered, position, bound, crowded, room, met, written, top_k, FINAL: tl.constexpr
-):
+def _keep(target_ptr, selection_ptr, ordered, position, bound, crowded, room, met, written, top_k, FINAL: tl.constexpr):
     """Stores the chosen ones of a block of candidates: those above the bound and, in order, those equal to it.
 
     Where equal ones are too many (`crowded`), only `room` of them are chosen, of which `met` have been met before.

@@ -93,9 +93,7 @@ def attention_totals(
     kept_total = tl.full([BLOCK_ROWS], 0.0, tl.float32)
     for first in tl.range(low, high, BLOCK_KEYS, num_stages=STAGES):
         column = first + tl.arange(0, BLOCK_KEYS)
-        keys = load_parts(
-            k_base + column.to(tl.int64) * k_token, column < high, k_dim, SIZE, OFFSETS, WIDTHS, DTYPE
-        )
+        keys = load_parts(k_base + column.to(tl.int64) * k_token, column < high, k_dim, SIZE, OFFSETS, WIDTHS, DTYPE)
         scores = dot_rows(queries, keys, factor, BLOCK_ROWS, BLOCK_KEYS, len(WIDTHS), PRECISION)
         if HAS_SOFTCAP:
             scores = tanh(scores) * (softcap * LOG2_E)
@@ -167,9 +165,7 @@ def index_totals(
     total = tl.full([BLOCK_ROWS], 0.0, tl.float32)
     for first in tl.range(low, high, BLOCK_KEYS, num_stages=1):
         column = first + tl.arange(0, BLOCK_KEYS)
-        keys = load_parts(
-            k_base + column.to(tl.int64) * k_token, column < high, k_dim, SIZE, OFFSETS, WIDTHS, DTYPE
-        )
+        keys = load_parts(k_base + column.to(tl.int64) * k_token, column < high, k_dim, SIZE, OFFSETS, WIDTHS, DTYPE)
         scores = _index_scores(
             q_rows, w_rows, real, keys, q_head, q_dim, w_head, scale,
             HEADS, SIZE, OFFSETS, WIDTHS, DTYPE, PRECISION, BLOCK_ROWS, BLOCK_KEYS, STAGES,
@@ -351,9 +347,7 @@ def divergence(
                 dots = dot_rows(queries, index_keys, 1.0, BLOCK_ROWS, BLOCK_KEYS, len(INDEX_WIDTHS), INDEX_PRECISION)
                 passed = tl.where(dots > 0.0, grad_scores, 0.0)
                 mine = (batch * tokens_here + local) * INDEX_HEADS + head
-                tl.atomic_add(
-                    grad_w + mine, tl.sum(passed * dots, axis=1) * index_scale, mask=counted, sem="relaxed"
-                )
+                tl.atomic_add(grad_w + mine, tl.sum(passed * dots, axis=1) * index_scale, mask=counted, sem="relaxed")
                 weighted = passed * coefficient[:, None]
                 turned = tl.trans(weighted.to(INDEX_DTYPE))
                 weighted = weighted.to(INDEX_DTYPE)
@@ -361,9 +355,7 @@ def divergence(
                 for i in tl.static_range(len(INDEX_WIDTHS)):
                     none = tl.full([BLOCK_ROWS, INDEX_WIDTHS[i]], 0.0, tl.float32)
                     part = dot(weighted, index_keys[i], none, INDEX_PRECISION)
-                    add_part(
-                        grad_q + mine * INDEX_SIZE, counted, part, INDEX_SIZE, INDEX_OFFSETS[i], INDEX_WIDTHS[i]
-                    )
+                    add_part(grad_q + mine * INDEX_SIZE, counted, part, INDEX_SIZE, INDEX_OFFSETS[i], INDEX_WIDTHS[i])
                     next_k = next_k + (dot(turned, queries[i], grown_k[i], INDEX_PRECISION),)
                 grown_k = next_k
             k_rows = grad_k + (batch * keys + wide_column) * INDEX_SIZE

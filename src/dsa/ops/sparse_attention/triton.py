@@ -170,9 +170,7 @@ def _differentiate(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None
     q, k, v, indices, sink_logits, out, lse = ctx.saved_tensors
     grads = _backward(grad_out, q, k, v, indices, sink_logits, out, lse, ctx.scale, ctx.softcap)
     wanted = ctx.needs_input_grad
-    q_grad, k_grad, v_grad, sink_grad = (
-        grad if want else None for grad, want in zip(grads, (*wanted[:3], wanted[4]))
-    )
+    q_grad, k_grad, v_grad, sink_grad = (grad if want else None for grad, want in zip(grads, (*wanted[:3], wanted[4])))
     return q_grad, k_grad, v_grad, None, sink_grad, None, None
 
 
@@ -422,8 +420,7 @@ def _launch_backward(
     for first_group in range(0, groups, groups_at_once):
         here = min(groups_at_once, groups - first_group)
         sums = [
-            torch.zeros(batch, keys, here, size, dtype=torch.float32, device=q.device)
-            for size in (head_dim, value_dim)
+            torch.zeros(batch, keys, here, size, dtype=torch.float32, device=q.device) for size in (head_dim, value_dim)
         ]
         for first_row in range(0, rows, rows_at_once):
             rows_here = min(rows_at_once, rows - first_row)
