@@ -53,12 +53,15 @@ def info() -> None:
 
 
 def implementations() -> tuple[Table, list[str]]:
-    """Which implementation of each operation runs here, and for those that do not, why.
+    """Which implementation of each operation runs here, which one `auto` takes, and why others do not run.
 
     Every one is called by name on a tiny input: an explicit choice never falls back, it says what it lacks.
     """
     from rich.table import Table
 
+    import torch
+
+    from dsa.ops.triton_support import by_default
     from dsa.ops.types import Impl
 
     names = [name for name in get_args(Impl) if name != "auto"]
@@ -66,17 +69,21 @@ def implementations() -> tuple[Table, list[str]]:
     for heading in ("operation", *names):
         table.add_column(heading)
     reasons: dict[str, None] = {}
+    fast_first = torch.cuda.is_available() and by_default()
+    preferred = ("native", "triton", "reference") if fast_first else ("native", "reference")
     for operation, call in _probes().items():
-        cells = []
+        cells = {}
         for name in names:
             try:
                 call(name)
-                cells.append("[green]runs[/]")
+                cells[name] = "[green]runs[/]"
             except NotImplementedError as error:
                 absent = NOT_THERE in str(error)
-                cells.append("[dim]-[/]" if absent else "[yellow]no[/]")
+                cells[name] = "[dim]-[/]" if absent else "[yellow]no[/]"
                 reasons["-  not in this version" if absent else str(error)] = None
-        table.add_row(operation, *cells)
+        chosen = next(name for name in preferred if "runs" in cells[name])
+        cells[chosen] = "[green]runs, auto[/]"
+        table.add_row(operation, *cells.values())
     return table, list(reasons)
 
 

@@ -20,6 +20,9 @@ from torch import Tensor
 
 LOWEST_CAPABILITY = (8, 0)
 
+CHECKED_ON_A_GPU = False
+"""Whether `benchmarks/gpu.py` has passed on a GPU. Until then `auto` leaves these kernels to those who ask for them."""
+
 SHARED_MEMORY = {(8, 0): 163, (8, 6): 99, (8, 7): 163, (8, 9): 99, (9, 0): 227, (10, 0): 227, (10, 3): 227, (12, 0): 99}
 """KiB that one block may use, by compute capability (CUDA C++ programming guide); 99 is the least of all."""
 
@@ -75,8 +78,13 @@ def gap(*tensors: Tensor | None) -> str | None:
     return None
 
 
+def by_default() -> bool:
+    """Whether `auto` takes the kernels on a GPU: once they were checked on one, or with `DSA_TRITON=1`."""
+    return os.environ.get("DSA_TRITON", "1" if CHECKED_ON_A_GPU else "0") == "1"
+
+
 def beside(others: Mapping[str, str | None], *tensors: Tensor | None) -> dict[str, str | None]:
-    """The gaps of an operation's implementations, with Triton's first where there is a GPU and last elsewhere.
+    """The gaps of an operation's implementations, with Triton's first where `auto` takes it and last elsewhere.
 
     Args:
         others: Gaps of the other implementations, fastest first; see `resolve_impl`.
@@ -84,7 +92,7 @@ def beside(others: Mapping[str, str | None], *tensors: Tensor | None) -> dict[st
     """
     reason = gap(*tensors)
     on_gpu = any(tensor is not None and tensor.device.type == "cuda" for tensor in tensors)
-    return {"triton": reason, **others} if on_gpu else {**others, "triton": reason}
+    return {"triton": reason, **others} if on_gpu and by_default() else {**others, "triton": reason}
 
 
 def checks_indices() -> bool:
