@@ -57,9 +57,8 @@ def implementations() -> tuple[Table, list[str]]:
 
     Every one is called by name on a tiny input: an explicit choice never falls back, it says what it lacks.
     """
-    from rich.table import Table
-
     import torch
+    from rich.table import Table
 
     from dsa.ops.triton_support import by_default
     from dsa.ops.types import Impl
