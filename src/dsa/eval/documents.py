@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from dsa.text import read_text
+
 LANGUAGE_REFERENCE = "the Python language reference"
 # Tokens at the cut end of a text may differ from those of the whole; only what lies this far before it is kept.
 CUT_MARGIN = 64
@@ -42,27 +44,7 @@ def read_document(path: str | Path | None = None) -> Document:
         from pydoc_data.topics import topics
 
         return Document("\n\n".join(topics[name].strip() for name in sorted(topics)), LANGUAGE_REFERENCE)
-    file = Path(path).expanduser()
-    if not file.exists():
-        raise FileNotFoundError(f"file: there is no file {path}; expected a UTF-8 text file")
-    if file.is_dir():
-        raise IsADirectoryError(f"file: {path} is a directory; expected a UTF-8 text file")
-    try:
-        raw = file.read_bytes()
-    except OSError as error:
-        raise OSError(f"file: {path} cannot be read: {error.strerror or error}") from error
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"file: {path} is not UTF-8 text (byte {error.start} is 0x{raw[error.start]:02x}); "
-            "expected plain text: convert it first, e.g. with iconv or pdftotext"
-        ) from error
-    if "\0" in text:
-        raise ValueError(f"file: {path} is binary (it holds NUL bytes); expected plain UTF-8 text")
-    if not text.strip():
-        raise ValueError(f"file: {path} is empty; expected text of at least {MIN_TOKENS} tokens")
-    return Document(text, str(path))
+    return Document(read_text(path, "file"), str(path))
 
 
 def encode(document: Document, tokenizer: Any, tokens: int | None = None, *, default: int = 8192) -> torch.Tensor:

@@ -57,13 +57,15 @@ class Indexer(nn.Module):
         """
         batch, tokens, _ = hidden_states.shape
         query = self.wq(hidden_states).view(batch, tokens, self.heads, self.head_dim)
-        key = self.k_norm(self.wk(hidden_states))
-        weight = self.weights_proj(hidden_states).float() * self.heads**-0.5
         if rope is not None and self.rope_dim:
-            cos, sin = rope
-            query = rotate_half_split(query, cos.unsqueeze(2), sin.unsqueeze(2))
-            key = rotate_half_split(key, cos, sin)
-        return IndexInputs(query, key, weight)
+            query = rotate_half_split(query, *(angle.unsqueeze(2) for angle in rope))
+        weight = self.weights_proj(hidden_states).float() * self.heads**-0.5
+        return IndexInputs(query, self.keys(hidden_states, rope), weight)
+
+    def keys(self, hidden_states: torch.Tensor, rope: Rope | None = None) -> torch.Tensor:
+        """The index keys `[B, T, Di]` alone; arguments as in `forward`."""
+        key = self.k_norm(self.wk(hidden_states))
+        return key if rope is None or not self.rope_dim else rotate_half_split(key, *rope)
 
 
 def rotate_half_split(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

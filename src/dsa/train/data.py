@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from dsa.text import read_text
 from dsa.train.files import write_atomically
 
 MIN_TOKENS = 2
@@ -165,22 +166,7 @@ def _check_file(path: Path) -> None:
 
 
 def _tokenize(path: Path, tokenizer: Any) -> torch.Tensor:
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise OSError(f"data: {path} cannot be read: {error.strerror or error}") from error
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"data: {path} is not UTF-8 text (byte {error.start} is 0x{raw[error.start]:02x}); "
-            "convert it first, e.g. with iconv or pdftotext"
-        ) from error
-    if "\0" in text:
-        raise ValueError(f"data: {path} is binary (it holds NUL bytes); expected plain UTF-8 text")
-    if not text.strip():
-        raise ValueError(f"data: {path} is empty; expected text")
-    ids = tokenizer(text, verbose=False)["input_ids"]
+    ids = tokenizer(read_text(path, "data"), verbose=False)["input_ids"]
     if len(ids) >= MIN_TOKENS and tokenizer.eos_token_id is not None:
         ids = [*ids, tokenizer.eos_token_id]
     return torch.tensor(ids, dtype=torch.int32)

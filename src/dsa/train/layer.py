@@ -15,7 +15,7 @@ from torch import nn
 
 from dsa.config import DSAConfig
 from dsa.models.context import AttentionCall
-from dsa.modules.indexer import Indexer, IndexInputs, Rope, rotate_half_split
+from dsa.modules.indexer import Indexer, IndexInputs, Rope
 from dsa.ops import indexer_loss
 from dsa.train.settings import BETAS, MAX_GRAD_NORM, WarmupSettings
 
@@ -155,10 +155,7 @@ def index_some(indexer: Indexer, hidden: torch.Tensor, rope: Rope | None, rows: 
     """
     chosen = None if rope is None else (rope[0][:, rows], rope[1][:, rows])
     some = indexer(hidden[:, rows], chosen)
-    key = indexer.k_norm(indexer.wk(hidden))
-    if rope is not None and indexer.rope_dim:
-        key = rotate_half_split(key, *rope)
-    return IndexInputs(some.query, key, some.weight)
+    return IndexInputs(some.query, indexer.keys(hidden, rope), some.weight)
 
 
 def draw_queries(first: int, tokens: int, per_update: int, updates: int, generator: torch.Generator) -> torch.Tensor:
