@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 import dsa
-from dsa.modules.cache import IndexedLayer, indexed_layer, reserve
+from dsa.modules.cache import indexed_layer, reserve
 from dsa.testing.tiny_models import TINY_CONFIG, tiny_model, tiny_tokens
 
 NEW = 12
@@ -140,14 +140,16 @@ def test_batch_of_different_caches_in_turn(model: PreTrainedModel) -> None:
         torch.testing.assert_close(torch.cat(parts[row], dim=1), expected[row], atol=1e-9, rtol=0)
 
 
-def test_generate_uses_our_layers_and_reserved_room(model: PreTrainedModel) -> None:
+def test_generate_stays_in_the_reserved_room(model: PreTrainedModel) -> None:
     cache = DynamicCache()
     for layer in range(model.config.num_hidden_layers):
         indexed_layer(cache, layer, "int8")
-    reserve(cache, 64)
-    generate(model, PROMPT[:1], past_key_values=cache)
-    assert all(isinstance(layer, IndexedLayer) for layer in cache.layers)
-    assert cache.layers[0].keys._base.shape[1] == 64 or cache.layers[0].keys.storage_offset() == 0
+    reserve(cache, 1000)
+    model(PROMPT[:1, :10], past_key_values=cache)
+    where = [layer.keys.data_ptr() for layer in cache.layers]
+    generate(model, PROMPT[:1], past_key_values=cache, max_new_tokens=300)
+    assert cache.get_seq_length() == 330
+    assert [layer.keys.data_ptr() for layer in cache.layers] == where
 
 
 def test_gradients_flow_through_the_sparse_model() -> None:
