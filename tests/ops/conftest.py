@@ -6,7 +6,7 @@ import hypothesis
 import pytest
 import torch
 
-from dsa.ops import blocks
+from dsa.ops import blocks, native_support
 from dsa.testing.cases import IMPLEMENTATIONS
 
 hypothesis.settings.register_profile("ops", max_examples=40, deadline=None, derandomize=True, database=None)
@@ -17,11 +17,37 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A test that takes `impl` runs on every implementation of what its module names in `OPERATIONS`."""
     names = set(metafunc.fixturenames)
     if "impl" in names and hasattr(metafunc.module, "OPERATIONS"):
-        runs = [(operation, impl) for operation in metafunc.module.OPERATIONS for impl in IMPLEMENTATIONS[operation]]
-        if "operation" in names:
-            metafunc.parametrize(("operation", "impl"), runs)
-        else:
-            metafunc.parametrize("impl", [impl for _, impl in runs])
+        runs = [
+            pytest.param(
+                *((operation, impl) if "operation" in names else (impl,)), id=f"{operation}-{run}", marks=marks
+            )
+            for operation in metafunc.module.OPERATIONS
+            for impl in IMPLEMENTATIONS[operation]
+            for run, marks in variants(impl)
+        ]
+        metafunc.parametrize(("operation", "impl") if "operation" in names else "impl", runs)
+
+
+def variants(impl: str) -> Iterator[tuple[str, tuple[pytest.MarkDecorator, ...]]]:
+    """The runs of one implementation: of the compiled one, a run on every instruction set of this processor."""
+    if impl != "native":
+        yield impl, ()
+    elif native_support.missing() is None:
+        for isa in native_support.isas():
+            yield f"native-{isa}", (pytest.mark.isa(isa),)
+
+
+@pytest.fixture(autouse=True)
+def chosen_isa(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Uses the instruction set that the test is marked with."""
+    marker = request.node.get_closest_marker("isa")
+    if marker is None:
+        yield
+        return
+    before = native_support.isa()
+    native_support.set_isa(marker.args[0])
+    yield
+    native_support.set_isa(before)
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dsa.ops import triton_support
+from dsa.ops import native_support, triton_support
 from dsa.ops.blocks import full_precision
 from dsa.ops.checks import check_tensor
 from dsa.ops.quantize import reference
@@ -50,10 +50,16 @@ def quantize_index_keys(
             f"{op}: out must be {dtype} {list(k.shape)} on {k.device} like the keys, "
             f"got {out.dtype} {list(out.shape)} on {out.device}; slice it"
         )
-    if resolve_impl(op, impl, triton_support.beside({"reference": None}, k)) == "triton":
+    native_gap = native_support.gap(k) if dtype == "int8" else "the CPU kernels keep index keys in int8 or fp32"
+    chosen = resolve_impl(op, impl, triton_support.beside({"native": native_gap, "reference": None}, k))
+    if chosen == "triton":
         from dsa.ops.quantize import triton
 
         return triton.quantize_keys(k, dtype, out)
+    if chosen == "native":
+        from dsa.ops.quantize import native
+
+        return native.quantize_keys_int8(k.detach(), out)
     with torch.no_grad(), full_precision(k.device):
         keys = reference.quantize_keys_int8(k) if dtype == "int8" else reference.quantize_keys_fp8(k)
     if out is None:

@@ -1,0 +1,128 @@
+#include "common/parallel.h"
+
+#include <atomic>
+#include <condition_variable>
+#include <mutex>
+#include <thread>
+#include <vector>
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#endif
+
+#include "dsa/runtime.h"
+
+namespace dsa {
+namespace {
+
+struct Job {
+    int64_t items;
+    int threads;
+    Work work;
+    void* context;
+    std::atomic<int64_t> next{0};
+    std::atomic<int> workers{0};
+
+    void run() {
+        const int worker = workers.fetch_add(1, std::memory_order_relaxed);
+        if (worker >= threads) return;
+        for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < items;) work(context, item, worker);
+    }
+};
+
+using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+std::atomic<GompParallel> gomp_parallel{nullptr};
+
+// The library's own threads. One job at a time; who comes while it is busy works alone.
+class Pool {
+  public:
+    void run(Job& job) {
+        std::unique_lock<std::mutex> turn(turn_, std::try_to_lock);
+        if (!turn.owns_lock()) return job.run();
+        grow(job.threads - 1);
+        {
+            std::lock_guard<std::mutex> lock(mutex_);
+            job_ = &job;
+            wanted_ = job.threads - 1;
+        }
+        wake_.notify_all();
+        job.run();
+        std::unique_lock<std::mutex> lock(mutex_);
+        wanted_ = 0;  // Whoever has not begun by now need not.
+        done_.wait(lock, [this] { return active_ == 0; });
+        job_ = nullptr;
+    }
+
+  private:
+    void grow(int threads) {
+        while (static_cast<int>(threads_.size()) < threads) {
+            threads_.emplace_back([this] { loop(); });
+            threads_.back().detach();
+        }
+    }
+
+    void loop() {
+        std::unique_lock<std::mutex> lock(mutex_);
+        for (;;) {
+            wake_.wait(lock, [this] { return wanted_ > 0; });
+            --wanted_;
+            ++active_;
+            Job* job = job_;
+            lock.unlock();
+            job->run();
+            lock.lock();
+            if (--active_ == 0) done_.notify_one();
+        }
+    }
+
+    std::mutex turn_, mutex_;
+    std::condition_variable wake_, done_;
+    std::vector<std::thread> threads_;
+    Job* job_ = nullptr;
+    int wanted_ = 0, active_ = 0;
+};
+
+// Threads do not survive a fork: the child begins with none, and leaves the parent's OpenMP threads alone. A pool is
+// never destroyed, because its threads may outlive the library's static objects.
+std::atomic<Pool*> pool{nullptr};
+
+void after_fork() {
+    pool.store(new Pool, std::memory_order_relaxed);
+    gomp_parallel.store(nullptr, std::memory_order_relaxed);
+}
+
+Pool& own_pool() {
+    static const bool ready = [] {
+        pool.store(new Pool, std::memory_order_relaxed);
+        return true;
+    }();
+    (void)ready;
+    return *pool.load(std::memory_order_relaxed);
+}
+
+const bool watches_forks = [] {
+#if defined(__unix__) || defined(__APPLE__)
+    pthread_atfork(nullptr, nullptr, after_fork);
+#endif
+    return true;
+}();
+
+}  // namespace
+
+void parallel_for(int64_t items, int threads, Work work, void* context) {
+    if (threads > items) threads = static_cast<int>(items);
+    if (threads <= 1) {
+        for (int64_t item = 0; item < items; ++item) work(context, item, 0);
+        return;
+    }
+    Job job{items, threads, work, context};
+    if (GompParallel parallel = gomp_parallel.load(std::memory_order_relaxed))
+        parallel([](void* data) { static_cast<Job*>(data)->run(); }, &job, static_cast<unsigned>(threads), 0);
+    else
+        own_pool().run(job);
+}
+
+}  // namespace dsa
+
+extern "C" void dsa_set_openmp(void* address) {
+    dsa::gomp_parallel.store(reinterpret_cast<dsa::GompParallel>(address), std::memory_order_relaxed);
+}

@@ -1,0 +1,192 @@
+"""The compiled CPU kernels: how the library is found and loaded, and how tensors are handed to it.
+
+The library is one shared object with a plain C interface (`csrc/include/dsa`), so it depends on no version of Python
+or torch. Calls go through ctypes, which releases the GIL.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+ABI_VERSION = 1
+"""`DSA_ABI_VERSION` of `csrc/include/dsa/runtime.h`."""
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.int32: 4}
+"""`dsa_dtype` of `csrc/include/dsa/tensor.h`."""
+
+HOW_TO_BUILD = "install a C++ compiler (g++ or clang) and install dsa-attention again"
+
+_FILE_NAMES = {"darwin": "libdsa_native.dylib", "win32": "dsa_native.dll"}
+_OPENMP_NAMES = ("libgomp", "libiomp5", "libomp")
+
+_Sizes = ctypes.c_int64 * 4
+
+
+class TensorArg(ctypes.Structure):
+    """`dsa_tensor`: where a tensor lies, its sizes, its strides in elements and its dtype.
+
+    The caller keeps the tensor alive until the kernel has returned.
+    """
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("size", _Sizes),
+        ("stride", _Sizes),
+        ("dtype", ctypes.c_int32),
+        ("dims", ctypes.c_int32),
+    )
+
+    @classmethod
+    def of(cls, tensor: Tensor | None) -> TensorArg:
+        """The description of a tensor of at most four dims, or of an absent argument."""
+        if tensor is None:
+            return cls()
+        return cls(
+            tensor.data_ptr(), _Sizes(*tensor.shape), _Sizes(*tensor.stride()), DTYPES[tensor.dtype], tensor.ndim
+        )
+
+
+class Unavailable(Exception):
+    """The library is not there, or cannot be used; the message says why and what helps."""
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The loaded library, running on the instruction set that `DSA_ISA` names, or the processor's best.
+
+    Raises:
+        Unavailable: There is none that can be loaded.
+        ValueError: `DSA_ISA` names none that this processor and this library have.
+    """
+    loaded = ctypes.CDLL(str(_find()))
+    loaded.dsa_abi_version.restype = ctypes.c_int32
+    version = loaded.dsa_abi_version()
+    if version != ABI_VERSION:
+        raise Unavailable(
+            f"the kernel library has interface version {version} and this dsa needs {ABI_VERSION}: "
+            "it was built from other sources; install dsa-attention again"
+        )
+    for name in ("dsa_isa", "dsa_isas"):
+        getattr(loaded, name).restype = ctypes.c_char_p
+    loaded.dsa_set_isa.argtypes = (ctypes.c_char_p,)
+    loaded.dsa_set_openmp.argtypes = (ctypes.c_void_p,)
+    loaded.dsa_set_openmp.restype = None
+    wanted = os.environ.get("DSA_ISA")
+    if wanted and loaded.dsa_set_isa(wanted.encode()) != 0:
+        raise ValueError(
+            f"DSA_ISA={wanted} is not an instruction set of this machine; use one of "
+            f"{loaded.dsa_isas().decode().replace(',', ', ')}, or unset it for the best"
+        )
+    if os.environ.get("DSA_THREADS_FROM", "torch") == "torch":
+        loaded.dsa_set_openmp(_openmp_of_torch())
+    return loaded
+
+
+@functools.cache
+def missing() -> str | None:
+    """Why there is no library, or `None`; said as a warning the first time that someone would have used it."""
+    try:
+        library()
+    except Unavailable as error:
+        reason = str(error)
+    except OSError as error:
+        reason = f"the kernel library cannot be loaded ({error})"
+    else:
+        return None
+    warnings.warn(
+        f"dsa runs without its CPU kernels, several times slower: {reason}. To have them, {HOW_TO_BUILD}.", stacklevel=2
+    )
+    return reason
+
+
+def gap(*tensors: Tensor | None) -> str | None:
+    """Why the kernels cannot take these tensors, or `None` where they can.
+
+    Args:
+        tensors: The floating-point arguments of an operation; `None` for absent ones.
+
+    Returns:
+        The reason, worded for `resolve_impl`.
+    """
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if tensor.device.type != "cpu":
+            return f"the kernels run on the CPU, and the tensors are on {tensor.device}"
+        if tensor.dtype not in DTYPES:
+            return f"{tensor.dtype} has no CPU kernel"
+    return missing()
+
+
+def isas() -> tuple[str, ...]:
+    """The instruction sets that the kernels can use here, best first."""
+    return tuple(library().dsa_isas().decode().split(","))
+
+
+def isa() -> str:
+    """The instruction set in use."""
+    return library().dsa_isa().decode()
+
+
+def set_isa(name: str) -> None:
+    """Uses another of `isas()` from now on, in the whole process.
+
+    Raises:
+        ValueError: It is none of them.
+    """
+    if library().dsa_set_isa(name.encode()) != 0:
+        raise ValueError(f"{name!r} is none of this machine's instruction sets, {', '.join(isas())}")
+
+
+def call(name: str, arguments: ctypes.Structure) -> None:
+    """Runs `dsa_<name>` on its argument structure.
+
+    Raises:
+        MemoryError: The kernel could not get its scratch memory.
+    """
+    if getattr(library(), f"dsa_{name}")(ctypes.byref(arguments)) != 0:
+        raise MemoryError(f"{name}: not enough memory for the kernel's scratch buffers")
+
+
+def threads() -> int:
+    """How many threads a kernel may use: torch's number."""
+    return torch.get_num_threads()
+
+
+def _find() -> Path:
+    """The library beside the package, wherever an (editable) installation has put it."""
+    chosen = os.environ.get("DSA_NATIVE_LIBRARY")
+    if chosen:
+        return Path(chosen)
+    name = _FILE_NAMES.get(sys.platform, "libdsa_native.so")
+    for folder in sys.modules["dsa"].__path__:
+        path = Path(folder) / "_native" / name
+        if path.exists():
+            return path
+    raise Unavailable("this installation was made without a C++ compiler")
+
+
+def _openmp_of_torch() -> int | None:
+    """Address of `GOMP_parallel` in the OpenMP runtime that torch has loaded, so that one pool serves both."""
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return None
+    paths = {line.split(maxsplit=5)[5] for line in lines if len(line.split(maxsplit=5)) == 6}
+    runtimes = [path for path in sorted(paths) if Path(path).name.startswith(_OPENMP_NAMES)]
+    # Of several, the one that came with torch.
+    runtimes.sort(key=lambda path: not path.startswith(str(Path(torch.__file__).parent)))
+    for path in runtimes:
+        try:
+            return ctypes.cast(ctypes.CDLL(path).GOMP_parallel, ctypes.c_void_p).value
+        except (OSError, AttributeError):
+            continue
+    return None
