@@ -6,7 +6,11 @@
 #include "kernels/variant.h"
 
 #if defined(__x86_64__)
+// GCC 12 takes the undefined operands of its own AVX-512 intrinsics for mistakes.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 #elif defined(__aarch64__)
 #include <arm_neon.h>
 #endif
@@ -286,6 +290,38 @@ DSA_INLINE F32 exp(F32 x) {
     p = fma(p, r, broadcast(5.0000001201e-1f));
     p = fma(p, r * r, r + broadcast(1.0f));
     return select_below(x, lowest, zero(), scale_by_power(p, power));
+}
+
+// Natural logarithm of positive normal numbers to about 2 units in the last place. Zero and subnormals give some number
+// near -88; what is not finite is no argument.
+DSA_INLINE F32 log(F32 x) {
+    typedef int32_t Bits __attribute__((vector_size(4 * kWidth)));
+    // x = 2^power * m with m in [sqrt(1/2), sqrt(2)); log(m) = 2 atanh(s).
+    const int32_t root_half = 0x3f3504f3;
+    const Bits above = (Bits)x.v - root_half;
+    const F32 m = {(Native)((above & 0x7fffff) + root_half)};
+    const F32 power = {__builtin_convertvector(above >> 23, Native)};
+    const F32 s = (m - broadcast(1.0f)) / (m + broadcast(1.0f));
+    const F32 square = s * s;
+    F32 p = broadcast(0.29581568f);
+    p = fma(p, square, broadcast(0.39988735f));
+    p = fma(p, square, broadcast(0.66666687f));
+    p = fma(p * square, s, power * broadcast(-2.12194440e-4f));
+    return fma(power, broadcast(0.693359375f), p + (s + s));
+}
+
+// Hyperbolic tangent to about 2 units in the last place; NaN for NaN.
+DSA_INLINE F32 tanh(F32 x) {
+    const F32 size = max(zero() - x, x);
+    const F32 square = x * x;
+    F32 p = broadcast(-6.0100561e-3f);
+    p = fma(p, square, broadcast(2.0938128e-2f));
+    p = fma(p, square, broadcast(-5.3838708e-2f));
+    p = fma(p, square, broadcast(0.13332692f));
+    p = fma(p, square, broadcast(-0.33333328f));
+    const F32 near = fma(p * square, x, x);
+    const F32 far = broadcast(1.0f) - broadcast(2.0f) / (exp(size + size) + broadcast(1.0f));
+    return select_below(size, broadcast(0.625f), near, select_below(x, zero(), zero() - far, far));
 }
 
 }  // namespace
