@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: install demo kernels test lint types clean
+.PHONY: install demo kernels test test-kernels test-kernels-aarch64 lint types clean
 
 install: $(VENV)/.installed
 
@@ -30,6 +30,23 @@ kernels:
 	cmake -S csrc -B build/kernels -G Ninja
 	cmake --build build/kernels
 	cmake --install build/kernels --prefix src
+
+# The kernels' own tests, without Python, with the compiler's checks of memory and of undefined behaviour.
+test-kernels:
+	cmake -S csrc -B build/sanitize -G Ninja -DDSA_TESTS=ON -DDSA_WARNINGS_AS_ERRORS=ON -DDSA_SANITIZE=address,undefined
+	cmake --build build/sanitize
+	ctest --test-dir build/sanitize --output-on-failure
+
+# The same tests for aarch64, compiled across and run by an emulator of the processor.
+AARCH64 := aarch64-linux-gnu
+QEMU     = $(or $(shell command -v qemu-aarch64-static),$(shell command -v qemu-aarch64))
+test-kernels-aarch64:
+	@if ! command -v $(AARCH64)-g++ >/dev/null || [ -z "$(QEMU)" ]; then \
+	  echo "test-kernels-aarch64: skipped, it needs g++-$(AARCH64) and qemu-user"; exit 0; fi; \
+	cmake -S csrc -B build/aarch64 -G Ninja -DDSA_TESTS=ON -DDSA_WARNINGS_AS_ERRORS=ON \
+	  -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=$(AARCH64)-g++ \
+	  "-DCMAKE_CROSSCOMPILING_EMULATOR=$(QEMU);-L;/usr/$(AARCH64)" && \
+	cmake --build build/aarch64 && ctest --test-dir build/aarch64 --output-on-failure
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest --ignore tests/ops/triton

@@ -3,8 +3,8 @@
 #include <atomic>
 #include <condition_variable>
 #include <mutex>
+#include <system_error>
 #include <thread>
-#include <vector>
 #if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>
 #endif
@@ -32,12 +32,12 @@ struct Job {
 using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 std::atomic<GompParallel> gomp_parallel{nullptr};
 
-// The library's own threads. One job at a time; who comes while it is busy works alone.
+// The library's own threads. One job at a time; who comes while it is busy, from another thread or from within a
+// job, works alone.
 class Pool {
   public:
     void run(Job& job) {
-        std::unique_lock<std::mutex> turn(turn_, std::try_to_lock);
-        if (!turn.owns_lock()) return job.run();
+        if (busy_.exchange(true, std::memory_order_acquire)) return job.run();
         grow(job.threads - 1);
         {
             std::lock_guard<std::mutex> lock(mutex_);
@@ -46,17 +46,21 @@ class Pool {
         }
         wake_.notify_all();
         job.run();
-        std::unique_lock<std::mutex> lock(mutex_);
-        wanted_ = 0;  // Whoever has not begun by now need not.
-        done_.wait(lock, [this] { return active_ == 0; });
-        job_ = nullptr;
+        {
+            std::unique_lock<std::mutex> lock(mutex_);
+            wanted_ = 0;  // Whoever has not begun by now need not.
+            done_.wait(lock, [this] { return active_ == 0; });
+            job_ = nullptr;
+        }
+        busy_.store(false, std::memory_order_release);
     }
 
   private:
+    // A system that gives no more threads leaves the work to those that there are.
     void grow(int threads) {
-        while (static_cast<int>(threads_.size()) < threads) {
-            threads_.emplace_back([this] { loop(); });
-            threads_.back().detach();
+        try {
+            for (; count_ < threads; ++count_) std::thread([this] { loop(); }).detach();
+        } catch (const std::system_error&) {
         }
     }
 
@@ -74,29 +78,21 @@ class Pool {
         }
     }
 
-    std::mutex turn_, mutex_;
+    std::atomic<bool> busy_{false};
+    std::mutex mutex_;
     std::condition_variable wake_, done_;
-    std::vector<std::thread> threads_;
     Job* job_ = nullptr;
-    int wanted_ = 0, active_ = 0;
+    int count_ = 0, wanted_ = 0, active_ = 0;
 };
 
-// Threads do not survive a fork: the child begins with none, and leaves the parent's OpenMP threads alone. A pool is
-// never destroyed, because its threads may outlive the library's static objects.
-std::atomic<Pool*> pool{nullptr};
+// Made when the library is loaded, so that no fork can come in the middle of it; never destroyed, because its
+// threads may outlive the library's static objects.
+std::atomic<Pool*> own_pool{new Pool};
 
+// Threads do not survive a fork: the child begins with none, and leaves the parent's OpenMP threads alone.
 void after_fork() {
-    pool.store(new Pool, std::memory_order_relaxed);
+    own_pool.store(new Pool, std::memory_order_relaxed);
     gomp_parallel.store(nullptr, std::memory_order_relaxed);
-}
-
-Pool& own_pool() {
-    static const bool ready = [] {
-        pool.store(new Pool, std::memory_order_relaxed);
-        return true;
-    }();
-    (void)ready;
-    return *pool.load(std::memory_order_relaxed);
 }
 
 const bool watches_forks = [] {
@@ -118,7 +114,7 @@ void parallel_for(int64_t items, int threads, Work work, void* context) {
     if (GompParallel parallel = gomp_parallel.load(std::memory_order_relaxed))
         parallel([](void* data) { static_cast<Job*>(data)->run(); }, &job, static_cast<unsigned>(threads), 0);
     else
-        own_pool().run(job);
+        own_pool.load(std::memory_order_relaxed)->run(job);
 }
 
 }  // namespace dsa

@@ -2,6 +2,13 @@
 
 The library is one shared object with a plain C interface (`csrc/include/dsa`), so it depends on no version of Python
 or torch. Calls go through ctypes, which releases the GIL.
+
+Environment variables, read when the library is first used:
+
+- `DSA_ISA`: the instruction set, in place of the best that the processor has; `dsa info` lists them.
+- `DSA_THREADS_FROM`: `torch` (the default) runs kernels on torch's OpenMP threads, `own` on threads of the library
+  that sleep between calls. Forked children and processes without an OpenMP runtime use `own`.
+- `DSA_NATIVE_LIBRARY`: another library file.
 """
 
 from __future__ import annotations
@@ -63,8 +70,9 @@ def library() -> ctypes.CDLL:
     """The loaded library, running on the instruction set that `DSA_ISA` names, or the processor's best.
 
     Raises:
-        Unavailable: There is none that can be loaded.
-        ValueError: `DSA_ISA` names none that this processor and this library have.
+        Unavailable: There is none that can be used.
+        OSError: There is one, and the system cannot load it.
+        ValueError: An environment variable has a value that it cannot have.
     """
     loaded = ctypes.CDLL(str(_find()))
     loaded.dsa_abi_version.restype = ctypes.c_int32
@@ -85,7 +93,10 @@ def library() -> ctypes.CDLL:
             f"DSA_ISA={wanted} is not an instruction set of this machine; use one of "
             f"{loaded.dsa_isas().decode().replace(',', ', ')}, or unset it for the best"
         )
-    if os.environ.get("DSA_THREADS_FROM", "torch") == "torch":
+    threads_from = os.environ.get("DSA_THREADS_FROM") or "torch"
+    if threads_from not in ("torch", "own"):
+        raise ValueError(f"DSA_THREADS_FROM must be torch or own, got {threads_from}")
+    if threads_from == "torch":
         loaded.dsa_set_openmp(_openmp_of_torch())
     return loaded
 
@@ -165,6 +176,10 @@ def _find() -> Path:
     """The library beside the package, wherever an (editable) installation has put it."""
     chosen = os.environ.get("DSA_NATIVE_LIBRARY")
     if chosen:
+        if not Path(chosen).is_file():
+            raise ValueError(
+                f"DSA_NATIVE_LIBRARY={chosen} is not a file; unset it for the library of this installation"
+            )
         return Path(chosen)
     name = _FILE_NAMES.get(sys.platform, "libdsa_native.so")
     for folder in sys.modules["dsa"].__path__:
