@@ -19,7 +19,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt $(wildcard csrc/CMakeLists.tx
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(PIP) --editable '.[gguf,dev,triton]'
+	$(PIP) --editable '.[gguf,dev,triton,plot]'
 	@touch $@
 
 demo: install

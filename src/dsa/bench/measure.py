@@ -1,0 +1,153 @@
+"""Taking time: contenders in turn, round after round, and what their times say of each other."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+CONFIDENCE = 0.95
+MOST_ROUNDS = 200
+WARM_UP_SHARE = 0.2
+"""A first round that takes less than this share of the budget is a warm-up, and is not counted."""
+
+
+class Disagreement(Exception):
+    """Results differ by more than rounding: there is nothing to measure."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How long something took, in seconds, each time that it ran."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    def to_json(self) -> dict[str, Any]:
+        """Median, spread and the samples themselves."""
+        return {
+            "median_s": self.median,
+            "low_s": min(self.seconds),
+            "high_s": max(self.seconds),
+            "runs": len(self.seconds),
+            "seconds": [float(f"{each:.6g}") for each in self.seconds],
+        }
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A number that a row comes to.
+
+    Args:
+        name: What it is.
+        value: The number; a median where there is an interval.
+        unit: `"x"`, `"%"`, `"MB"`, `"GB/s"`, `"tokens"` ...
+        low: Lower end of the interval, if there is one.
+        high: Upper end.
+        confidence: With which probability the true median lies in the interval, were the runs independent.
+        target: What this project asks of itself.
+        at_least: Whether the value should reach the target, or stay below it.
+    """
+
+    name: str
+    value: float
+    unit: str
+    low: float | None = None
+    high: float | None = None
+    confidence: float | None = None
+    target: float | None = None
+    at_least: bool = True
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the target is reached; `None` without one."""
+        if self.target is None:
+            return None
+        return self.value >= self.target if self.at_least else self.value <= self.target
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields that say something."""
+        plain = {name: value for name, value in vars(self).items() if value is not None}
+        if self.target is None:
+            plain.pop("at_least")
+        return plain
+
+
+def in_turn(
+    contenders: Mapping[str, Callable[[], object]],
+    *,
+    budget: float,
+    before: Callable[[], object] | None = None,
+    least: int = 1,
+    most: int = MOST_ROUNDS,
+) -> dict[str, Timing]:
+    """Runs all contenders in turn, as many rounds as the budget allows, so that they share the machine's moods.
+
+    Args:
+        contenders: What to run, by name.
+        budget: Seconds for all of it. One round is run in any case.
+        before: Called before each run, outside its time: throws data out of the caches, for example.
+        least: Rounds that are run even beyond the budget.
+        most: Rounds at most.
+    """
+
+    def round_of_all() -> dict[str, float]:
+        took = {}
+        for name, run in contenders.items():
+            if before is not None:
+                before()
+            began = time.perf_counter()
+            run()
+            took[name] = time.perf_counter() - began
+        return took
+
+    began = time.perf_counter()
+    rounds = [round_of_all()]
+    first = time.perf_counter() - began
+    if first < WARM_UP_SHARE * budget:
+        rounds = []
+        began = time.perf_counter()
+    while len(rounds) < least or (len(rounds) < most and _fits_another(rounds, began, first, budget)):
+        rounds.append(round_of_all())
+    return {name: Timing(tuple(each[name] for each in rounds)) for name in contenders}
+
+
+def _fits_another(rounds: Sequence[object], began: float, first: float, budget: float) -> bool:
+    spent = time.perf_counter() - began
+    return spent + (spent / len(rounds) if rounds else first) <= budget
+
+
+def ratio(name: str, peer: Timing, own: Timing, *, target: float | None = None) -> Figure:
+    """How many times longer the peer took: the median over the rounds, with an interval for it."""
+    ratios = sorted(theirs / ours for theirs, ours in zip(peer.seconds, own.seconds, strict=True))
+    value = statistics.median(ratios)
+    if len(ratios) == 1:
+        return Figure(name, value, "x", target=target)
+    low, high, confidence = median_interval(ratios)
+    return Figure(name, value, "x", low, high, confidence, target)
+
+
+def median_interval(ordered: Sequence[float]) -> tuple[float, float, float]:
+    """The narrowest pair of order statistics that holds the median with `CONFIDENCE`, and how surely it does.
+
+    Nothing is assumed of the distribution: each run lies on either side of the median with probability 1/2. With
+    few runs the widest pair is less sure than asked for; the third value says how sure.
+    """
+    count = len(ordered)
+    best = 0
+    for cut in range(count // 2):
+        if _coverage(count, cut) < CONFIDENCE:
+            break
+        best = cut
+    return ordered[best], ordered[count - 1 - best], _coverage(count, best)
+
+
+def _coverage(count: int, cut: int) -> float:
+    outside = sum(math.comb(count, below) for below in range(cut + 1)) / 2**count
+    return 1 - 2 * outside

@@ -1,0 +1,91 @@
+"""What the machine can do at most: the floor that a kernel is judged by."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import time
+from dataclasses import asdict, dataclass
+
+import torch
+
+from dsa.ops import native_support
+from dsa.ops.native_support import TensorArg
+
+BUFFER_FLOATS = 1 << 28
+"""1 GiB, more than any cache holds."""
+
+SMALL_BUFFER_FLOATS = 1 << 20
+_READ, _MULTIPLY_ADD, _INT8 = 0, 1, 2
+_ROUNDS = 5
+
+
+class _Arguments(ctypes.Structure):
+    """`dsa_probe_args` of `csrc/include/dsa/probe.h`."""
+
+    _fields_ = (
+        ("buffer", TensorArg),
+        ("sink", TensorArg),
+        ("repeats", ctypes.c_int64),
+        ("amount", ctypes.POINTER(ctypes.c_int64)),
+        ("kind", ctypes.c_int32),
+        ("streams", ctypes.c_int32),
+        ("threads", ctypes.c_int32),
+    )
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What all threads together reach, with the instruction set in use.
+
+    Args:
+        read: Bytes a second, out of memory.
+        fp32: Multiply-adds a second, in registers.
+        int8: Multiply-adds of bytes into 32 bits a second, in registers.
+    """
+
+    read: float
+    fp32: float
+    int8: float
+
+    def floor(self, *, bytes_read: float, fp32: float = 0.0, int8: float = 0.0) -> float:
+        """Seconds that a phase takes at least: the longer of reading and computing."""
+        return max(bytes_read / self.read, fp32 / self.fp32 + int8 / self.int8)
+
+    def to_json(self) -> dict[str, float]:
+        """By name and unit."""
+        units = {"read": "read_gb_per_s", "fp32": "fp32_gmac_per_s", "int8": "int8_gmac_per_s"}
+        return {units[name]: round(value / 1e9, 2) for name, value in asdict(self).items()}
+
+
+def measure_limits(*, quick: bool = False) -> Limits | None:
+    """Measures the machine with torch's number of threads; `None` without the compiled kernels.
+
+    The best of a few runs counts, and of a few ways to read: a floor must not be too high.
+    """
+    if native_support.missing() is not None:
+        return None
+    return _measure(native_support.isa(), torch.get_num_threads(), quick)
+
+
+@functools.cache
+def _measure(isa: str, threads: int, quick: bool) -> Limits:
+    buffer = torch.ones(SMALL_BUFFER_FLOATS if quick else BUFFER_FLOATS)
+    read = max(_rate(_READ, 1, buffer, streams) for streams in (1, 2, 4, 8))
+    repeats = threads * (8 if quick else 2000)
+    return Limits(read, _rate(_MULTIPLY_ADD, repeats), _rate(_INT8, repeats))
+
+
+def _rate(kind: int, repeats: int, buffer: torch.Tensor | None = None, streams: int = 1) -> float:
+    threads = torch.get_num_threads()
+    sink = torch.empty(threads)
+    amount = ctypes.c_int64()
+    arguments = _Arguments(
+        TensorArg.of(buffer), TensorArg.of(sink), repeats, ctypes.pointer(amount), kind, streams, threads
+    )
+    best = float("inf")
+    for _ in range(_ROUNDS):
+        began = time.perf_counter()
+        native_support.call("probe", arguments)
+        best = min(best, time.perf_counter() - began)
+    return amount.value / best
