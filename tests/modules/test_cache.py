@@ -42,7 +42,8 @@ def test_quantised_keys_do_not_depend_on_how_they_came() -> None:
     torch.manual_seed(0)
     whole, (_, _, index) = filled("int8")
     at_once = IndexedLayer("int8")
-    keys = at_once.append_index(index)
+    assert at_once.append_index(index) == index.shape[1]
+    keys = at_once.index_keys()
     assert isinstance(keys, QuantizedKeys)
     assert torch.equal(whole.index_keys().data, keys.data)
     assert torch.equal(whole.index_keys().scale, keys.scale)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -24,7 +25,7 @@ from dsa.config import DSAConfig
 from dsa.models.context import AttentionCall, DSAContext
 from dsa.models.families import Family
 from dsa.models.masks import split_mask, visible_ranges
-from dsa.modules.cache import IndexKeys, indexed_layer
+from dsa.modules.cache import IndexedLayer, IndexKeys, StaticIndexedLayer, indexed_layer
 from dsa.modules.indexer import Indexer, Rope
 from dsa.ops import QuantizedKeys, dense_attention, index_topk, quantize_index_keys, sparse_attention
 
@@ -49,10 +50,38 @@ class LayerPlan:
     parameters: tuple[str, ...]
     """Names of the attention module's positional parameters, in order."""
 
+    @cached_property
+    def top_k(self) -> int:
+        return self.config.layer_top_k(self.layer)
 
-@dataclass(frozen=True)
+    @cached_property
+    def local(self) -> int:
+        return self.config.layer_local(self.layer)
+
+    @cached_property
+    def dense(self) -> bool:
+        return self.config.is_dense(self.layer)
+
+    @cached_property
+    def source(self) -> int | None:
+        """The layer whose selection this one reuses."""
+        return self.config.shared_with(self.layer)
+
+    @cached_property
+    def is_shared(self) -> bool:
+        """Whether another layer reuses this one's selection."""
+        return any(self.config.shared_with(layer) == self.layer for layer in self.config.layers)
+
+    def runs_dense(self, keys: int, context: DSAContext) -> bool:
+        """Whether the layer attends to all of its `keys` tokens and needs no selection."""
+        if self.dense or context.mode == "dense":
+            return True
+        return keys <= self.top_k and self.config.dense_shortcut and context.select is None
+
+
+@dataclass
 class LayerIndex:
-    """What the hook hands to the attention function of one layer."""
+    """What the hook hands to the attention function of one layer; the tensors only where they will be used."""
 
     plan: LayerPlan
     hidden_states: torch.Tensor
@@ -90,15 +119,15 @@ def dsa_attention(
         )
     scale = float(scaling) if scaling is not None else query.shape[-1] ** -0.5
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    start, end, kept = split_mask(attention_mask, query.shape[1], key.shape[1])
+    tokens, keys = query.shape[1], key.shape[1]
     context = dsa_context if dsa_context is not None else DSAContext()
+    start, end, kept = context.once("mask", attention_mask, lambda: split_mask(attention_mask, tokens, keys))
     attention = _Attention(query, key, value, start, end, kept, scale, softcap, s_aux)
     if dsa_index is None:
         return attention.dense(), None
     plan = dsa_index.plan
     call = _observed_call(attention, dsa_index) if context.observer or context.select else None
-    short = key.shape[1] <= plan.config.layer_top_k(plan.layer) and plan.config.dense_shortcut
-    if plan.config.is_dense(plan.layer) or context.mode == "dense" or (short and context.select is None):
+    if plan.runs_dense(keys, context):
         out = attention.dense()
     elif context.select is not None:
         assert call is not None
@@ -115,43 +144,45 @@ def _sparse_layer(
     attention: _Attention, index: LayerIndex, context: DSAContext, call: AttentionCall | None
 ) -> torch.Tensor:
     """Selects and attends, a block of queries at a time unless the whole selection is wanted."""
-    plan, config = index.plan, index.plan.config
-    source = config.shared_with(plan.layer)
-    if source is not None:
-        return attention.sparse(context.indices[source])
-    is_shared = any(config.shared_with(layer) == plan.layer for layer in config.layers)
-    if call is not None or is_shared or torch.is_grad_enabled():
-        indices = _select(attention, index, 0, attention.query.shape[1])
-        if is_shared:
+    plan, tokens = index.plan, attention.query.shape[1]
+    if plan.source is not None:
+        return attention.sparse(context.indices[plan.source])
+    if call is not None or plan.is_shared or torch.is_grad_enabled() or tokens <= QUERIES_AT_A_TIME:
+        indices = _select(attention, index, index.query, index.weight)
+        if plan.is_shared:
             context.indices[plan.layer] = indices
         if call is not None:
             call.indices = indices
         return attention.sparse(indices)
-    blocks = []
-    for begin in range(0, attention.query.shape[1], QUERIES_AT_A_TIME):
-        stop = min(begin + QUERIES_AT_A_TIME, attention.query.shape[1])
-        indices = _select(attention, index, begin, stop)
-        blocks.append(attention.rows(begin, stop).sparse(indices))
-    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)
-
-
-def _select(attention: _Attention, index: LayerIndex, begin: int, stop: int) -> torch.Tensor:
-    """Selection int32 `[B, stop - begin, K]` of some queries; positions with padding in them become -1."""
-    plan, config = index.plan, index.plan.config
     assert index.query is not None
-    assert index.key is not None
     assert index.weight is not None
-    start, end = attention.ranges()
+    blocks = []
+    for begin in range(0, tokens, QUERIES_AT_A_TIME):
+        stop = begin + QUERIES_AT_A_TIME
+        rows = attention.rows(begin, stop)
+        indices = _select(rows, index, index.query[:, begin:stop], index.weight[:, begin:stop])
+        blocks.append(rows.sparse(indices))
+    return torch.cat(blocks, dim=1)
+
+
+def _select(
+    attention: _Attention, index: LayerIndex, query: torch.Tensor | None, weight: torch.Tensor | None
+) -> torch.Tensor:
+    """Selection int32 `[B, T, K]` of the queries of `attention`; positions with padding in them become -1."""
+    plan = index.plan
+    assert index.key is not None
+    assert query is not None
+    assert weight is not None
     with torch.no_grad():
         indices = index_topk(
-            index.query[:, begin:stop].detach(),
+            query.detach(),
             _without_holes(index.key, attention.kept),
-            index.weight[:, begin:stop].detach(),
-            config.layer_top_k(plan.layer),
-            sinks=config.sinks,
-            local=config.layer_local(plan.layer),
-            key_start=start[:, begin:stop],
-            key_end=end[:, begin:stop],
+            weight.detach(),
+            plan.top_k,
+            sinks=plan.config.sinks,
+            local=plan.local,
+            key_start=attention.start,
+            key_end=attention.end,
         )
         if attention.kept is not None:
             flat = indices.clamp(min=0).flatten(1).long()
@@ -169,9 +200,12 @@ def _without_holes(keys: IndexKeys, kept: torch.Tensor | None) -> IndexKeys:
     return keys.masked_fill(~kept[..., None], torch.nan)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Attention:
-    """One layer's tensors, token-major, and the two ways to attend with them."""
+    """One layer's tensors, token-major, and the two ways to attend with them.
+
+    `start` and `end` are int32 `[B, T]`, or both `None` for causal and right-aligned.
+    """
 
     query: torch.Tensor
     key: torch.Tensor
@@ -291,24 +325,39 @@ def before_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
         position = plan.parameters.index(name) if name in plan.parameters else len(args)
         return args[position] if position < len(args) else None
 
-    hidden_states = argument("hidden_states")
+    index = LayerIndex(plan, argument("hidden_states"))
     cache = argument(plan.family.cache)
     indexer = cast("Indexer | None", getattr(module, "indexer", None))
     stored = None
     if cache is not None:
         stored = indexed_layer(cache, plan.layer, plan.config.index_dtype if indexer is not None else None)
-    if indexer is None:
-        index = LayerIndex(plan, hidden_states)
-    else:
-        rope = plan.family.rope_of(module, argument("position_embeddings"), indexer.rope_dim)
-        query, key, weight = indexer(hidden_states, rope)
-        keys: IndexKeys = key.float()
-        if stored is not None:
-            keys = stored.append_index(key.detach())
-        elif plan.config.index_dtype == "int8":
-            keys = quantize_index_keys(key.detach())
-        index = LayerIndex(plan, hidden_states, rope, query, keys, weight)
+    if indexer is not None:
+        context = kwargs.get("dsa_context") or DSAContext()
+        _run_indexer(module, indexer, index, argument("position_embeddings"), stored, context)
     return args, {**kwargs, "dsa_index": index}
+
+
+def _run_indexer(
+    module: nn.Module,
+    indexer: Indexer,
+    index: LayerIndex,
+    angles: Any,
+    stored: IndexedLayer | StaticIndexedLayer | None,
+    context: DSAContext,
+) -> None:
+    """Stores the index keys of these tokens and fills `index`; queries and weights only where they will be used."""
+    plan, hidden_states = index.plan, index.hidden_states
+    if plan.family.applies_rope(module, angles):
+        index.rope = context.once("rope", angles[0], lambda: plan.family.rope_of(angles, indexer.rope_dim))
+    key = indexer.keys(hidden_states, index.rope)
+    keys = stored.append_index(key.detach()) if stored is not None else key.shape[1]
+    if plan.runs_dense(keys, context) and context.observer is None:
+        return
+    if stored is not None:
+        index.key = stored.index_keys()
+    else:
+        index.key = quantize_index_keys(key.detach()) if plan.config.index_dtype == "int8" else key.float()
+    index.query, index.weight = indexer.queries(hidden_states, index.rope)
 
 
 def before_decoder(module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

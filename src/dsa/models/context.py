@@ -12,12 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 
 from dsa.modules.indexer import Rope
 from dsa.ops.quantize.types import QuantizedKeys
+
+Result = TypeVar("Result")
 
 
 @dataclass
@@ -30,7 +32,7 @@ class AttentionCall:
         key: `[B, S, G, D]`, RoPE applied, cached tokens included.
         value: `[B, S, G, Dv]`.
         hidden_states: `[B, T, hidden_size]`, what the attention layer received: the indexer's input.
-        rope: The indexer's angles for these `T` tokens, `None` in layers without RoPE. With `hidden_states`
+        rope: The indexer's angles for these `T` tokens, `None` in layers without RoPE; with `hidden_states`
             a trainer can run the indexer again, with gradients, as often as it updates it.
         index_query: `[B, T, Hi, Di]`; all three are `None` in layers without an indexer, which only `select` sees.
         index_key: Index keys of all `S` tokens as the cache stores them: fp32 `[B, S, Di]` or `QuantizedKeys`.
@@ -77,3 +79,16 @@ class DSAContext:
     observer: Callable[[AttentionCall], None] | None = None
     select: Callable[[AttentionCall], torch.Tensor] | None = None
     indices: dict[int, torch.Tensor] = field(default_factory=dict)
+    _last: dict[str, tuple[Any, Any]] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def once(self, what: str, made_from: Any, make: Callable[[], Result]) -> Result:
+        """`make()`, or what it gave to the layer before if that asked with the very same object `made_from`.
+
+        Layers are handed one object for all of them: the angles, the mask. What follows from it is computed once.
+        """
+        last = self._last.get(what)
+        if last is not None and last[0] is made_from:
+            return last[1]
+        result = make()
+        self._last[what] = (made_from, result)
+        return result

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 from torch import nn
 
-from dsa.modules.indexer import Rope
+from dsa.modules.indexer import Rope, rope_tables
 
 if TYPE_CHECKING:
     # Only for types: this module is imported while transformers itself is (see `dsa._auto_classes`).
@@ -70,22 +70,23 @@ class Family:
         """The self-attention modules, first layer first."""
         return [getattr(layer, self.attention) for layer in getattr(decoder_of(model), self.layers)]
 
-    def rope_of(self, attention: nn.Module, position_embeddings: Any, rope_dim: int) -> Rope | None:
+    def applies_rope(self, attention: nn.Module, position_embeddings: Any) -> bool:
+        """Whether an attention layer that receives these `position_embeddings` rotates by them."""
+        return self.rope is not None and position_embeddings is not None and self.layer_has_rope(attention)
+
+    def rope_of(self, position_embeddings: tuple[torch.Tensor, torch.Tensor], rope_dim: int) -> Rope | None:
         """The indexer's angles out of the model's own, so that positions and RoPE scaling are the model's.
 
         The indexer has fewer dims than the model's heads: it takes evenly spaced frequencies out of the model's,
         the highest first.
 
         Args:
-            attention: The attention layer.
             position_embeddings: `cos, sin` as the layer receives them, `[B or 1, T, width]`.
             rope_dim: How many index dims to rotate at most.
 
         Returns:
-            `cos, sin` `[B or 1, T, pairs]`, or `None` where the layer has no RoPE.
+            Tables `[B or 1, T, 2 * pairs]`, or `None` where there is nothing to rotate.
         """
-        if self.rope is None or position_embeddings is None or not self.layer_has_rope(attention):
-            return None
         cos, sin = position_embeddings
         frequencies = cos.shape[-1] if self.rope == "single" else cos.shape[-1] // 2
         pairs = min(rope_dim // 2, frequencies)
@@ -94,7 +95,7 @@ class Family:
         chosen = torch.arange(pairs, device=cos.device) * frequencies // pairs
         if self.rope == "interleaved":
             chosen = chosen * 2
-        return cos[..., chosen], sin[..., chosen]
+        return rope_tables(cos[..., chosen], sin[..., chosen])
 
 
 def _smollm3_has_rope(attention: nn.Module) -> bool:

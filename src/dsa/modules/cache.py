@@ -32,26 +32,34 @@ class TokenBuffer:
     def view(self) -> torch.Tensor:
         """`[B, S, ...]`, a view of the storage."""
         assert self.storage is not None
-        return self.storage[:, : self.length]
+        return self.storage.narrow(1, 0, self.length)
+
+    def extend(
+        self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, reserve: int = 0
+    ) -> torch.Tensor:
+        """Room for tokens behind those there, as a view to be written; the capacity is at least `reserve`.
+
+        Args:
+            shape: `[B, T, ...]` of the new tokens.
+            dtype: Of the storage, where this is the first use.
+            device: Of the storage, where this is the first use.
+            reserve: Tokens to make room for.
+        """
+        begin = self.length
+        self.length = needed = begin + shape[1]
+        if self.storage is None:
+            capacity = max(needed, reserve, INITIAL_CAPACITY)
+            self.storage = torch.empty((shape[0], capacity, *shape[2:]), dtype=dtype, device=device)
+        elif needed > self.storage.shape[1]:
+            capacity = max(needed, reserve, 2 * self.storage.shape[1])
+            grown = self.storage.new_empty((self.storage.shape[0], capacity, *self.storage.shape[2:]))
+            grown.narrow(1, 0, begin).copy_(self.storage.narrow(1, 0, begin))
+            self.storage = grown
+        return self.storage.narrow(1, begin, shape[1])
 
     def append(self, tokens: torch.Tensor, reserve: int = 0) -> None:
         """Writes `tokens [B, T, ...]` behind what is there; the capacity is at least `reserve`."""
-        needed = self.length + tokens.shape[1]
-        if self.storage is None:
-            capacity = max(needed, reserve, INITIAL_CAPACITY)
-            self.storage = tokens.new_empty((tokens.shape[0], capacity, *tokens.shape[2:]))
-        elif needed > self.storage.shape[1]:
-            grown = self.storage.new_empty(
-                (
-                    self.storage.shape[0],
-                    max(needed, reserve, 2 * self.storage.shape[1]),
-                    *self.storage.shape[2:],
-                )
-            )
-            grown[:, : self.length] = self.view()
-            self.storage = grown
-        self.storage[:, self.length : needed] = tokens
-        self.length = needed
+        self.extend(tokens.shape, tokens.dtype, tokens.device, reserve).copy_(tokens)
 
     def replace_batch(self, storage: torch.Tensor) -> None:
         """Takes over storage whose batch was reordered, repeated or selected."""
@@ -111,15 +119,16 @@ class IndexedLayer(DynamicLayer):
         """Appends `[B, G, T, D]` keys and values; returns all of them as views."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self._buffers["key"].append(key_states.transpose(1, 2), self._reserve)
-        self._buffers["value"].append(value_states.transpose(1, 2), self._reserve)
-        keys, values = self.keys, self.values
-        assert keys is not None
-        assert values is not None
-        return keys, values
+        key, value = self._buffers["key"], self._buffers["value"]
+        key.append(key_states.transpose(1, 2), self._reserve)
+        value.append(value_states.transpose(1, 2), self._reserve)
+        return key.view().transpose(1, 2), value.view().transpose(1, 2)
 
-    def append_index(self, index_keys: torch.Tensor) -> IndexKeys:
-        """Appends index keys `[B, T, Di]`, before `update` appends the same tokens; returns all `[B, S, Di]`.
+    def append_index(self, index_keys: torch.Tensor) -> int:
+        """Appends index keys `[B, T, Di]`, before `update` appends the same tokens.
+
+        Returns:
+            `S`, how many `index_keys()` are now.
 
         Raises:
             ValueError: The cache holds tokens that were read without an indexer.
@@ -130,13 +139,14 @@ class IndexedLayer(DynamicLayer):
                 f"the cache holds {self.get_seq_length()} tokens but index keys of only {index.length}: it was "
                 "filled before dsa was attached; start from an empty cache"
             )
+        shape, device = index_keys.shape, index_keys.device
         if self.index_dtype == "int8":
-            quantized = quantize_index_keys(index_keys, dtype="int8")
-            index.append(quantized.data, self._reserve)
-            self._buffers["index_scale"].append(quantized.scale, self._reserve)
+            data = index.extend(shape, torch.int8, device, self._reserve)
+            scale = self._buffers["index_scale"].extend(shape[:2], torch.float32, device, self._reserve)
+            quantize_index_keys(index_keys, out=QuantizedKeys(data, scale))
         else:
-            index.append(index_keys.float(), self._reserve)
-        return self.index_keys()
+            index.extend(shape, torch.float32, device, self._reserve).copy_(index_keys)
+        return index.length
 
     def index_keys(self) -> IndexKeys:
         """The index keys of all cached tokens, `[B, S, Di]`, as views of what is stored."""
@@ -208,8 +218,8 @@ class StaticIndexedLayer(StaticLayer):
         self.cumulative_length = self.cumulative_length.to(self.device)
         self.is_initialized = True
 
-    def append_index(self, index_keys: torch.Tensor) -> IndexKeys:
-        """Writes index keys `[B, T, Di]` behind those there, before `update`; returns all `[B, C, Di]`."""
+    def append_index(self, index_keys: torch.Tensor) -> int:
+        """Writes index keys `[B, T, Di]` behind those there, before `update`; returns `C`, as many as there are."""
         batch, tokens, dim = index_keys.shape
         if self.index_data is None:
             dtype = torch.int8 if self.index_dtype == "int8" else torch.float32
@@ -221,9 +231,15 @@ class StaticIndexedLayer(StaticLayer):
             quantized = quantize_index_keys(index_keys, dtype="int8")
             self.index_data.index_copy_(1, positions, quantized.data)
             self.index_scale.index_copy_(1, positions, quantized.scale)
-            return QuantizedKeys(self.index_data, self.index_scale)
-        self.index_data.index_copy_(1, positions, index_keys.float())
-        return self.index_data
+        else:
+            self.index_data.index_copy_(1, positions, index_keys.float())
+        return self.max_cache_len
+
+    def index_keys(self) -> IndexKeys:
+        """The index keys `[B, C, Di]`, as stored."""
+        assert self.index_data is not None
+        assert self.index_scale is not None
+        return QuantizedKeys(self.index_data, self.index_scale) if self.index_dtype == "int8" else self.index_data
 
     def reset(self) -> None:
         super().reset()

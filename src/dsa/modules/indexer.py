@@ -13,7 +13,8 @@ from torch import nn
 from dsa.config import DSAConfig
 
 Rope = tuple[torch.Tensor, torch.Tensor]
-"""`cos, sin`, each `[B or 1, T, R/2]`: one angle per rotated pair."""
+"""`cos, sin`, each `[B or 1, T, R]`, ready to be multiplied with: dims `i` and `i + R/2` are the pair that one angle
+turns, and the sines of the first half are negated. `rope_tables` makes them out of angles."""
 
 
 class IndexInputs(NamedTuple):
@@ -55,12 +56,16 @@ class Indexer(nn.Module):
             hidden_states: `[B, T, hidden_size]`, what the attention layer itself receives.
             rope: Angles for these tokens' positions, or `None` for layers without RoPE.
         """
-        batch, tokens, _ = hidden_states.shape
-        query = self.wq(hidden_states).view(batch, tokens, self.heads, self.head_dim)
-        if rope is not None and self.rope_dim:
-            query = rotate_half_split(query, *(angle.unsqueeze(2) for angle in rope))
-        weight = self.weights_proj(hidden_states).float() * self.heads**-0.5
+        query, weight = self.queries(hidden_states, rope)
         return IndexInputs(query, self.keys(hidden_states, rope), weight)
+
+    def queries(self, hidden_states: torch.Tensor, rope: Rope | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The index queries `[B, T, Hi, Di]` and weights `[B, T, Hi]` alone; arguments as in `forward`."""
+        query = self.wq(hidden_states).view(*hidden_states.shape[:-1], self.heads, self.head_dim)
+        if rope is not None and self.rope_dim:
+            cos, sin = rope
+            query = rotate_half_split(query, cos.unsqueeze(2), sin.unsqueeze(2))
+        return query, self.weights_proj(hidden_states).float() * self.heads**-0.5
 
     def keys(self, hidden_states: torch.Tensor, rope: Rope | None = None) -> torch.Tensor:
         """The index keys `[B, T, Di]` alone; arguments as in `forward`."""
@@ -68,9 +73,14 @@ class Indexer(nn.Module):
         return key if rope is None or not self.rope_dim else rotate_half_split(key, *rope)
 
 
+def rope_tables(cos: torch.Tensor, sin: torch.Tensor) -> Rope:
+    """`Rope` out of the cosines and sines `[B or 1, T, R/2]` of one angle per pair."""
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+
+
 def rotate_half_split(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Applies RoPE to the first `2 * cos.shape[-1]` dims of `x`, pairing dim `i` with dim `i + R/2`."""
-    pairs = cos.shape[-1]
-    first, second, rest = x[..., :pairs], x[..., pairs : 2 * pairs], x[..., 2 * pairs :]
-    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
+    """Applies RoPE, as `Rope` has it, to the first `cos.shape[-1]` dims of `x`."""
+    width = cos.shape[-1]
+    rotated = x if width == x.shape[-1] else x[..., :width]
+    turned = rotated * cos.to(x.dtype) + rotated.roll(width // 2, -1) * sin.to(x.dtype)
+    return turned if width == x.shape[-1] else torch.cat((turned, x[..., width:]), dim=-1)
