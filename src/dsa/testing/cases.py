@@ -16,7 +16,7 @@ from torch import Tensor
 
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "index_topk": ("reference",),
-    "sparse_attention": ("reference",),
+    "sparse_attention": ("reference", "native"),
     "dense_attention": ("reference",),
     "indexer_loss": ("reference",),
 }

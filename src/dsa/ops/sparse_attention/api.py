@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from dsa.ops import triton_support
+from dsa.ops import native_support, triton_support
 from dsa.ops.blocks import full_precision
 from dsa.ops.checks import check_attention, check_indices, check_scale, check_tensor
 from dsa.ops.sparse_attention import reference
@@ -59,8 +59,13 @@ def sparse_attention(
     batch, tokens, _, head_dim = q.shape
     check_tensor(_OP, "indices", indices, "[B, T, K]", (batch, tokens, None), device=q.device, integer=True)
     scale = check_scale(_OP, "scale", scale, head_dim**-0.5)
-    gaps = triton_support.beside({"reference": None}, q, k, v, sink_logits)
-    if resolve_impl(_OP, impl, gaps) == "triton":
+    others = {"native": native_support.gap(q, k, v, sink_logits), "reference": None}
+    chosen = resolve_impl(_OP, impl, triton_support.beside(others, q, k, v, sink_logits))
+    if chosen == "native":
+        from dsa.ops.sparse_attention import native
+
+        return native.sparse_attention(q, k, v, indices, scale=scale, softcap=softcap, sink_logits=sink_logits)
+    if chosen == "triton":
         from dsa.ops.sparse_attention import triton
 
         if triton_support.checks_indices():
