@@ -17,6 +17,7 @@ PACKED_POSITIONS = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0, 1], [0, 1, 0, 1, 2, 3,
 PACKED_SEQUENCES = (PACKED_POSITIONS == 0).cumsum(1)
 LEFT = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 1], [1] * 9])
 RIGHT = torch.tensor([[1, 1, 1, 1, 1, 1, 0, 0, 0], [1] * 9])
+NOTHING = torch.tensor([[0] * 9, [1] * 9])
 HOLES = torch.tensor([[1, 1, 0, 0, 1, 1, 1, 0, 1], [1] * 9])
 
 CASES = {
@@ -28,6 +29,7 @@ CASES = {
     "left": {"q_length": 9, "kv_length": 9, "attention_mask": LEFT},
     "left decode": {"q_length": 1, "kv_length": 9, "q_offset": 8, "attention_mask": LEFT},
     "right": {"q_length": 9, "kv_length": 9, "attention_mask": RIGHT},
+    "nothing": {"q_length": 9, "kv_length": 9, "attention_mask": NOTHING},
     "holes": {"q_length": 9, "kv_length": 9, "attention_mask": HOLES},
     "holes chunk": {"q_length": 3, "kv_length": 9, "q_offset": 6, "attention_mask": HOLES},
     "window": {"q_length": 9, "kv_length": 9, "mask_function": sliding_window_causal_mask_function(3)},

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from transformers.masking_utils import causal_mask_function, prepare_padding_mask, sdpa_mask
 
 QUERY_BLOCK_ELEMENTS = 1 << 24
@@ -45,6 +46,7 @@ def visible_ranges(
         if bool(padding.all()):
             padding = None
     ranges = None
+    real = _range_of_padding(padding) if padding is not None else None
     if mask_function is causal_mask_function:
         if padding is None and isinstance(q_offset, int) and q_offset + q_length == kv_length + kv_offset:
             return None
@@ -52,7 +54,7 @@ def visible_ranges(
         ranges = torch.zeros_like(queries)[None], (queries + 1).clamp(0, kv_length)[None]
     elif not use_vmap:
         ranges = _ranges_of_function(mask_function, batch_size, q_length, kv_length, q_offset, kv_offset, device)
-    if ranges is None or (padding is not None and _has_holes(padding)):
+    if ranges is None or (padding is not None and real is None):
         return sdpa_mask(
             batch_size,
             q_length,
@@ -66,18 +68,26 @@ def visible_ranges(
             device=device,
         )
     start, end = ranges
-    if padding is not None:
-        positions = torch.arange(kv_length, device=device)
-        start = torch.maximum(start, torch.where(padding, positions, kv_length).amin(dim=1, keepdim=True))
-        end = torch.minimum(end, torch.where(padding, positions + 1, 0).amax(dim=1, keepdim=True))
+    if real is not None:
+        start, end = torch.maximum(start, real[:, :1]), torch.minimum(end, real[:, 1:])
     start, end = torch.broadcast_tensors(torch.minimum(start, end.clamp(min=0)), end)
     return torch.stack((start, end), dim=-1).to(torch.int32)[:, None].expand(batch_size, -1, -1, -1)
 
 
-def _has_holes(padding: torch.Tensor) -> bool:
-    """Whether some row of a padding mask `[B, S]` has masked positions between visible ones."""
-    starts = (padding[:, 1:] & ~padding[:, :-1]).sum(dim=1) + padding[:, 0]
-    return bool((starts > 1).any())
+def _range_of_padding(padding: torch.Tensor) -> torch.Tensor | None:
+    """First visible position and one past the last, int64 `[B, 2]`, of a padding mask `[B, S]`.
+
+    Rows in which nothing is visible get an empty range. `None` if some row has masked positions between visible
+    ones. One pass over bytes, because it is done for every decoded token.
+    """
+    framed = F.pad(padding, (1, 1))
+    rows, positions = (framed[:, 1:] != framed[:, :-1]).nonzero().unbind(1)
+    if bool((rows.bincount() > 2).any()):
+        return None
+    ranges = torch.zeros(len(padding), 2, dtype=torch.int64, device=padding.device)
+    # Row by row, the position where it becomes visible and the one where it ceases to be.
+    ranges[rows[::2]] = positions.view(-1, 2)
+    return ranges
 
 
 def _ranges_of_function(
