@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 import dsa
-from dsa.modules.cache import indexed_layer, reserve
+from dsa.modules.cache import reserve
 from dsa.testing.tiny_models import TINY_CONFIG, tiny_model, tiny_tokens
 
 NEW = 12
@@ -142,8 +142,6 @@ def test_batch_of_different_caches_in_turn(model: PreTrainedModel) -> None:
 
 def test_generate_stays_in_the_reserved_room(model: PreTrainedModel) -> None:
     cache = DynamicCache()
-    for layer in range(model.config.num_hidden_layers):
-        indexed_layer(cache, layer, "int8")
     reserve(cache, 1000)
     model(PROMPT[:1, :10], past_key_values=cache)
     where = [layer.keys.data_ptr() for layer in cache.layers]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from contextlib import ExitStack
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     import torch
 
     from dsa.models.loading import LoadedModel
+
+PREFILL_CHUNK = 4096
+"""Prompt tokens read in one pass: what a layer holds besides the cache stays as small as for a prompt of this size."""
 
 POSITIONS_WARNING = r"\d+ tokens are more than the \d+ positions"
 
@@ -124,15 +128,19 @@ def stream(
     loaded: LoadedModel, ids: torch.Tensor, steps: Steps, max_new_tokens: int, temperature: float, top_p: float
 ) -> None:
     """Generates to stdout as the tokens come, then says on stderr how fast."""
-    from transformers import TextStreamer
+    from transformers import DynamicCache, TextStreamer
 
     from dsa.eval.progress import layer_progress
     from dsa.models.loading import quiet_transformers
+    from dsa.modules.cache import reserve
 
     model, tokenizer = loaded.model, loaded.tokenizer
+    cache = DynamicCache(config=model.config)
+    reserve(cache, ids.shape[1] + max_new_tokens)
     times: list[float] = []
     with ExitStack() as prefill:
-        prefill.enter_context(layer_progress(model, f"Reading {ids.shape[1]:,} tokens", steps))
+        passes = math.ceil(ids.shape[1] / PREFILL_CHUNK)
+        prefill.enter_context(layer_progress(model, f"Reading {ids.shape[1]:,} tokens", steps, passes))
 
         class Streamer(TextStreamer):
             """Ends the prefill's bar at the first new token, so that it does not run into the text."""
@@ -152,6 +160,8 @@ def stream(
         with quiet_transformers():
             model.generate(
                 ids.to(model.device),
+                past_key_values=cache,
+                prefill_chunk_size=PREFILL_CHUNK,
                 max_new_tokens=max_new_tokens,
                 pad_token_id=padding[0] if isinstance(padding, list) else padding,
                 streamer=Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True),

@@ -31,10 +31,10 @@ def decoder_layers(model: Any) -> list[nn.Module]:
 
 
 @contextmanager
-def layer_progress(model: Any, label: str, progress: Progress) -> Iterator[None]:
-    """Shows one forward pass layer by layer."""
+def layer_progress(model: Any, label: str, progress: Progress, passes: int = 1) -> Iterator[None]:
+    """Shows forward passes layer by layer."""
     layers = decoder_layers(model)
-    with progress(label, len(layers)) as advance:
+    with progress(label, len(layers) * passes) as advance:
         hooks = [layer.register_forward_hook(lambda *_: advance()) for layer in layers]
         try:
             yield

@@ -19,6 +19,9 @@ from dsa.ops.quantize.types import QuantizedKeys
 
 INITIAL_CAPACITY = 256
 
+RESERVED = "dsa_reserved"
+"""Attribute of a cache: the tokens that `reserve` asked room for."""
+
 IndexKeys = torch.Tensor | QuantizedKeys
 
 
@@ -285,6 +288,8 @@ def indexed_layer(cache: Cache, layer: int, index_dtype: str | None) -> IndexedL
         if isinstance(present, StaticLayer)
         else IndexedLayer(index_dtype)
     )
+    if isinstance(ours, IndexedLayer):
+        ours.reserve(getattr(cache, RESERVED, 0))
     cache.layers[layer] = ours
     return ours
 
@@ -292,8 +297,9 @@ def indexed_layer(cache: Cache, layer: int, index_dtype: str | None) -> IndexedL
 def reserve(cache: Cache, tokens: int) -> None:
     """Makes room in a cache for `tokens` tokens in all, so that appending up to there copies nothing.
 
-    Layers that were not exchanged for ours yet, and sliding-window layers, are left as they are.
+    That holds for layers that will be exchanged for ours later, too; sliding-window layers are left as they are.
     """
+    setattr(cache, RESERVED, max(tokens, getattr(cache, RESERVED, 0)))
     for layer in cache.layers:
         if isinstance(layer, IndexedLayer):
             layer.reserve(tokens)
