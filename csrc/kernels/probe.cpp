@@ -141,7 +141,7 @@ float multiply_bytes() {
     DSA_TOUCH(a);                 \
     DSA_TOUCH(second);            \
     sum = dot(sum, a, second, b);
-#define DSA_ADD_UP(sum) total += sum;
+#define DSA_ADD_UP(sum) total ^= sum;
     DSA_FOR_EACH_SUM(DSA_BEGIN)
     for (int64_t round = 0; round < kRoundsAtATime; ++round) {
         DSA_FOR_EACH_SUM(DSA_ADD_PRODUCTS)

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 from typer.testing import Result
 
-from dsa.bench import agreement
+from dsa.bench import agreement, llamacpp
 
 Run = Callable[..., Result]
 
@@ -117,3 +118,86 @@ def test_a_plot_without_matplotlib(dsa: Run, monkeypatch: pytest.MonkeyPatch, tm
     result = dsa("bench", "ops", "--quick", "--plot", str(tmp_path / "curves.svg"))
     assert result.exit_code == 2
     assert "pip install 'dsa-attention[plot]'" in flat(result.stderr)
+
+
+def test_whole_models(dsa: Run, tiny: str, tmp_path: Path) -> None:
+    out = tmp_path / "results.json"
+    result = dsa("bench", "e2e", "--quick", "--model", tiny, "--json", str(out), "--threads", "1")
+    assert result.exit_code == 0, result.output
+    rows = json.loads(out.read_text())["rows"]
+    cases = [(row["name"], row["case"]) for row in rows]
+    assert cases == [
+        ("short", "n = 24"),
+        ("prompt", "n = 96"),
+        ("decode", "64 cached"),
+        ("decode", "128 cached"),
+        ("decode", "growth from 64 to 128"),
+        ("llamacpp", ""),
+    ]
+    for row in rows[:-1]:
+        assert any("logits with all selected" in check for check in row["checks"])
+        assert row["figures"]
+    assert "Skipped: the model is not the default one" in flat(result.stdout)
+    assert "decode, SDPA / DSA" in result.stdout
+    assert max(map(len, result.stdout.replace(str(out), "").splitlines())) <= 80
+
+
+def test_no_figures_where_a_layer_selects_something_else(
+    dsa: Run, tiny: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("dsa.bench.end_to_end.index_topk", lambda *args, **options: torch.zeros(1))
+    result = dsa("bench", "e2e", "--quick", "--only", "prompt", "--model", tiny)
+    assert result.exit_code == 1
+    assert "selects other tokens than the reference" in flat(result.stderr)
+    assert result.stdout == ""
+
+
+def test_caches_that_do_not_fit_are_refused(dsa: Run, tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dsa.bench.end_to_end._available_bytes", lambda: 10**9)
+    result = dsa("bench", "e2e", "--quick", "--only", "decode", "--model", tiny)
+    assert result.exit_code == 2
+    assert "name fewer or shorter ones with --lengths" in flat(result.stderr)
+
+
+def test_llama_cpp_is_asked_for_and_compared(
+    dsa: Run, monkeypatch: pytest.MonkeyPatch, tiny: str, tmp_path: Path
+) -> None:
+    """The peer itself is not needed here: a stand-in answers as its process would."""
+    asked = []
+
+    def ask(ids: torch.Tensor, checked: int, decoded: int, flash: bool, python: str | None) -> dict[str, object]:
+        asked.append(flash)
+        seconds = 20.0 if flash else 30.0
+        return {
+            "prefill_s": seconds,
+            "decode_s": [1.0] * decoded,
+            "after_check": continuation(ids, checked),
+            "version": "1",
+            "system": "AVX2",
+        }
+
+    def continuation(ids: torch.Tensor, checked: int) -> int:
+        model = AutoModelForCausalLM.from_pretrained(tiny)
+        return int(model(ids[:, :checked]).logits[0, -1].argmax()) if right else -1
+
+    monkeypatch.setattr(llamacpp, "DEFAULT_MODEL", tiny)
+    monkeypatch.setattr(llamacpp, "missing", lambda python: None)
+    monkeypatch.setattr(llamacpp, "_ask", ask)
+    right = True
+    command = ("bench", "e2e", "--quick", "--only", "llamacpp", "--model", tiny)
+    result = dsa(*command, "--json", str(tmp_path / "results.json"))
+    assert result.exit_code == 0, result.output
+    assert asked == [True, False]
+    (row,) = json.loads((tmp_path / "results.json").read_text())["rows"]
+    prefill = row["figures"][0]
+    assert prefill["value"] == pytest.approx(20.0 / row["timings"]["DSA prefill"]["median_s"])
+    right = False
+    wrong = dsa(*command)
+    assert wrong.exit_code == 1
+    assert wrong.stdout == ""
+
+
+def test_an_interpreter_without_llama_cpp(dsa: Run, tmp_path: Path) -> None:
+    result = dsa("bench", "e2e", "--llama-python", str(tmp_path / "python"))
+    assert result.exit_code == 2
+    assert "pip install llama-cpp-python there" in flat(result.stderr)

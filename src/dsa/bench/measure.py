@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 import time
@@ -97,15 +98,24 @@ def in_turn(
         most: Rounds at most.
     """
 
+    def timed(name: str, run: Callable[[], object]) -> dict[str, float]:
+        if before is not None:
+            before()
+        began = time.perf_counter()
+        run()
+        return {name: time.perf_counter() - began}
+
+    parts = [functools.partial(timed, name, run) for name, run in contenders.items()]
+    return parts_in_turn(parts, budget=budget, least=least, most=most)
+
+
+def parts_in_turn(
+    contenders: Sequence[Callable[[], Mapping[str, float]]], *, budget: float, least: int = 1, most: int = MOST_ROUNDS
+) -> dict[str, Timing]:
+    """The same for contenders that take the time of their parts themselves, and return seconds by name."""
+
     def round_of_all() -> dict[str, float]:
-        took = {}
-        for name, run in contenders.items():
-            if before is not None:
-                before()
-            began = time.perf_counter()
-            run()
-            took[name] = time.perf_counter() - began
-        return took
+        return {name: seconds for run in contenders for name, seconds in run().items()}
 
     began = time.perf_counter()
     rounds = [round_of_all()]
@@ -115,7 +125,7 @@ def in_turn(
         began = time.perf_counter()
     while len(rounds) < least or (len(rounds) < most and _fits_another(rounds, began, first, budget)):
         rounds.append(round_of_all())
-    return {name: Timing(tuple(each[name] for each in rounds)) for name in contenders}
+    return {name: Timing(tuple(each[name] for each in rounds)) for name in rounds[0]}
 
 
 def _fits_another(rounds: Sequence[object], began: float, first: float, budget: float) -> bool:
@@ -123,14 +133,14 @@ def _fits_another(rounds: Sequence[object], began: float, first: float, budget: 
     return spent + (spent / len(rounds) if rounds else first) <= budget
 
 
-def ratio(name: str, peer: Timing, own: Timing, *, target: float | None = None) -> Figure:
+def ratio(name: str, peer: Timing, own: Timing, *, target: float | None = None, at_least: bool = True) -> Figure:
     """How many times longer the peer took: the median over the rounds, with an interval for it."""
     ratios = sorted(theirs / ours for theirs, ours in zip(peer.seconds, own.seconds, strict=True))
     value = statistics.median(ratios)
     if len(ratios) == 1:
-        return Figure(name, value, "x", target=target)
+        return Figure(name, value, "x", target=target, at_least=at_least)
     low, high, confidence = median_interval(ratios)
-    return Figure(name, value, "x", low, high, confidence, target)
+    return Figure(name, value, "x", low, high, confidence, target, at_least)
 
 
 def median_interval(ordered: Sequence[float]) -> tuple[float, float, float]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 
-from dsa.bench import decode, operations, prefill
+from dsa.bench import decode, end_to_end, llamacpp, operations, prefill
 from dsa.bench.result import Row
 from dsa.bench.settings import Settings
 from dsa.eval.progress import Progress
@@ -23,6 +23,13 @@ OPS: dict[str, Bench] = {
     "crossover": prefill.crossover,
     "loss": operations.loss,
     "quantize": operations.quantize,
+}
+
+E2E: dict[str, Bench] = {
+    "short": end_to_end.short,
+    "prompt": end_to_end.prompt,
+    "decode": end_to_end.decode,
+    "llamacpp": llamacpp.llamacpp,
 }
 
 

@@ -40,6 +40,7 @@ def register(app: typer.Typer) -> None:
     """Adds the commands."""
     group = typer.Typer(no_args_is_help=True, rich_markup_mode="rich")
     group.command("ops", short_help="The operations, beside torch's attention.")(ops)
+    group.command("e2e", short_help="A whole model, beside transformers and llama.cpp.")(e2e)
     group.command("show", short_help="Show and plot results that were written before.")(show)
     for registered in group.registered_commands:
         assert registered.callback is not None
@@ -77,6 +78,45 @@ def ops(
 
     settings = Settings(quick=quick, lengths=_lengths(lengths), seconds=seconds, data=_data(data), model=model)
     _run(OPS, only, settings, threads, json, plot)
+
+
+def e2e(
+    only: Only = None,
+    quick: Quick = False,
+    lengths: Lengths = None,
+    model: Model = "default",
+    llama_python: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH",
+            help="Python interpreter that has llama-cpp-python; by default this one.",
+            show_default=False,
+        ),
+    ] = None,
+    seconds: Seconds = 60.0,
+    threads: options.Threads = None,
+    json: Json = None,
+    plot: Plot = None,
+) -> None:
+    """Measure a whole model: short, prompt, decode, llamacpp.
+
+    The peers are the same model with transformers' SDPA attention, and llama.cpp with the default model's own file,
+    if llama-cpp-python is installed. Positions beyond the model's own are extrapolated.
+
+    [bold]Examples[/]
+
+      dsa bench e2e --only short --json results.json
+      dsa bench e2e --only prompt --lengths 8192
+      dsa bench e2e --only llamacpp --llama-python llama-venv/bin/python
+    """
+    from dsa.bench.llamacpp import missing
+    from dsa.bench.settings import Settings
+    from dsa.bench.suites import E2E
+
+    if llama_python is not None:
+        missing(llama_python)
+    settings = Settings(quick=quick, lengths=_lengths(lengths), seconds=seconds, model=model, llama_python=llama_python)
+    _run(E2E, only, settings, threads, json, plot)
 
 
 def show(
