@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dsa.bench.result import setting
+
 FORMATS = (".png", ".svg", ".pdf")
 INSTALL = "pip install 'dsa-attention[plot]'"
 
@@ -28,11 +30,15 @@ def check_plot(path: Path) -> None:
 def curves(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[tuple[int, float, float, float]]]]:
     """Points `(length, median, low, high)` in seconds by plot and contender; only what has two lengths or more."""
     found: dict[str, dict[str, list[tuple[int, float, float, float]]]] = {}
+    several = len({setting(row) for row in rows}) > 1
     for row in rows:
         if row.get("length") is None:
             continue
         kind = row["case"].partition(", ")[2]
         title = f"{row['name']}, {kind}" if kind else row["name"]
+        if several:
+            isa, threads = setting(row)
+            title = f"{title} ({isa}, {threads} threads)"
         for name, timing in row["timings"].items():
             if name.startswith(" "):
                 continue

@@ -115,8 +115,16 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def merged(rows: list[dict[str, Any]], new: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows with one added, or put in the place of the earlier one of that name and case."""
-    key = (new["name"], new["case"])
-    if any((row["name"], row["case"]) == key for row in rows):
-        return [new if (row["name"], row["case"]) == key else row for row in rows]
+    """The rows with one added, or put in the place of the earlier one of the same name, case and setting."""
+    if any(_key(row) == _key(new) for row in rows):
+        return [new if _key(row) == _key(new) else row for row in rows]
     return [*rows, new]
+
+
+def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return (row["name"], row["case"], *setting(row))
+
+
+def setting(row: Mapping[str, Any]) -> tuple[str | None, int]:
+    """Instruction set and threads: what one file may hold several of."""
+    return row["environment"]["isa"], row["environment"]["threads"]

@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from dsa.bench.result import setting
+
 WIDTH = 80
 NONE = "-"
 
@@ -17,9 +19,10 @@ NONE = "-"
 def show(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
     """Prints every row: the times, what follows from them, what was checked, and where it ran."""
     width = min(WIDTH, console.width)
+    several = len({setting(row) for row in rows}) > 1
     for row in rows:
         console.print()
-        console.print(f"[bold]{escape(_title(row))}[/]", width=width)
+        console.print(f"[bold]{escape(_title(row, several))}[/]", width=width)
         if row["timings"] or row["figures"]:
             console.print(_table(row), width=width)
         for remark in _remarks(row):
@@ -29,8 +32,10 @@ def show(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
         console.print(place, width=width, markup=False)
 
 
-def _title(row: Mapping[str, Any]) -> str:
-    return f"{row['name']}, {row['case']}" if row["case"] else str(row["name"])
+def _title(row: Mapping[str, Any], several: bool) -> str:
+    title = f"{row['name']}, {row['case']}" if row["case"] else str(row["name"])
+    where = row["environment"]
+    return f"{title} ({where['isa']}, {where['threads']} thread(s))" if several else title
 
 
 def _table(row: Mapping[str, Any]) -> Table:
