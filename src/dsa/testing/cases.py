@@ -17,7 +17,7 @@ from torch import Tensor
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "index_topk": ("reference",),
     "sparse_attention": ("reference", "native"),
-    "dense_attention": ("reference",),
+    "dense_attention": ("reference", "native"),
     "indexer_loss": ("reference",),
 }
 """By operation, what the tests run; a new implementation adds its name here and is held to all cases."""

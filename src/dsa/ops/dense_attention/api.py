@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from dsa.ops import native_support
 from dsa.ops.blocks import full_precision
 from dsa.ops.checks import check_attention, check_scale
 from dsa.ops.dense_attention import reference
@@ -59,7 +61,15 @@ def dense_attention(
     check_attention(_OP, q, k, v, sink_logits, softcap)
     batch, tokens, _, head_dim = q.shape
     scale = check_scale(_OP, "scale", scale, head_dim**-0.5)
+    native_gap = native_support.gap(q, k, v, sink_logits)
+    if resolve_impl(_OP, impl, {"native": native_gap, "reference": None}) == "native":
+        from dsa.ops.dense_attention import native
+
+        if key_start is not None or key_end is not None:
+            ranges = resolve_ranges(_OP, key_start, key_end, batch, tokens, k.shape[1], q.device)
+            key_start, key_end = ranges.host_start.to(torch.int32), ranges.host_end.to(torch.int32)
+        options = native.Options(scale, softcap, key_start, key_end)
+        return native.dense_attention(q, k, v, sink_logits=sink_logits, options=options)
     ranges = resolve_ranges(_OP, key_start, key_end, batch, tokens, k.shape[1], q.device)
-    resolve_impl(_OP, impl, {"reference": None})
     with full_precision(q.device):
         return reference.dense_attention(q, k, v, scale=scale, softcap=softcap, sink_logits=sink_logits, ranges=ranges)
