@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: install demo kernels test test-kernels test-kernels-aarch64 lint types clean
+.PHONY: install demo bench kernels test test-kernels test-kernels-aarch64 lint types clean
 
 install: $(VENV)/.installed
 
@@ -24,6 +24,11 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 
 demo: install
 	$(BIN)/dsa demo
+
+# Hours; docs/benchmarks.md says what each row is and how to run some of them.
+bench: install
+	$(BIN)/dsa bench ops --json ops.json
+	$(BIN)/dsa bench e2e --json e2e.json
 
 # Builds the kernels into the source tree, for work on them with PYTHONPATH=src.
 kernels:

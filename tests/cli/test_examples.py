@@ -1,6 +1,5 @@
-"""The examples and the prefill benchmark run as they are, on a tiny model."""
+"""The examples run as they are, on a tiny model."""
 
-import json
 import runpy
 import sys
 from pathlib import Path
@@ -33,14 +32,3 @@ def test_measure(tiny: str, text: str, capsys: pytest.CaptureFixture[str]) -> No
     run("examples/measure.py", tiny, text, "160")
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["dense", "DSA", "window", "layer", "layer"]
-
-
-def test_prefill_benchmark(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "out.json"
-    options = ("--model", tiny, "--tokens", "600", "--top-k", "300", "--dense", "--json", str(out))
-    run("benchmarks/e2e/prefill_reference.py", *options)
-    figures = json.loads(out.read_text())
-    assert {"commit", "machine", "torch"} <= set(figures["environment"])
-    assert (figures["tokens"], figures["shapes"]["layers"], figures["config"]["top_k"]) == (600, 2, 300)
-    assert all(figures[name]["prefill_s"] > 0 for name in ("dsa", "dense"))
-    assert "peak RSS" in capsys.readouterr().out

@@ -7,20 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from statistics import median
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dsa.bench import agreement
-from dsa.bench.measure import Figure, in_turn, ratio
-from dsa.bench.probe import Limits, measure_limits
+from dsa.bench.measure import Figure, Timing, in_turn, ratio
+from dsa.bench.probe import Limits, Prober, measure_limits
 from dsa.bench.result import Row
 from dsa.bench.settings import Settings
 from dsa.bench.tensors import LARGE_SIZES, LayerTensors, Sizes, gaussian
 from dsa.eval.progress import Progress
 from dsa.models.loading import Status
-from dsa.ops import dense_attention, index_topk, sparse_attention
+from dsa.ops import dense_attention, index_topk, native_support, sparse_attention
 
 LENGTHS = (8192, 32768, 131072)
 TARGET_LENGTH = 131072
@@ -38,7 +39,8 @@ def decode(settings: Settings, progress: Progress, status: Status) -> Iterator[R
 
 
 def _decode_at(length: int, sizes: Sizes, settings: Settings) -> Row:
-    limits = measure_limits(quick=settings.quick)
+    prober = None if native_support.missing() else Prober(quick=settings.quick)
+    limits: list[Limits] = []
     tensors = gaussian(sizes, length, queries=1)
     query, key, value = (part.transpose(1, 2).contiguous() for part in (tensors.query, tensors.key, tensors.value))
     indices = select(tensors, sizes.top_k)
@@ -54,7 +56,12 @@ def _decode_at(length: int, sizes: Sizes, settings: Settings) -> Row:
     def sdpa() -> None:
         outputs["SDPA"] = F.scaled_dot_product_attention(query, key, value, enable_gqa=True).transpose(1, 2)
 
+    def probe() -> None:
+        if prober is not None:
+            limits.append(prober())
+
     contenders = {
+        "": probe,
         "DSA": dsa,
         "  scan + select": lambda: select(tensors, sizes.top_k),
         "    scan, K = 1": lambda: select(tensors, 1),
@@ -74,6 +81,7 @@ def _decode_at(length: int, sizes: Sizes, settings: Settings) -> Row:
     ]
     other_data = torch.zeros(1 << 16 if settings.quick else EVICTION_FLOATS)
     timings = in_turn(contenders, budget=settings.budget, before=other_data.sum)
+    timings.pop("")
     is_target = length == TARGET_LENGTH
     row = Row("decode", f"n = {length:,}", {"keys": length, "queries": 1, **sizes.describe()}, timings, checks=checks)
     row.length = length
@@ -81,9 +89,8 @@ def _decode_at(length: int, sizes: Sizes, settings: Settings) -> Row:
         ratio("SDPA / DSA", timings["SDPA"], timings["DSA"], target=100 if is_target else None),
         ratio("own dense / DSA", timings["own dense"], timings["DSA"], target=8 if is_target else None),
     ]
-    if limits is not None:
-        row.figures += _against_limits(row, length, sizes, limits)
-        row.notes.append(f"Machine: {_words(limits)}.")
+    if limits:
+        row.figures += _against_limits(row, length, sizes, limits[-len(timings["DSA"].seconds) :])
     return row
 
 
@@ -111,18 +118,23 @@ def floors(length: int, sizes: Sizes, limits: Limits) -> dict[str, float]:
     }
 
 
-def _against_limits(row: Row, length: int, sizes: Sizes, limits: Limits) -> Iterator[Figure]:
+def _against_limits(row: Row, length: int, sizes: Sizes, limits: list[Limits]) -> list[Figure]:
+    """Judges each round by the limits that were measured in it."""
     is_target = length == TARGET_LENGTH
-    least = floors(length, sizes, limits)
-    floor = sum(least.values())
+    phases = [floors(length, sizes, each) for each in limits]
+    row.timings["floor"] = Timing(tuple(sum(each.values()) for each in phases))
+    shown = ", ".join(f"{name} {1e3 * median(each[name] for each in phases):.3f} ms" for name in phases[0])
+    row.notes.append(f"Floor, median of the rounds: {shown}.")
+    read, fp32, int8 = (median(getattr(each, name) / 1e9 for each in limits) for name in ("read", "fp32", "int8"))
     row.notes.append(
-        f"Floor {1e3 * floor:.3f} ms: " + ", ".join(f"{name} {1e3 * each:.3f} ms" for name, each in least.items()) + "."
+        f"The machine, measured in each round: {read:.1f} GB/s read, {fp32:.0f} G fp32 and {int8:.0f} G int8 "
+        "multiply-adds/s."
     )
-    own = row.timings["DSA"].median
-    yield Figure("DSA / floor", own / floor, "x", target=2 if is_target else None, at_least=False)
     cache_bytes = length * sizes.kv_heads * 2 * sizes.head_dim * 4
-    share = cache_bytes / row.timings["own dense"].median / limits.read
-    yield Figure("own dense, of read bandwidth", 100 * share, "%", target=60 if is_target else None)
+    reading = Timing(tuple(cache_bytes / each.read for each in limits))
+    share = ratio("own dense, of read bandwidth", reading, row.timings["own dense"], target=0.6 if is_target else None)
+    target = 2 if is_target else None
+    return [ratio("DSA / floor", row.timings["DSA"], row.timings["floor"], target=target, at_least=False), share]
 
 
 def machine(settings: Settings, progress: Progress, status: Status) -> Iterator[Row]:
@@ -140,10 +152,3 @@ def machine(settings: Settings, progress: Progress, status: Status) -> Iterator[
             Figure("int8 multiply-adds", limits.int8 / 1e9, "G/s"),
         ]
     yield row
-
-
-def _words(limits: Limits) -> str:
-    return (
-        f"reads {limits.read / 1e9:.1f} GB/s, {limits.fp32 / 1e9:.0f} G fp32 and {limits.int8 / 1e9:.0f} G int8 "
-        "multiply-adds/s"
-    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 import time
 from dataclasses import asdict, dataclass
 
@@ -17,7 +16,10 @@ BUFFER_FLOATS = 1 << 28
 
 SMALL_BUFFER_FLOATS = 1 << 20
 _READ, _MULTIPLY_ADD, _INT8 = 0, 1, 2
-_ROUNDS = 5
+_ROUNDS = 2
+_TRIES = 5
+_STREAMS = (1, 2)
+_THOUSANDS = 2000
 
 
 class _Arguments(ctypes.Structure):
@@ -65,15 +67,29 @@ def measure_limits(*, quick: bool = False) -> Limits | None:
     """
     if native_support.missing() is not None:
         return None
-    return _measure(native_support.isa(), torch.get_num_threads(), quick)
+    prober = Prober(quick=quick)
+    found = [prober() for _ in range(1 if quick else _TRIES)]
+    return Limits(*(max(getattr(each, name) for each in found) for name in ("read", "fp32", "int8")))
 
 
-@functools.cache
-def _measure(isa: str, threads: int, quick: bool) -> Limits:
-    buffer = torch.ones(SMALL_BUFFER_FLOATS if quick else BUFFER_FLOATS)
-    read = max(_rate(_READ, 1, buffer, streams) for streams in (1, 2, 4, 8))
-    repeats = threads * (8 if quick else 2000)
-    return Limits(read, _rate(_MULTIPLY_ADD, repeats), _rate(_INT8, repeats))
+class Prober:
+    """Measures the limits again and again: a machine that others share does not stay the same.
+
+    Args:
+        quick: With a buffer that fits the caches, which says nothing.
+    """
+
+    def __init__(self, *, quick: bool = False) -> None:
+        self._buffer = torch.ones(SMALL_BUFFER_FLOATS if quick else BUFFER_FLOATS)
+        self._repeats = torch.get_num_threads() * (8 if quick else _THOUSANDS)
+
+    def __call__(self) -> Limits:
+        """What the machine does just now."""
+        return Limits(
+            max(_rate(_READ, 1, self._buffer, streams) for streams in _STREAMS),
+            _rate(_MULTIPLY_ADD, self._repeats),
+            _rate(_INT8, self._repeats),
+        )
 
 
 def _rate(kind: int, repeats: int, buffer: torch.Tensor | None = None, streams: int = 1) -> float:
