@@ -9,7 +9,7 @@ from dsa.bench import agreement, operations
 from dsa.bench.measure import Disagreement
 from dsa.bench.prefill import sparse_prefill
 from dsa.bench.tensors import DEFAULT_MODEL_SIZES, LayerTensors, Sizes, gaussian
-from dsa.ops import dense_attention, hadamard_transform, index_topk
+from dsa.ops import QuantizedKeys, dense_attention, hadamard_transform, index_topk
 
 SIZES = replace(DEFAULT_MODEL_SIZES, top_k=16, local=4)
 
@@ -21,8 +21,7 @@ def tensors() -> LayerTensors:
 
 def prefilled(tensors: LayerTensors, sizes: Sizes = SIZES) -> torch.Tensor:
     out = torch.full_like(tensors.query, float("nan"))
-    sparse_prefill(tensors, sizes, out)
-    return out
+    return sparse_prefill(tensors, sizes, out)
 
 
 def test_a_right_prefill_passes(tensors: LayerTensors, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,6 +66,7 @@ def test_a_wrong_selection_is_refused(tensors: LayerTensors, monkeypatch: pytest
 
 
 def test_the_peers_of_the_index_select_alike(tensors: LayerTensors) -> None:
+    assert isinstance(tensors.index_key, QuantizedKeys)
     query, key = hadamard_transform(tensors.index_query), tensors.index_key.dequantize()
     plain = operations.select_in_torch(query, key, tensors.index_weight, 8)
     eager = operations.indexer_of_transformers(query, key, tensors.index_weight, 8)()

@@ -45,15 +45,14 @@ class Phases:
     attend: list[float] = field(default_factory=list)
 
 
-def sparse_prefill(tensors: LayerTensors, sizes: Sizes, out: Tensor, phases: Phases | None = None) -> None:
-    """Writes the attention of all queries to `out [1, n, H, D]`, as attached models do: a block of queries at a time.
+def sparse_prefill(tensors: LayerTensors, sizes: Sizes, out: Tensor, phases: Phases | None = None) -> Tensor:
+    """The attention of all queries `[1, n, H, D]`, as attached models make it: a block of queries at a time.
 
-    Texts of at most `K` tokens run dense, which is the same.
+    It is written to `out`. Texts of at most `K` tokens run dense, which is the same, and need no `out`.
     """
     tokens = tensors.query.shape[1]
     if tokens <= sizes.top_k:
-        out.copy_(dense_attention(tensors.query, tensors.key, tensors.value)[0])
-        return
+        return dense_attention(tensors.query, tensors.key, tensors.value)[0]
     index = attend = 0.0
     for begin in range(0, tokens, QUERIES_AT_A_TIME):
         stop = min(begin + QUERIES_AT_A_TIME, tokens)
@@ -74,6 +73,7 @@ def sparse_prefill(tensors: LayerTensors, sizes: Sizes, out: Tensor, phases: Pha
     if phases is not None:
         phases.index.append(index)
         phases.attend.append(attend)
+    return out
 
 
 def layer_tensors(data: str, tokens: int, settings: Settings, progress: Progress, status: Status) -> Recording:
@@ -162,8 +162,11 @@ def _prefill_at(
     tensors, sizes = source.tensors.prefix(length), source.sizes
     query, key, value = (part.transpose(1, 2).contiguous() for part in (tensors.query, tensors.key, tensors.value))
     out = torch.zeros_like(tensors.query)
-    outputs = {"DSA": out}
+    outputs: dict[str, Tensor] = {}
     phases = Phases()
+
+    def dsa() -> None:
+        outputs["DSA"] = sparse_prefill(tensors, sizes, out, phases)
 
     def dense() -> None:
         outputs["own dense"] = dense_attention(tensors.query, tensors.key, tensors.value)[0]
@@ -172,7 +175,7 @@ def _prefill_at(
         made = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
         outputs["SDPA"] = made.transpose(1, 2)
 
-    contenders = {"SDPA": sdpa, "DSA": lambda: sparse_prefill(tensors, sizes, out, phases)}
+    contenders = {"SDPA": sdpa, "DSA": dsa}
     if own_dense:
         contenders["own dense"] = dense
     with progress(f"prefill of {length:,}, {data}", 1) as advance:

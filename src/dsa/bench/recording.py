@@ -176,6 +176,7 @@ def _keep(found: Recording) -> None:
     folder = cache_dir() / "bench"
     folder.mkdir(parents=True, exist_ok=True)
     tensors = found.tensors
+    assert isinstance(tensors.index_key, QuantizedKeys)
     values = (
         tensors.query,
         tensors.key,

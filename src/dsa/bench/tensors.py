@@ -53,7 +53,7 @@ class LayerTensors:
         key: `[1, S, G, D]`.
         value: `[1, S, G, D]`.
         index_query: `[1, n, Hi, Di]`.
-        index_key: int8 `[1, S, Di]`.
+        index_key: `[1, S, Di]`, int8, or fp32 for comparisons.
         index_weight: `[1, n, Hi]`.
     """
 
@@ -61,7 +61,7 @@ class LayerTensors:
     key: Tensor
     value: Tensor
     index_query: Tensor
-    index_key: QuantizedKeys
+    index_key: QuantizedKeys | Tensor
     index_weight: Tensor
 
     def prefix(self, tokens: int) -> LayerTensors:
