@@ -21,7 +21,6 @@ struct Problem {
     const dsa_sparse_attention_backward_args& args;
     int64_t tokens, heads, dim, keys, groups, value_dim, places;
     int64_t shared, padded_dim, padded_value_dim, padded_places;
-    int64_t key_stride, value_stride;  // bytes
     int64_t block;                     // queries
     const RowKernels &key_kernels, &value_kernels;
 
@@ -38,8 +37,6 @@ struct Problem {
           padded_dim(round_up(dim, kWidth)),
           padded_value_dim(round_up(value_dim, kWidth)),
           padded_places(round_up(places, kWidth)),
-          key_stride(args.k.stride[1] * bytes_of(args.k.dtype)),
-          value_stride(args.v.stride[1] * bytes_of(args.v.dtype)),
           block(larger<int64_t>(
               smaller(smaller(kFactorBytes / larger<int64_t>(places * heads * 8, 1), kMostQueries), tokens), 1)),
           key_kernels(kRowKernels[args.k.dtype]),
@@ -64,16 +61,13 @@ struct Block {
 struct Worker {
     float *weights, *grads, *slopes;  // [kRowsAtOnce, padded places]: p, dp and then dx, derivative of the softcap
     float* grad_q;                    // [kRowsAtOnce, padded dim]
-    int64_t *key, *value;             // [padded places]
-    int32_t* rows;                    // [places]
+    int32_t* rows;                    // [padded places]
 
     static int64_t bytes(const Problem& p) {
-        return round_up(p.padded_places * (kRowsAtOnce * 12 + 16 + 4) + kRowsAtOnce * p.padded_dim * 4 + 64, 64);
+        return round_up(p.padded_places * (kRowsAtOnce * 12 + 4) + kRowsAtOnce * p.padded_dim * 4 + 64, 64);
     }
     Worker(const Problem& p, char* memory) {
-        key = reinterpret_cast<int64_t*>(memory);
-        value = key + p.padded_places;
-        weights = reinterpret_cast<float*>(value + p.padded_places);
+        weights = reinterpret_cast<float*>(memory);
         grads = weights + kRowsAtOnce * p.padded_places;
         slopes = grads + kRowsAtOnce * p.padded_places;
         grad_q = slopes + kRowsAtOnce * p.padded_places;
@@ -123,20 +117,17 @@ void differentiate_query(const Problem& p, const Block& block, int64_t query, co
     pack_heads(p.args.grad_out, b, t, 1.0f, grad_out);
     bool outside = false;
     const int count = select_places(p.places_of(b, t), static_cast<int>(p.places), p.keys, worker.rows, &outside);
-    locate_rows(worker.rows, count, p.key_stride, worker.key);
-    locate_rows(worker.rows, count, p.value_stride, worker.value);
     const dsa_tensor &lse = p.args.lse, &sink = p.args.sink_logits, &grad_q = p.args.grad_q;
-    const Rows nothing{nullptr, nullptr};
+    const Rows nothing{};
     float* factors = block.factors + query * p.places * 2 * p.heads;
     for (int64_t h = 0; h < p.heads;) {
         const int64_t g = h / p.shared;
         const int rows = rows_of_pass((g + 1) * p.shared - h);
-        const char *keys = head_rows(p.args.k, b, g), *values = head_rows(p.args.v, b, g);
         for (int first = 0; first < count; first += kTileKeys) {
             const int here = smaller(kTileKeys, count - first);
-            p.key_kernels.dot[rows](q + h * p.padded_dim, p.padded_dim, {keys, worker.key + first}, here, p.dim,
+            p.key_kernels.dot[rows](q + h * p.padded_dim, p.padded_dim, head_rows(p.args.k, b, g, worker.rows + first), here, p.dim,
                                     worker.weights + first, p.padded_places, nothing);
-            p.value_kernels.dot[rows](grad_out + h * p.padded_value_dim, p.padded_value_dim, {values, worker.value + first},
+            p.value_kernels.dot[rows](grad_out + h * p.padded_value_dim, p.padded_value_dim, head_rows(p.args.v, b, g, worker.rows + first),
                                       here, p.value_dim, worker.grads + first, p.padded_places, nothing);
         }
         for (int r = 0; r < rows; ++r) {
@@ -157,7 +148,7 @@ void differentiate_query(const Problem& p, const Block& block, int64_t query, co
         if (grad_q.data) {
             const float none[kRowsAtOnce] = {};
             memset(worker.grad_q, 0, static_cast<size_t>(rows * p.padded_dim) * 4);
-            p.key_kernels.mix[rows](worker.grads, p.padded_places, {keys, worker.key}, count, p.dim, none, worker.grad_q,
+            p.key_kernels.mix[rows](worker.grads, p.padded_places, head_rows(p.args.k, b, g, worker.rows), count, p.dim, none, worker.grad_q,
                                     p.padded_dim, nothing);
             for (int r = 0; r < rows; ++r) {
                 float* row = worker.grad_q + r * p.padded_dim;

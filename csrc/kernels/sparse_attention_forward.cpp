@@ -15,13 +15,17 @@ constexpr int64_t kPieces = 64;
 // in the cache when the next query comes for it. More than this do not fit it beside the rows.
 constexpr int64_t kBlockBytes = 128 << 10;
 constexpr int64_t kBlockQueries = 16;
+// What a few queries take at a time, where a token's row is so wide that 64 of them would crowd the first caches out.
+constexpr int64_t kTileBytes = 128 << 10;
+constexpr int64_t kFewShared = 8;
+constexpr int64_t kWidestVector = 16;
 
 struct Problem {
     const dsa_sparse_attention_args& args;
     int64_t batch, tokens, heads, dim, keys, groups, value_dim, places;
     int64_t shared, padded_dim, padded_value_dim;  // heads of one KV head; whole vectors
     int64_t state_floats;                          // of one query
-    int64_t key_stride, value_stride;              // bytes
+    int64_t tile_places;
     const RowKernels &key_kernels, &value_kernels;
 
     explicit Problem(const dsa_sparse_attention_args& args)
@@ -38,10 +42,13 @@ struct Problem {
           padded_dim(round_up(dim, kWidth)),
           padded_value_dim(round_up(value_dim, kWidth)),
           state_floats(round_up(heads * (padded_dim + padded_value_dim + 2), 16)),
-          key_stride(args.k.stride[1] * bytes_of(args.k.dtype)),
-          value_stride(args.v.stride[1] * bytes_of(args.v.dtype)),
+          tile_places(kTileKeys),
           key_kernels(kRowKernels[args.k.dtype]),
-          value_kernels(kRowKernels[args.v.dtype]) {}
+          value_kernels(kRowKernels[args.v.dtype]) {
+        const int64_t row = groups * (dim * bytes_of(args.k.dtype) + value_dim * bytes_of(args.v.dtype));
+        if (batch * tokens < kPieces && shared <= kFewShared)
+            tile_places = larger<int64_t>(smaller(kTileBytes / larger<int64_t>(row, 1), tile_places) / kWidestVector * kWidestVector, kWidestVector);
+    }
 };
 
 // What one query keeps between tiles: its packed heads, and for each head the weighted sum of values, the largest score
@@ -64,8 +71,21 @@ struct State {
 
 struct Tile {
     int count;
-    int64_t key[kTileKeys], value[kTileKeys];
+    int32_t index[kTileKeys];
 };
+
+// Whether two queries have most tokens of their tiles in common, for tiles in ascending order. Says no where they are
+// in another order, which costs time only.
+bool overlap(const Tile& a, const Tile& b) {
+    int common = 0;
+    for (int i = 0, j = 0; i < a.count && j < b.count;) {
+        const int32_t x = a.index[i], y = b.index[j];
+        common += x == y;
+        i += x <= y;
+        j += y <= x;
+    }
+    return 2 * common > a.count;
+}
 
 DSA_INLINE float finite_or_zero(float top) { return top == -INFINITY ? 0.0f : top; }
 
@@ -99,58 +119,68 @@ DSA_INLINE float weigh(float* scores, int keys, float softcap, float* top, float
     return correction;
 }
 
-// One query over one tile; `next` is the tile that comes after it, whose rows are asked for meanwhile.
-void attend_tile(const Problem& p, State& state, int64_t b, const Tile& tile, const Tile* next) {
+// One query's heads of KV head `g` over one tile. The rows of KV head `next_g` in `next` are asked for meanwhile.
+void attend_tile(const Problem& p, State& state, int64_t b, int64_t g, const Tile& tile, int64_t next_g, const Tile& next) {
     alignas(64) float scores[kRowsAtOnce * kTileKeys];
     float correction[kRowsAtOnce];
-    for (int64_t g = 0; g < p.groups; ++g) {
-        const Rows keys{head_rows(p.args.k, b, g), tile.key}, values{head_rows(p.args.v, b, g), tile.value};
-        const bool last_head = g + 1 == p.groups;
-        const int64_t next_head = last_head ? 0 : g + 1;
-        const Tile* coming = last_head ? next : &tile;
-        Rows keys_ahead{head_rows(p.args.k, b, next_head), coming ? coming->key : nullptr};
-        Rows values_ahead{head_rows(p.args.v, b, next_head), coming ? coming->value : nullptr};
-        if (coming && coming->count < tile.count) keys_ahead.offset = values_ahead.offset = nullptr;
-        int64_t end = (g + 1) * p.shared;
-        for (int64_t h = g * p.shared; h < end;) {
-            const int rows = rows_of_pass(end - h);
-            p.key_kernels.dot[rows](state.q + h * p.padded_dim, p.padded_dim, keys, tile.count, p.dim, scores, kTileKeys,
-                                    keys_ahead);
-            for (int r = 0; r < rows; ++r)
-                correction[r] =
-                    weigh(scores + r * kTileKeys, tile.count, p.args.softcap, state.top + h + r, state.total + h + r);
-            p.value_kernels.mix[rows](scores, kTileKeys, values, tile.count, p.value_dim, correction,
-                                      state.mixed + h * p.padded_value_dim, p.padded_value_dim, values_ahead);
-            keys_ahead.offset = values_ahead.offset = nullptr;
-            h += rows;
-        }
+    const Rows keys = head_rows(p.args.k, b, g, tile.index), values = head_rows(p.args.v, b, g, tile.index);
+    const int32_t* coming = next.count >= tile.count ? next.index : nullptr;
+    Rows keys_ahead = head_rows(p.args.k, b, next_g, coming), values_ahead = head_rows(p.args.v, b, next_g, coming);
+    const int64_t end = (g + 1) * p.shared;
+    for (int64_t h = g * p.shared; h < end;) {
+        const int rows = rows_of_pass(end - h);
+        p.key_kernels.dot[rows](state.q + h * p.padded_dim, p.padded_dim, keys, tile.count, p.dim, scores, kTileKeys,
+                                keys_ahead);
+        for (int r = 0; r < rows; ++r)
+            correction[r] =
+                weigh(scores + r * kTileKeys, tile.count, p.args.softcap, state.top + h + r, state.total + h + r);
+        p.value_kernels.mix[rows](scores, kTileKeys, values, tile.count, p.value_dim, correction,
+                                  state.mixed + h * p.padded_value_dim, p.padded_value_dim, values_ahead);
+        keys_ahead.index = values_ahead.index = nullptr;
+        h += rows;
     }
 }
 
-// Queries [first, last) of batch row b over places [begin, end), in step. `floats` holds their states.
+// Queries [first, last) of batch row b over places [begin, end), in step: all of them over the first tile, then over the
+// next. `floats` holds their states.
 void attend(const Problem& p, int64_t b, int64_t first, int64_t last, int64_t begin, int64_t end, float* floats) {
-    for (int64_t t = first; t < last; ++t) State(p, floats + (t - first) * p.state_floats).begin(p, b, t);
-    const int64_t queries = last - first, steps = ceil_div(end - begin, kTileKeys) * queries;
     const dsa_tensor& indices = p.args.indices;
+    const int64_t queries = last - first;
     bool outside = false;
-    Tile tiles[2];
-    const auto prepare = [&](int64_t step) {
-        const int64_t t = first + step % queries, place = begin + step / queries * kTileKeys;
-        const int32_t* chosen =
-            static_cast<const int32_t*>(indices.data) + b * indices.stride[0] + t * indices.stride[1] + place;
-        Tile& tile = tiles[step & 1];
-        int32_t rows[kTileKeys];
-        tile.count = select_places(chosen, static_cast<int>(smaller<int64_t>(kTileKeys, end - place)), p.keys, rows, &outside);
-        locate_rows(rows, tile.count, p.key_stride, tile.key);
-        locate_rows(rows, tile.count, p.value_stride, tile.value);
+    // One tile more than there are queries: the first one's next.
+    Tile tiles[2][kBlockQueries + 1];
+    const auto select = [&](Tile* selected, int64_t place) {
+        const int places = static_cast<int>(smaller(p.tile_places, end - place));
+        for (int64_t t = first; t < last; ++t, ++selected) {
+            const int64_t at = b * indices.stride[0] + t * indices.stride[1] + place;
+            selected->count = select_places(static_cast<const int32_t*>(indices.data) + at, places, p.keys, selected->index,
+                                            &outside);
+        }
     };
-    if (steps > 0) prepare(0);
-    for (int64_t step = 0; step < steps; ++step) {
-        const bool more = step + 1 < steps;
-        if (more) prepare(step + 1);
-        if (tiles[step & 1].count == 0) continue;
-        State state(p, floats + step % queries * p.state_floats);
-        attend_tile(p, state, b, tiles[step & 1], more ? &tiles[(step + 1) & 1] : nullptr);
+    for (int64_t t = first; t < last; ++t) State(p, floats + (t - first) * p.state_floats).begin(p, b, t);
+    Tile *tile = tiles[0], *after = tiles[1];
+    if (begin < end) select(tile, begin);
+    for (int64_t place = begin; place < end; place += p.tile_places) {
+        if (place + p.tile_places < end)
+            select(after, place + p.tile_places);
+        else
+            after[0].count = 0;
+        tile[queries] = after[0];
+        // Queries that share their tokens take turns on one KV head, whose rows then stay in the first cache; others take
+        // all KV heads of their own tokens, which lie side by side.
+        const bool alike = queries > 1 && overlap(tile[0], tile[queries - 1]);
+        const int64_t units = queries * p.groups;
+        for (int64_t unit = 0; unit < units; ++unit) {
+            const auto query_of = [&](int64_t at) { return alike && at < units ? at % queries : at / p.groups; };
+            const auto head_of = [&](int64_t at) { return alike ? at / queries % p.groups : at % p.groups; };
+            const int64_t query = query_of(unit);
+            if (tile[query].count == 0) continue;
+            State state(p, floats + query * p.state_floats);
+            attend_tile(p, state, b, head_of(unit), tile[query], head_of(unit + 1), tile[query_of(unit + 1)]);
+        }
+        Tile* free = tile;
+        tile = after;
+        after = free;
     }
     if (outside) __atomic_store_n(p.args.outside, 1, __ATOMIC_RELAXED);
 }
@@ -212,7 +242,7 @@ int sparse_attention(const dsa_sparse_attention_args& args) {
         });
         return DSA_OK;
     }
-    const int64_t places = round_up(ceil_div(p.places, pieces), kTileKeys);
+    const int64_t places = round_up(ceil_div(p.places, pieces), p.tile_places);
     Scratch scratch(queries * pieces * p.state_floats * 4);
     if (scratch.failed()) return DSA_OUT_OF_MEMORY;
     const auto states = [&](int64_t query, int64_t piece) {

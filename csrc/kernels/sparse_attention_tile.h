@@ -30,18 +30,25 @@ DSA_INLINE int rows_of_pass(int64_t left) {
     return static_cast<int>(ceil_div(left, ceil_div(left, kRowsAtOnce)));
 }
 
-// Rows of one head: `base` and the distances of the rows from it, in bytes.
+// Loads once and for all: compilers would rather load again at every use, and loads are what runs out first.
+DSA_INLINE F32 in_register(F32 a) {
+#if defined(__x86_64__)
+    asm("" : "+v"(a.v));
+#endif
+    return a;
+}
+
+// The rows of one head that `index` names: `stride` bytes apart, token 0 at `base`. None where `index` is absent.
 struct Rows {
     const char* base;
-    const int64_t* offset;
+    int64_t stride;
+    const int32_t* index;
 
-    template <class T>
-    DSA_INLINE const T* row(int64_t i) const {
-        return reinterpret_cast<const T*>(base + offset[i]);
-    }
+    DSA_INLINE const char* at(int64_t i) const { return base + index[i] * stride; }
 };
 
-// Writes the positions among `places` indices that lie in [0, keys) to `rows`, in order, and returns how many.
+// Writes the positions among `places` indices that lie in [0, keys) to `rows`, in order, and returns how many. Up to the
+// next multiple of the vector width the first one follows again, so that whole vectors of keys can be computed.
 // `outside` becomes true when an index is neither of them nor -1.
 DSA_INLINE int select_places(const int32_t* DSA_RESTRICT indices, int places, int64_t keys, int32_t* DSA_RESTRICT rows,
                              bool* outside) {
@@ -51,28 +58,24 @@ DSA_INLINE int select_places(const int32_t* DSA_RESTRICT indices, int places, in
         rows[i] = indices[i];
         skipped |= static_cast<uint32_t>(indices[i]) >= limit;
     }
-    if (!skipped) return places;
-    int count = 0;
-    for (int i = 0; i < places; ++i) {
-        const int32_t index = indices[i];
-        if (index < -1 || index >= keys) *outside = true;
-        rows[count] = index;
-        count += static_cast<uint32_t>(index) < limit;
+    int count = places;
+    if (skipped) {
+        count = 0;
+        for (int i = 0; i < places; ++i) {
+            const int32_t index = indices[i];
+            if (index < -1 || index >= keys) *outside = true;
+            rows[count] = index;
+            count += static_cast<uint32_t>(index) < limit;
+        }
     }
+    if (count > 0)
+        for (int i = count; i % kWidth != 0; ++i) rows[i] = rows[0];
     return count;
 }
 
-// Distances of the rows in bytes; up to the next multiple of the vector width the first one again, so that whole
-// vectors of keys can be computed.
-DSA_INLINE void locate_rows(const int32_t* DSA_RESTRICT rows, int count, int64_t stride_bytes,
-                            int64_t* DSA_RESTRICT offset) {
-    for (int i = 0; i < count; ++i) offset[i] = rows[i] * stride_bytes;
-    for (int i = count; i % kWidth != 0; ++i) offset[i] = offset[0];
-}
-
-// Asks for `bytes` of a row from `from` on, to be there when the next tile comes.
-DSA_INLINE void prefetch_row(const char* row, int64_t from, int64_t bytes) {
-    for (int64_t at = from; at < from + bytes; at += 64) __builtin_prefetch(row + at, 0, 2);
+// Asks for bytes [from, to) of a row of a tile to come.
+DSA_INLINE void prefetch_row(const char* row, int64_t from, int64_t to) {
+    for (int64_t at = from; at < to; at += 64) __builtin_prefetch(row + at, 0, 2);
 }
 
 // Sums of four vectors, lane by lane within each 128 bits: the sum over those groups of four lanes is left to do.
@@ -117,10 +120,11 @@ void dot_rows(const float* q, int64_t q_stride, Rows rows, int keys, int64_t dim
         F32 part[kRows][kWidth / 4];
         for (int quad = 0; quad < kWidth / 4; ++quad) {
             const int key = first + 4 * quad;
-            const T* const row[4] = {rows.row<T>(key), rows.row<T>(key + 1), rows.row<T>(key + 2), rows.row<T>(key + 3)};
-            if (ahead.offset)
-                for (int i = 0; i < 4; ++i)
-                    prefetch_row(ahead.base + ahead.offset[key + i], 0, dim * static_cast<int64_t>(sizeof(T)));
+            const T* const row[4] = {
+                reinterpret_cast<const T*>(rows.at(key)), reinterpret_cast<const T*>(rows.at(key + 1)),
+                reinterpret_cast<const T*>(rows.at(key + 2)), reinterpret_cast<const T*>(rows.at(key + 3))};
+            if (ahead.index)
+                for (int i = 0; i < 4; ++i) prefetch_row(ahead.at(key + i), 0, dim * static_cast<int64_t>(sizeof(T)));
             F32 sum[kRows][4];
 #pragma GCC unroll 4
             for (int r = 0; r < kRows; ++r)
@@ -129,10 +133,10 @@ void dot_rows(const float* q, int64_t q_stride, Rows rows, int keys, int64_t dim
             for (int64_t d = 0; d < whole; d += kWidth) {
                 F32 query[kRows];
 #pragma GCC unroll 4
-                for (int r = 0; r < kRows; ++r) query[r] = load(q + r * q_stride + d);
+                for (int r = 0; r < kRows; ++r) query[r] = in_register(load(q + r * q_stride + d));
 #pragma GCC unroll 4
                 for (int i = 0; i < 4; ++i) {
-                    const F32 x = load(row[i] + d);
+                    const F32 x = in_register(load(row[i] + d));
 #pragma GCC unroll 4
                     for (int r = 0; r < kRows; ++r) sum[r][i] = fma(query[r], x, sum[r][i]);
                 }
@@ -165,16 +169,16 @@ DSA_INLINE void mix_columns(const float* weights, int64_t weight_stride, Rows ro
         for (int c = 0; c < kVectors; ++c)
             sum[r][c] = broadcast(correction[r]) * load(total + r * total_stride + column + c * kWidth);
     for (int i = 0; i < keys; ++i) {
-        const T* row = rows.row<T>(i) + column;
-        if (ahead.offset)
-            prefetch_row(ahead.base + ahead.offset[i], column * static_cast<int64_t>(sizeof(T)),
-                         kVectors * kWidth * static_cast<int64_t>(sizeof(T)));
+        const T* row = reinterpret_cast<const T*>(rows.at(i)) + column;
+        if (ahead.index)
+            prefetch_row(ahead.at(i), column * static_cast<int64_t>(sizeof(T)),
+                         (column + kVectors * kWidth) * static_cast<int64_t>(sizeof(T)));
         F32 weight[kRows];
 #pragma GCC unroll 4
-        for (int r = 0; r < kRows; ++r) weight[r] = broadcast(weights[r * weight_stride + i]);
+        for (int r = 0; r < kRows; ++r) weight[r] = in_register(broadcast(weights[r * weight_stride + i]));
 #pragma GCC unroll 4
         for (int c = 0; c < kVectors; ++c) {
-            const F32 x = kTail && c == kVectors - 1 ? load_partial(row + c * kWidth, tail) : load(row + c * kWidth);
+            const F32 x = in_register(kTail && c == kVectors - 1 ? load_partial(row + c * kWidth, tail) : load(row + c * kWidth));
 #pragma GCC unroll 4
             for (int r = 0; r < kRows; ++r) sum[r][c] = fma(weight[r], x, sum[r][c]);
         }
@@ -185,14 +189,16 @@ DSA_INLINE void mix_columns(const float* weights, int64_t weight_stride, Rows ro
         for (int c = 0; c < kVectors; ++c) store(total + r * total_stride + column + c * kWidth, sum[r][c]);
 }
 
+// All columns.
 template <int kRows, class T>
 void mix_rows(const float* weights, int64_t weight_stride, Rows rows, int keys, int64_t dim, const float* correction,
               float* total, int64_t total_stride, Rows ahead) {
     int64_t column = 0;
     const auto columns = [&](auto vectors, auto has_tail, int64_t tail) {
-        mix_columns<kRows, decltype(vectors)::value, decltype(has_tail)::value, T>(
-            weights, weight_stride, rows, keys, column, tail, correction, total, total_stride, ahead);
-        column += decltype(vectors)::value * kWidth;
+        constexpr int kVectors = decltype(vectors)::value;
+        mix_columns<kRows, kVectors, decltype(has_tail)::value, T>(weights, weight_stride, rows, keys, column, tail,
+                                                                   correction, total, total_stride, ahead);
+        column += kVectors * kWidth;
     };
     while (dim - column >= kVectorsAtOnce * kWidth) columns(Constant<kVectorsAtOnce>{}, Constant<0>{}, 0);
     while (dim - column >= kWidth) columns(Constant<1>{}, Constant<0>{}, 0);
@@ -265,9 +271,10 @@ DSA_INLINE float element(const dsa_tensor& x, int64_t offset) {
 
 DSA_INLINE int64_t bytes_of(int32_t dtype) { return dtype == DSA_F32 ? 4 : 2; }
 
-// Where the rows of token 0 of KV head `g` begin.
-DSA_INLINE const char* head_rows(const dsa_tensor& x, int64_t b, int64_t g) {
-    return static_cast<const char*>(x.data) + (b * x.stride[0] + g * x.stride[2]) * bytes_of(x.dtype);
+// The rows of KV head `g` of `x` [B, S, G, D] that `index` names.
+DSA_INLINE Rows head_rows(const dsa_tensor& x, int64_t b, int64_t g, const int32_t* index) {
+    const int64_t bytes = bytes_of(x.dtype);
+    return {static_cast<const char*>(x.data) + (b * x.stride[0] + g * x.stride[2]) * bytes, x.stride[1] * bytes, index};
 }
 
 }  // namespace
