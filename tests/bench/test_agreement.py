@@ -71,5 +71,9 @@ def test_the_peers_of_the_index_select_alike(tensors: LayerTensors) -> None:
     plain = operations.select_in_torch(query, key, tensors.index_weight, 8)
     eager = operations.indexer_of_transformers(query, key, tensors.index_weight, 8)()
     wanted = index_topk(query, key, tensors.index_weight, 8)
-    assert operations.overlap(plain[0], wanted[0]) > 0.99
-    assert operations.overlap(eager[0], wanted[0]) > 0.99
+    wide, rows = replace(tensors, index_query=query, index_key=key), torch.arange(77)
+    for peer in (plain, eager):
+        assert "within" in operations.check_scores("peer", peer[0], wanted[0], wide, rows)
+    plain[0, 40, 3] = (plain[0, 40, 3] + 1) % 40
+    with pytest.raises(Disagreement, match="peer selects tokens whose scores differ"):
+        operations.check_scores("peer", plain[0], wanted[0], wide, rows)
