@@ -228,7 +228,7 @@ def _loss_of(form: str, indices: Tensor | None, tensors: LayerTensors, sizes: Si
         for name, actual, exact in zip(names, made["auto"], made["reference"], strict=True)
     ]
     tokens = tensors.query.shape[1]
-    row = Row("loss", f"{form}, n = {tokens:,}", {"tokens": tokens, **sizes.describe()}, timings, checks=checks)
+    row = Row("loss", f"n = {tokens:,}, {form}", {"tokens": tokens, **sizes.describe()}, timings, checks=checks)
     row.figures = [ratio("reference / auto", timings["reference"], timings["auto"])]
     row.notes = ["Forward and backward."]
     return row

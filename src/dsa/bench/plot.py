@@ -47,7 +47,7 @@ def curves(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[tuple[
     return {
         title: {name: sorted(points) for name, points in lines.items()}
         for title, lines in found.items()
-        if any(len(points) > 1 for points in lines.values())
+        if any(len({point[0] for point in points}) > 1 for points in lines.values())
     }
 
 
@@ -69,11 +69,13 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> bool:
     lines = -(-len(found) // columns)
     figure, axes = pyplot.subplots(lines, columns, figsize=(5.5 * columns, 4 * lines), squeeze=False, dpi=150)
     places = axes.ravel()
+    colors: dict[str, str] = {}
     for place, (title, contenders) in zip(places, found.items(), strict=False):
         for name, points in contenders.items():
             lengths, medians, lows, highs = zip(*points, strict=True)
-            (drawn,) = place.plot(lengths, medians, marker="o", markersize=4, label=name)
-            place.fill_between(lengths, lows, highs, alpha=0.2, color=drawn.get_color(), linewidth=0)
+            color = colors.setdefault(name, f"C{len(colors)}")
+            place.plot(lengths, medians, marker="o", markersize=4, label=name, color=color)
+            place.fill_between(lengths, lows, highs, alpha=0.2, color=color, linewidth=0)
         ticks = sorted({point[0] for points in contenders.values() for point in points})
         place.set_xscale("log", base=2)
         place.set_yscale("log")
