@@ -10,6 +10,7 @@ namespace dsa::DSA_ISA {
 namespace {
 
 constexpr int64_t kStreamKeys = 64;
+constexpr int64_t kAheadBytes = 16 << 10;  // measured: 8 to 32 KB are alike
 
 // dots[row * kStreamKeys + j] = q row . key j for four keys; q rows are `dim` apart.
 template <int kRows, class T>
@@ -96,18 +97,48 @@ DSA_INLINE void cap_scores(float* scores, int64_t count, float cap) {
     for (int64_t j = 0; j < count; j += kWidth) store(scores + j, broadcast(cap) * tanh(load(scores + j)));
 }
 
+// Asks for the rows of a cache that are read soon, in the order in which they lie in memory if that is token by token.
+// The processor's own prefetching stops at each page, and a token's keys may fill one.
+template <class T>
+class Ahead {
+  public:
+    Ahead(const dsa_tensor& tensor, int64_t b, int64_t token, int64_t last)
+        : tensor_(tensor), b_(b), last_(last) {
+        token_ = token + kAheadBytes / (tensor.size[2] * tensor.size[3] * static_cast<int64_t>(sizeof(T)));
+    }
+
+    DSA_INLINE void fetch(int64_t rows) {
+        for (; rows > 0 && token_ < last_; --rows) {
+            const T* row = place<T>(tensor_, b_, token_, head_);
+            for (int64_t c = 0; c < tensor_.size[3]; c += 64 / static_cast<int64_t>(sizeof(T)))
+                __builtin_prefetch(row + c);
+            if (++head_ == tensor_.size[2]) {
+                head_ = 0;
+                ++token_;
+            }
+        }
+    }
+
+  private:
+    const dsa_tensor& tensor_;
+    int64_t b_, last_, token_, head_ = 0;
+};
+
 // Adds the keys [first, last) of batch row b to `part`, whose rows are the H heads. `scores` holds H x kStreamKeys.
 template <class Key, class Value>
 void stream_keys(const Shape& shape, int64_t b, int64_t first, int64_t last, const float* q, float* scores,
                  float cap, const Partial& part) {
     const dsa_tensor &k = shape.args->k, &v = shape.args->v;
     const int64_t dim = shape.dim, value_dim = shape.value_dim, shared = shape.shared;
+    Ahead<Key> next_keys(k, b, first, last);
+    Ahead<Value> next_values(v, b, first, last);
     for (int64_t block = first; block < last; block += kStreamKeys) {
         const int64_t count = smaller(kStreamKeys, last - block);
         for (int64_t j = 0; j < count; j += 4) {
             for (int64_t group = 0; group < shape.groups; ++group) {
                 const Key* keys[4];
                 for (int i = 0; i < 4; ++i) keys[i] = place<Key>(k, b, block + smaller(j + i, count - 1), group);
+                next_keys.fetch(4);
                 const float* rows = q + group * shared * dim;
                 float* dots = scores + group * shared * kStreamKeys + j;
                 for (int64_t row = 0; row < shared;) {
@@ -147,6 +178,7 @@ void stream_keys(const Shape& shape, int64_t b, int64_t first, int64_t last, con
             for (int64_t head = 0; head < shape.heads; ++head) {
                 const Value* values[8];
                 for (int i = 0; i < 8; ++i) values[i] = place<Value>(v, b, block + j + i, head / shared);
+                if (head % shared == 0) next_values.fetch(8);
                 add_values<8>(scores + head * kStreamKeys + j, values, value_dim, part.sum + head * part.sum_step);
             }
         }
