@@ -16,6 +16,8 @@ constexpr double kSerialWork = 400e3;
 constexpr int64_t kFactorBytes = 8 << 20;
 constexpr int64_t kSliceBytes = 512 << 10;
 constexpr int64_t kMostQueries = 1024;
+// Sums of one row that are taken together: as many as it needs to keep the multipliers busy.
+constexpr int kColumnVectors = 8;
 
 struct Problem {
     const dsa_sparse_attention_backward_args& args;
@@ -47,6 +49,14 @@ struct Problem {
     }
 };
 
+// A place that holds some token: its query, and where its factors lie, counted in places of the block.
+struct Entry {
+    int32_t query, place;
+};
+
+// Entries whose factors are asked for ahead: they are scattered over the block.
+constexpr int64_t kEntriesAhead = 8;
+
 // Shared memory of one block of queries.
 struct Block {
     int64_t b, first, queries;
@@ -54,7 +64,7 @@ struct Block {
     float* factors;       // [queries, places, 2, heads]: dx, then p; places in the order of the selected ones
     float* grad_sink;     // [queries, heads]
     int32_t* ends;        // [keys]: end of each token's entries, which begin where the one before ends
-    int32_t* entries;     // query * places + place, by token
+    Entry* entries;          // by token; kEntriesAhead more are there to be read
 };
 
 // Memory of one thread.
@@ -177,30 +187,35 @@ void sort_places(const Problem& p, const Block& block) {
     }
     for (int64_t query = 0; query < block.queries; ++query) {
         const int32_t* places = p.places_of(block.b, block.first + query);
-        int32_t entry = static_cast<int32_t>(query * p.places);
-        for (int64_t i = 0; i < p.places; ++i)
-            if (static_cast<uint32_t>(places[i]) < limit) block.entries[block.ends[places[i]]++] = entry++;
+        Entry entry{static_cast<int32_t>(query), static_cast<int32_t>(query * p.places)};
+        for (int64_t i = 0; i < p.places; ++i) {
+            if (static_cast<uint32_t>(places[i]) >= limit) continue;
+            block.entries[block.ends[places[i]]++] = entry;
+            ++entry.place;
+        }
     }
+    memset(block.entries + begin, 0, kEntriesAhead * sizeof(Entry));
 }
 
 // Adds to kVectors vectors of one row's gradient what its entries bring: factor[h] * packed[h] over the heads.
 template <int kVectors>
-DSA_INLINE void accumulate_columns(const Problem& p, const int32_t* entries, int64_t count, const float* factors,
+DSA_INLINE void accumulate_columns(const Problem& p, const Entry* entries, int64_t count, const float* factors,
                                    const float* packed, int64_t packed_stride, float* grad,
                                    int64_t lanes) {
     F32 sum[kVectors];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int c = 0; c < kVectors; ++c) sum[c] = zero();
     for (int64_t e = 0; e < count; ++e) {
-        const float* factor = factors + static_cast<int64_t>(entries[e]) * 2 * p.heads;
-        const float* row = packed + entries[e] / p.places * p.heads * packed_stride;
+        const float* factor = factors + static_cast<int64_t>(entries[e].place) * 2 * p.heads;
+        const float* row = packed + entries[e].query * p.heads * packed_stride;
+        __builtin_prefetch(factors + static_cast<int64_t>(entries[e + kEntriesAhead].place) * 2 * p.heads);
         for (int64_t h = 0; h < p.shared; ++h) {
             const F32 x = broadcast(factor[h]);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
             for (int c = 0; c < kVectors; ++c) sum[c] = fma(x, load(row + h * packed_stride + c * kWidth), sum[c]);
         }
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int c = 0; c < kVectors; ++c) {
         const int64_t here = lanes - c * kWidth;
         if (here >= kWidth)
@@ -215,7 +230,7 @@ void accumulate_rows(const Problem& p, const Block& block, const dsa_tensor& gra
                      int64_t last) {
     const float* packed = which ? block.grad_out : block.q;
     const int64_t dim = grad.size[3], stride = round_up(dim, kWidth);
-    const int64_t at_once = kVectorsAtOnce * kWidth;
+    const int64_t at_once = kColumnVectors * kWidth;
     // Few columns at a time, so that those of all the block's queries stay in the cache while the tokens go by.
     const int64_t fitting = kSliceBytes / (block.queries * p.heads * 4) / at_once * at_once;
     const int64_t slice = larger(at_once, smaller(fitting, stride));
@@ -231,8 +246,11 @@ void accumulate_rows(const Problem& p, const Block& block, const dsa_tensor& gra
                 const float* heads = packed + g * p.shared * stride;
                 int64_t c = column;
                 for (; c + at_once <= end; c += at_once)
-                    accumulate_columns<kVectorsAtOnce>(p, block.entries + begin, count, factors, heads + c, stride,
+                    accumulate_columns<kColumnVectors>(p, block.entries + begin, count, factors, heads + c, stride,
                                                        row + c, dim - c);
+                for (; c + at_once / 2 <= end; c += at_once / 2)
+                    accumulate_columns<kColumnVectors / 2>(p, block.entries + begin, count, factors, heads + c, stride,
+                                                           row + c, dim - c);
                 for (; c < end; c += kWidth)
                     accumulate_columns<1>(p, block.entries + begin, count, factors, heads + c, stride, row + c,
                                           dim - c);
@@ -265,7 +283,7 @@ int sparse_attention_backward(const dsa_sparse_attention_backward_args& args) {
     const int64_t factor_bytes = rows_wanted ? round_up(p.block * p.places * 2 * p.heads * 4, 64) : 0;
     const int64_t sink_bytes = round_up(p.block * p.heads * 4, 64);
     const int64_t end_bytes = rows_wanted ? round_up(p.keys * 4, 64) : 0;
-    const int64_t entry_bytes = rows_wanted ? round_up(p.block * p.places * 4, 64) : 0;
+    const int64_t entry_bytes = rows_wanted ? round_up((p.block * p.places + kEntriesAhead) * static_cast<int64_t>(sizeof(Entry)), 64) : 0;
     const int64_t total_bytes = round_up(p.heads * 8, 64), worker_bytes = Worker::bytes(p);
     Scratch scratch(q_bytes + grad_out_bytes + factor_bytes + sink_bytes + end_bytes + entry_bytes + total_bytes +
                     threads * worker_bytes);
@@ -283,7 +301,7 @@ int sparse_attention_backward(const dsa_sparse_attention_backward_args& args) {
     block.factors = rows_wanted ? reinterpret_cast<float*>(factors) : nullptr;
     block.grad_sink = reinterpret_cast<float*>(take(sink_bytes));
     block.ends = reinterpret_cast<int32_t*>(take(end_bytes));
-    block.entries = reinterpret_cast<int32_t*>(take(entry_bytes));
+    block.entries = reinterpret_cast<Entry*>(take(entry_bytes));
     double* sink_total = reinterpret_cast<double*>(take(total_bytes));
     char* workers = take(threads * worker_bytes);
     for (int64_t h = 0; h < p.heads; ++h) sink_total[h] = 0.0;
