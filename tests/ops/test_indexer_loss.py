@@ -1,14 +1,16 @@
 """`indexer_loss`: value and gradients against the divergence written row by row."""
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dsa.ops import index_topk, indexer_loss
+from dsa.ops import index_topk, indexer_loss, native_support
 from dsa.testing import oracles
-from dsa.testing.cases import CASES, IMPLEMENTATIONS, Case, Inputs, make_inputs
+from dsa.testing.cases import CASES, IMPLEMENTATIONS, Case, Inputs, make_inputs, scattered
 from dsa.testing.tolerance import assert_within_yardstick
 
 OPERATIONS = ("indexer_loss",)
@@ -16,6 +18,11 @@ FINITE = [case for case in CASES if case.content != "poisoned"]
 BY_NAME = {case.name: case for case in CASES}
 every_case = pytest.mark.parametrize("case", FINITE, ids=lambda case: case.name)
 both_equations = pytest.mark.parametrize("selected", [False, True], ids=["all_visible", "selected"])
+
+
+def skip_without_fp64(impl: str) -> None:
+    if impl == "native":
+        pytest.skip("the CPU kernels do not compute in fp64; test_errors.py asks for the message")
 
 
 def run(case: Case, inputs: Inputs, index: list[Tensor], selected: bool, masked: bool, impl: str = "auto") -> Tensor:
@@ -92,6 +99,7 @@ def test_value_and_gradients(case: Case, selected: bool, impl: str) -> None:
 @both_equations
 @every_case
 def test_fp64_agrees_with_autograd_to_one_in_a_million(case: Case, selected: bool, impl: str) -> None:
+    skip_without_fp64(impl)
     inputs = make_inputs(case)
     masked = "padding" in case.name
     index, naive = index_tensors(inputs, torch.float64), index_tensors(inputs, torch.float64)
@@ -104,6 +112,7 @@ def test_fp64_agrees_with_autograd_to_one_in_a_million(case: Case, selected: boo
 @both_equations
 @pytest.mark.parametrize("name", ["odd_lengths", "sinks_and_local_scattered", "softcap_and_sink_logits"])
 def test_gradcheck(name: str, selected: bool, impl: str) -> None:
+    skip_without_fp64(impl)
     of = BY_NAME[name]
     case = Case(
         "small_loss", batch=1, tokens=4, keys=6, top_k=6, heads=4, groups=2, head_dim=3, index_heads=2, index_dim=3,
@@ -123,10 +132,10 @@ def test_gradcheck(name: str, selected: bool, impl: str) -> None:
 def test_blocks_do_not_matter(case: Case, selected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = make_inputs(case)
     index = index_tensors(inputs)
-    loss = run(case, inputs, index, selected, masked=False)
+    loss = run(case, inputs, index, selected, masked=False, impl="reference")
     grads = gradients(loss, index)
     monkeypatch.undo()
-    whole = run(case, inputs, index, selected, masked=False)
+    whole = run(case, inputs, index, selected, masked=False, impl="reference")
     torch.testing.assert_close(loss, whole, rtol=1e-5, atol=1e-6)
     for grad, expected in zip(grads, gradients(whole, index)):
         eps = 16 * torch.finfo(grad.dtype).eps
@@ -136,6 +145,7 @@ def test_blocks_do_not_matter(case: Case, selected: bool, monkeypatch: pytest.Mo
 @both_equations
 def test_a_perfect_indexer_has_no_loss(selected: bool, impl: str) -> None:
     """One head of attention with positive logits, imitated exactly."""
+    skip_without_fp64(impl)
     generator = torch.Generator().manual_seed(0)
     q, k = (torch.rand(1, 11, 1, 8, dtype=torch.float64, generator=generator) for _ in range(2))
     indices = torch.arange(11)[None, None].expand(1, 11, 11) if selected else None
@@ -221,6 +231,7 @@ def test_mass_that_underflows_leaves_nothing_to_compare(selected: bool, impl: st
 
 def test_a_subset_of_queries_is_part_of_the_mean(impl: str) -> None:
     """The mean over all queries is the mean of two random halves, each given by its ranges."""
+    skip_without_fp64(impl)
     case = Case("subset", batch=1, tokens=20, keys=20, sinks=1, local=2, dtype=torch.float64)
     inputs = make_inputs(case)
     order = torch.randperm(17, generator=torch.Generator().manual_seed(0)) + 3
@@ -298,12 +309,39 @@ def test_any_shape_and_range(data: st.DataObject) -> None:
         top_k=data.draw(st.integers(1, 20)), sinks=data.draw(st.integers(0, 4)), local=data.draw(st.integers(0, 4)),
         ranges=data.draw(st.sampled_from([c.ranges for c in CASES])), sink=data.draw(st.booleans()),
     )  # fmt: skip
-    inputs = make_inputs(case)
     selected, masked = data.draw(st.booleans()), data.draw(st.booleans())
     for impl in IMPLEMENTATIONS["indexer_loss"]:
-        index, naive = index_tensors(inputs), index_tensors(inputs)
+        if impl == "native" and native_support.missing():
+            continue
+        single = impl == "native"
+        inputs = make_inputs(dataclasses.replace(case, dtype=torch.float32) if single else case)
+        index, naive = index_tensors(inputs), index_tensors(inputs, torch.float64)
         loss = run(case, inputs, index, selected, masked, impl)
         expected = oracle(case, inputs, naive, selected, masked)
-        torch.testing.assert_close(loss, expected)
+        limits = {"rtol": 1e-4, "atol": 1e-5} if single else {"rtol": 1e-7, "atol": 1e-7}
+        torch.testing.assert_close(loss.double(), expected, **limits)
         for grad, wanted in zip(gradients(loss, index), gradients(expected, naive)):
-            torch.testing.assert_close(grad, wanted)
+            torch.testing.assert_close(grad.double(), wanted, **limits)
+
+
+@both_equations
+@pytest.mark.parametrize("heads", [(4, 4), (9, 3), (8, 1)], ids=["one_each", "three_each", "one_group"])
+@pytest.mark.skipif(native_support.missing() is not None, reason="there are no compiled kernels")
+def test_long_rows_on_any_number_of_threads(heads: tuple[int, int], selected: bool) -> None:
+    """Several chunks of keys and blocks of queries: near fp64, and the same bits with one thread and with three."""
+    case = Case(
+        "long_rows", batch=2, tokens=41, keys=1100, heads=heads[0], groups=heads[1], head_dim=24, index_dim=20,
+        top_k=300, sinks=4, local=100, ranges=scattered, softcap=30.0, sink=True,
+    )  # fmt: skip
+    inputs = make_inputs(case)
+    results = []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        index = index_tensors(inputs)
+        loss = run(case, inputs, index, selected, True, "native")
+        results.append([loss.detach(), *gradients(loss, index)])
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+    wide = index_tensors(inputs, torch.float64)
+    loss = run(case, inputs, wide, selected, True, "reference")
+    for a, b in zip(results[0], [loss.detach(), *gradients(loss, wide)]):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-6)

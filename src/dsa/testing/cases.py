@@ -18,7 +18,7 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "index_topk": ("reference",),
     "sparse_attention": ("reference", "native"),
     "dense_attention": ("reference", "native"),
-    "indexer_loss": ("reference",),
+    "indexer_loss": ("reference", "native"),
 }
 """By operation, what the tests run; a new implementation adds its name here and is held to all cases."""
 

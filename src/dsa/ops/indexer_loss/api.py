@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dsa.ops import triton_support
+from dsa.ops import native_support, triton_support
 from dsa.ops.checks import check_attention, check_count, check_indices, check_scale, check_tensor, describe
 from dsa.ops.indexer_loss import reference
 from dsa.ops.ranges import resolve_ranges
@@ -102,8 +102,25 @@ def indexer_loss(
     visible = resolve_ranges(_OP, key_start, key_end, batch, tokens, keys, device)
     if query_mask is not None:
         visible = visible.only(query_mask.cpu())
-    gaps = triton_support.beside({"reference": None}, q, k, sink_logits, q_index, k_index, w_index)
+    floating = (q, k, sink_logits, q_index, k_index, w_index)
+    gaps = triton_support.beside({"native": native_support.gap(*floating), "reference": None}, *floating)
     chosen = resolve_impl(_OP, impl, gaps)
+    if chosen == "native":
+        from dsa.ops.indexer_loss import native
+
+        constants = native.Constants(
+            q=q.detach(),
+            k=k.detach(),
+            sink_logits=None if sink_logits is None else sink_logits.detach(),
+            indices=indices,
+            index_scale=index_scale,
+            attention_scale=attention_scale,
+            softcap=softcap,
+            visible=visible,
+            sinks=sinks,
+            local=local,
+        )
+        return native.indexer_loss(q_index, k_index, w_index, constants)
     inputs = reference.LossInputs(
         q=q.detach(),
         k=k.detach(),
