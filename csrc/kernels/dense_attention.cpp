@@ -7,7 +7,7 @@ namespace {
 constexpr int64_t kTileBytes = 256 << 10;  // of queries and sums, beside which keys and values fit a core's cache
 constexpr int64_t kSmallestTile = 56;      // rows; fewer do not pay for packing the keys
 constexpr int64_t kItemsWanted = 32;       // so that many threads find work; the split never depends on their number
-constexpr int64_t kSmallestChunk = 512;    // keys
+constexpr int64_t kSmallestChunk = 256;    // keys
 constexpr int64_t kSmallWork = 400000;     // multiply-adds that are not worth another thread
 
 // How the work is cut: tiles of query tokens, and for few queries chunks of keys whose results are merged.
