@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import platform
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -37,6 +38,7 @@ def info() -> None:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "cpu": f"{cpu_name()}, {torch.get_num_threads()} thread(s)",
+        "cpu kernels": _kernels(),
         "cuda": _cuda(),
         "default model": _default_model(),
         "its indexers": _shipped_indexers(),
@@ -97,11 +99,26 @@ def _probes() -> dict[str, Callable[[str], Any]]:
         query, key = torch.ones(1, 1, 9, 64), torch.ones(1, 1, 3, 64)
         first = torch.zeros(1, 1, 1, dtype=torch.int32)
     return {
+        "quantize_index_keys": lambda impl: ops.quantize_index_keys(index_key, impl=impl),
         "index_topk": lambda impl: ops.index_topk(index_query, index_key, weight, 1, impl=impl),
         "sparse_attention": lambda impl: ops.sparse_attention(query, key, key, first, impl=impl),
         "dense_attention": lambda impl: ops.dense_attention(query, key, key, impl=impl),
         "indexer_loss": lambda impl: ops.indexer_loss(index_query, index_key, weight, query, key, impl=impl),
     }
+
+
+def _kernels() -> str:
+    from dsa.ops import native_support
+
+    with warnings.catch_warnings():
+        # What it warns of is what this line says.
+        warnings.simplefilter("ignore")
+        reason = native_support.missing()
+    if reason is not None:
+        return f"no: {reason}. To have them, {native_support.HOW_TO_BUILD}"
+    others = [name for name in native_support.isas() if name != native_support.isa()]
+    choice = f" (DSA_ISA also takes {', '.join(others)})" if others else ""
+    return f"{native_support.isa()}{choice}, on as many threads as torch"
 
 
 def _cuda() -> str:
