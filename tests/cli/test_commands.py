@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import Result
 
 import dsa as library
+from dsa.ops import native_support
 
 Run = Callable[..., Result]
 

@@ -27,7 +27,14 @@ from dsa.models.families import Family
 from dsa.models.masks import split_mask, visible_ranges
 from dsa.modules.cache import IndexedLayer, IndexKeys, StaticIndexedLayer, indexed_layer
 from dsa.modules.indexer import Indexer, Rope
-from dsa.ops import QuantizedKeys, dense_attention, index_topk, quantize_index_keys, sparse_attention
+from dsa.ops import (
+    QuantizedKeys,
+    dense_attention,
+    index_topk,
+    native_support,
+    quantize_index_keys,
+    sparse_attention,
+)
 
 IMPLEMENTATION = "dsa"
 
@@ -254,11 +261,16 @@ class _Attention:
         return out
 
     def dense(self) -> torch.Tensor:
+        """Through `dense_attention` where it has a compiled kernel; else torch's own kernel where that can.
+
+        torch's can where its upper-left causal mask and ours are the same: one query, or no cache.
+        """
         tokens, keys = self.query.shape[1], self.key.shape[1]
         if self.kept is not None:
             return self._dense_with_holes()
-        if self.start is None and self.softcap is None and self.sink_logits is None and tokens in (1, keys):
-            # torch's own kernel, where its upper-left causal mask and ours are the same.
+        plain = self.start is None and self.softcap is None and self.sink_logits is None
+        compiled = native_support.gap(self.query, self.key, self.value) is None
+        if plain and tokens in (1, keys) and not compiled:
             out = F.scaled_dot_product_attention(
                 self.query.transpose(1, 2),
                 self.key.transpose(1, 2),
