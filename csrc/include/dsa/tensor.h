@@ -29,8 +29,8 @@ typedef struct dsa_tensor {
     int32_t dims;
 } dsa_tensor;
 
-// What every operation returns.
-enum dsa_status { DSA_OK = 0, DSA_OUT_OF_MEMORY = 1 };
+// What every operation returns. DSA_OUT_OF_RANGE: a position outside the keys; nothing was read through it.
+enum dsa_status { DSA_OK = 0, DSA_OUT_OF_MEMORY = 1, DSA_OUT_OF_RANGE = 2 };
 
 #ifdef __cplusplus
 }

@@ -164,13 +164,21 @@ def set_isa(name: str) -> None:
         raise ValueError(f"{name!r} is none of this machine's instruction sets, {', '.join(isas())}")
 
 
+class OutOfRange(Exception):
+    """A kernel met a position outside the keys, and read nothing through it; the caller words it for the user."""
+
+
 def call(name: str, arguments: ctypes.Structure) -> None:
     """Runs `dsa_<name>` on its argument structure.
 
     Raises:
         MemoryError: The kernel could not get its scratch memory.
+        OutOfRange: From the operations that check positions themselves.
     """
-    if getattr(library(), f"dsa_{name}")(ctypes.byref(arguments)) != 0:
+    status = getattr(library(), f"dsa_{name}")(ctypes.byref(arguments))
+    if status == 2:
+        raise OutOfRange(name)
+    if status != 0:
         raise MemoryError(f"{name}: not enough memory for the kernel's scratch buffers")
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
-    "index_topk": ("reference",),
+    "index_topk": ("reference", "native"),
     "sparse_attention": ("reference", "native"),
     "dense_attention": ("reference", "native"),
     "indexer_loss": ("reference", "native"),

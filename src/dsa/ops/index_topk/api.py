@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dsa.ops import triton_support
+from dsa.ops import native_support, triton_support
 from dsa.ops.blocks import full_precision
 from dsa.ops.checks import check_count, check_scale, check_tensor, describe
 from dsa.ops.index_topk import reference
@@ -16,6 +16,7 @@ from dsa.ops.types import Impl, resolve_impl
 _OP = "index_topk"
 
 _TRITON_LARGEST_DIM = 256
+_NATIVE_LARGEST_DIM = 1 << 16
 
 
 def index_topk(
@@ -83,11 +84,18 @@ def index_topk(
             f"local={local}, top_k={top_k}; raise top_k or lower local"
         )
     scale = check_scale(_OP, "scale", scale, head_dim**-0.5)
-    gaps = triton_support.beside({"reference": None}, q, w, k if isinstance(k, Tensor) else None)
+    gaps = triton_support.beside({"native": _native_gap(q, k, w), "reference": None}, *_floating(q, k, w))
     if gaps["triton"] is None and head_dim > _TRITON_LARGEST_DIM:
         gaps["triton"] = f"the kernels take index heads of at most {_TRITON_LARGEST_DIM} dims, got {head_dim}"
+    chosen = resolve_impl(_OP, impl, gaps)
+    if chosen == "native":
+        from dsa.ops.index_topk import native
+
+        return native.index_topk(
+            q, k, w, top_k, scale=scale, sinks=sinks, local=local, key_start=key_start, key_end=key_end
+        )
     with torch.no_grad():
-        if resolve_impl(_OP, impl, gaps) == "triton":
+        if chosen == "triton":
             from dsa.ops.index_topk import triton
 
             return triton.index_topk(
@@ -96,3 +104,16 @@ def index_topk(
         ranges = resolve_ranges(_OP, key_start, key_end, batch, tokens, k.shape[1], q.device)
         with full_precision(q.device):
             return reference.index_topk(q, k, w, top_k, scale=scale, sinks=sinks, local=local, ranges=ranges)
+
+
+def _floating(q: Tensor, k: Tensor | QuantizedKeys, w: Tensor) -> tuple[Tensor | None, ...]:
+    return q, w, k if isinstance(k, Tensor) else None
+
+
+def _native_gap(q: Tensor, k: Tensor | QuantizedKeys, w: Tensor) -> str | None:
+    """Why the compiled kernel cannot take these arguments, or `None` where it can."""
+    if isinstance(k, QuantizedKeys) and k.dtype != "int8":
+        return "the CPU kernels read index keys in int8 or fp32, bf16, fp16"
+    if q.shape[-1] > _NATIVE_LARGEST_DIM:
+        return f"the kernel takes index heads of at most {_NATIVE_LARGEST_DIM} dims, got {q.shape[-1]}"
+    return native_support.gap(*_floating(q, k, w))

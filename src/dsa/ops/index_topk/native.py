@@ -1,0 +1,86 @@
+"""`index_topk` through the compiled kernel.
+
+Shapes: `B` batch, `T` query tokens, `S` key tokens, `Hi`/`Di` index heads / index head dim, `K` top-k.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from dsa.ops import native_support
+from dsa.ops.checks import check_tensor
+from dsa.ops.native_support import TensorArg
+from dsa.ops.quantize.types import QuantizedKeys
+from dsa.ops.ranges import resolve_ranges
+
+_OP = "index_topk"
+
+
+class _Arguments(ctypes.Structure):
+    """`dsa_index_topk_args` of `csrc/include/dsa/index_topk.h`."""
+
+    _fields_ = (
+        ("query", TensorArg),
+        ("key", TensorArg),
+        ("key_scale", TensorArg),
+        ("weight", TensorArg),
+        ("key_start", TensorArg),
+        ("key_end", TensorArg),
+        ("selection", TensorArg),
+        ("scale", ctypes.c_float),
+        ("sinks", ctypes.c_int32),
+        ("local", ctypes.c_int32),
+        ("threads", ctypes.c_int32),
+    )
+
+
+def index_topk(
+    q: Tensor,
+    k: Tensor | QuantizedKeys,
+    w: Tensor,
+    top_k: int,
+    *,
+    scale: float,
+    sinks: int,
+    local: int,
+    key_start: Tensor | None,
+    key_end: Tensor | None,
+) -> Tensor:
+    """int32 `[B, T, K]`; arguments as in `api.index_topk`, validated but for the ranges."""
+    batch, tokens = q.shape[:2]
+    key, key_scale = (k.data, k.scale) if isinstance(k, QuantizedKeys) else (k, None)
+    keys = key.shape[1]
+    start = _range("key_start", key_start, batch, tokens, keys)
+    end = _range("key_end", key_end, batch, tokens, keys)
+    selection = torch.empty(batch, tokens, top_k, dtype=torch.int32)
+    arguments = _Arguments(
+        TensorArg.of(q),
+        TensorArg.of(key),
+        TensorArg.of(key_scale),
+        TensorArg.of(w),
+        TensorArg.of(start),
+        TensorArg.of(end),
+        TensorArg.of(selection),
+        scale,
+        sinks,
+        local,
+        native_support.threads(),
+    )
+    try:
+        native_support.call(_OP, arguments)
+    except native_support.OutOfRange:
+        # The kernel looks at the ranges before it reads anything through them; the reference has the words for it.
+        resolve_ranges(_OP, key_start, key_end, batch, tokens, keys, q.device)
+        raise
+    return selection
+
+
+def _range(name: str, bound: Tensor | None, batch: int, tokens: int, keys: int) -> Tensor | None:
+    """One end of the visible ranges in int32, in which a value that lies outside stays outside."""
+    if bound is None:
+        return None
+    check_tensor(_OP, name, bound, "[B, T]", (batch, tokens), device=torch.device("cpu"), integer=True)
+    return bound if bound.dtype == torch.int32 else bound.clamp(-1, keys + 1).int()
