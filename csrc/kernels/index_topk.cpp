@@ -13,6 +13,9 @@ namespace {
 constexpr int64_t kQueriesAtATime = 32;
 // Packed keys of a tile: together with one query they fit the first cache.
 constexpr int64_t kTileBytes = 16 << 10;
+// Keys that a threshold is guessed from, and how many queries make looking at them worth it.
+constexpr int64_t kSampledKeys = 1024;
+constexpr int64_t kQueriesForSample = 8;
 // Fewer keys than this are not worth another thread's candidates.
 constexpr int64_t kLeastSegment = 4096;
 
@@ -100,6 +103,9 @@ class Workspace {
     int8_t* row_bytes() const { return at<int8_t>(bytes_); }
     Range* ranges() const { return at<Range>(ranges_); }
     Candidates* best() const { return at<Candidates>(best_); }
+    Query query_at(const Problem& p, int64_t slot) const {
+        return {query() + slot * p.heads * p.words, factor() + slot * p.heads, start() + slot * p.heads};
+    }
     int32_t* order(int64_t query) const { return at<int32_t>(pairs_) + query * 2 * capacity; }
     int32_t* position(int64_t query) const { return order(query) + capacity; }
 
@@ -182,24 +188,37 @@ void prepare_query(const Problem& p, const Workspace& space, int64_t b, int64_t 
 }
 
 template <class T>
-void pack_tile_of(const Problem& p, const Workspace& space, int64_t b, int64_t newest, int64_t count) {
+void pack_tile_of(const Problem& p, const Workspace& space, int64_t b, int64_t newest, int64_t count, int64_t step) {
     const dsa_tensor& k = p.args.key;
+    const int64_t stride = k.stride[1] * step;
     const T* key = static_cast<const T*>(k.data) + b * k.stride[0] + newest * k.stride[1];
-    for (int64_t i = 0; i < count; ++i, key -= k.stride[1])
+    int64_t i = 0;
+#if defined(__AVX2__)
+    if constexpr (sizeof(T) == 1) {
+        // Adding 128 to a byte turns its highest bit.
+        static_assert(kKeyOffset == 128, "pack_eight_keys turns the highest bit");
+        if (k.stride[2] == 1 && p.dim % 32 == 0)
+            for (; i + 8 <= count; i += 8)
+                pack_eight_keys(key - i * stride, stride, p.words,
+                                space.tile() + i / kWidth * kWidth * p.words + i % kWidth);
+    }
+#endif
+    for (key -= i * stride; i < count; ++i, key -= stride)
         pack_key(key, k.stride[2], p.dim, space.tile() + i / kWidth * kWidth * p.words + i % kWidth);
     if (!p.quantised) return;
     const dsa_tensor& s = p.args.key_scale;
     const float* scale = static_cast<const float*>(s.data) + b * s.stride[0] + newest * s.stride[1];
-    for (int64_t i = 0; i < count; ++i, scale -= s.stride[1]) space.tile_scale()[i] = *scale;
+    for (i = 0; i < count; ++i, scale -= s.stride[1] * step) space.tile_scale()[i] = *scale;
 }
 
-// Packs the `count` keys up to `newest`. Lanes behind them keep what they held; no query's range includes them.
-void pack_tile(const Problem& p, const Workspace& space, int64_t b, int64_t newest, int64_t count) {
+// Packs `count` keys from `newest` down, every `step`-th. Lanes behind them keep what they held; no query's range
+// includes them.
+void pack_tile(const Problem& p, const Workspace& space, int64_t b, int64_t newest, int64_t count, int64_t step = 1) {
     switch (p.args.key.dtype) {
-        case DSA_I8: return pack_tile_of<int8_t>(p, space, b, newest, count);
-        case DSA_F32: return pack_tile_of<float>(p, space, b, newest, count);
-        case DSA_BF16: return pack_tile_of<Bf16>(p, space, b, newest, count);
-        case DSA_F16: return pack_tile_of<F16>(p, space, b, newest, count);
+        case DSA_I8: return pack_tile_of<int8_t>(p, space, b, newest, count, step);
+        case DSA_F32: return pack_tile_of<float>(p, space, b, newest, count, step);
+        case DSA_BF16: return pack_tile_of<Bf16>(p, space, b, newest, count, step);
+        case DSA_F16: return pack_tile_of<F16>(p, space, b, newest, count, step);
     }
 }
 
@@ -214,6 +233,77 @@ void write_selection(const Problem& p, const Range& range, int32_t* out, const C
     for (int64_t s = range.first; s < range.begin; ++s) out[written++] = static_cast<int32_t>(s);
     for (int64_t i = best->count(); i-- > 0;) out[written++] = best->position()[i];
     for (int64_t s = range.end; s < range.last; ++s) out[written++] = static_cast<int32_t>(s);
+}
+
+// The keys of one segment of a block: [low, high).
+struct Segment {
+    int64_t batch, rows, low, high;
+};
+
+// Scores the keys of a segment for the queries [first, last) of its block.
+template <class Keys>
+void scan_segment(const Problem& p, const Workspace& space, const Segment& s, int64_t first, int64_t last) {
+    for (int64_t top = s.high; top > s.low; top -= p.tile) {
+        const int64_t bottom = larger(s.low, top - p.tile);
+        bool packed = false;
+        for (int64_t r = first; r < last; ++r) {
+            const Range& range = space.ranges()[r];
+            const int64_t begin = larger<int64_t>(0, top - range.end), end = top - larger(bottom, range.begin);
+            if (begin >= end || range.begin >= range.end) continue;
+            if (!packed) pack_tile(p, space, s.batch, top - 1, top - bottom);
+            packed = true;
+            const Tile tile{space.tile(), space.tile_scale(), top - 1};
+            scan_tile<Keys>(tile, begin, end, p.words, p.heads, space.query_at(p, r), space.best()[r]);
+        }
+    }
+}
+
+// Guesses each query's threshold from the scores of a sample of the keys: low enough that hardly ever fewer than
+// `wanted` keys exceed it, and high enough that most that will not be selected never become candidates.
+template <class Keys>
+void guess_thresholds(const Problem& p, const Workspace& space, const Segment& s) {
+    const int64_t rounds = ceil_div(kSampledKeys, p.tile), sampled = rounds * p.tile;
+    const int64_t step = (s.high - s.low) / sampled;
+    if (s.rows < kQueriesForSample || step < 8) return;
+    // How many of the sample a query sees; key i of all lies at high - 1 - i * step.
+    const auto seen = [&](const Range& range, int64_t& begin, int64_t& end) {
+        begin = range.end >= s.high ? 0 : ceil_div(s.high - range.end, step);
+        end = smaller(sampled, (s.high - 1 - larger(range.begin, s.low)) / step + 1);
+        return larger<int64_t>(0, end - begin);
+    };
+    const auto rank = [&](const Range& range, int64_t some) {
+        const int64_t all = smaller(range.end, s.high) - larger(range.begin, s.low);
+        const double expected = static_cast<double>(p.wanted) * static_cast<double>(some) / static_cast<double>(all);
+        return static_cast<int64_t>(expected + 3 * sqrt(expected)) + 3;
+    };
+    int64_t begin, end;
+    for (int64_t r = 0; r < s.rows; ++r) {
+        const Range& range = space.ranges()[r];
+        if (range.begin >= range.end) continue;
+        const int64_t some = seen(range, begin, end);
+        // A rank deep within the sample would exclude too little, and must fit the room for candidates.
+        const int64_t wanted = some > 0 ? rank(range, some) : p.wanted;
+        space.best()[r].begin(4 * wanted <= some && wanted <= p.wanted ? wanted : 0, space.order(r), space.position(r));
+    }
+    for (int64_t round = 0; round < rounds; ++round) {
+        const int64_t first = round * p.tile, newest = s.high - 1 - first * step;
+        pack_tile(p, space, s.batch, newest, p.tile, step);
+        const Tile tile{space.tile(), space.tile_scale(), newest};
+        for (int64_t r = 0; r < s.rows; ++r) {
+            const Range& range = space.ranges()[r];
+            if (range.begin >= range.end || space.best()[r].wanted() == 0 || seen(range, begin, end) == 0) continue;
+            begin = larger<int64_t>(0, begin - first);
+            end = smaller(p.tile, end - first);
+            if (begin < end) scan_tile<Keys>(tile, begin, end, p.words, p.heads, space.query_at(p, r), space.best()[r]);
+        }
+    }
+    for (int64_t r = 0; r < s.rows; ++r) {
+        const Range& range = space.ranges()[r];
+        if (range.begin >= range.end) continue;
+        Candidates& best = space.best()[r];
+        const float guess = best.wanted() == 0 ? __builtin_nanf("") : best.lowest_kept();
+        best.begin(p.wanted, space.order(r), space.position(r), guess);
+    }
 }
 
 // One block of queries over one segment of the keys that they see.
@@ -240,20 +330,15 @@ void scan_block(const Problem& p, const Workspace& space, int64_t item, const Li
         high = low + whole * (p.segments - segment) / p.segments;
         low = low + whole * (p.segments - segment - 1) / p.segments;
     }
-    if (p.wanted == 0) low = high;
-    for (int64_t top = high; top > low; top -= p.tile) {
-        const int64_t bottom = larger(low, top - p.tile);
-        bool packed = false;
+    if (p.wanted > 0 && low < high) {
+        const Segment keys{b, rows, low, high};
+        guess_thresholds<Keys>(p, space, keys);
+        scan_segment<Keys>(p, space, keys, 0, rows);
         for (int64_t r = 0; r < rows; ++r) {
             const Range& range = space.ranges()[r];
-            const int64_t begin = larger<int64_t>(0, top - range.end), end = top - larger(bottom, range.begin);
-            if (begin >= end || range.begin >= range.end) continue;
-            if (!packed) pack_tile(p, space, b, top - 1, top - bottom);
-            packed = true;
-            const Tile tile{space.tile(), space.tile_scale(), top - 1};
-            const Query query{space.query() + r * p.heads * p.words, space.factor() + r * p.heads,
-                              space.start() + r * p.heads};
-            scan_tile<Keys>(tile, begin, end, p.words, p.heads, query, space.best()[r]);
+            if (range.begin >= range.end || !space.best()[r].guessed_too_high()) continue;
+            space.best()[r].begin(p.wanted, space.order(r), space.position(r));
+            scan_segment<Keys>(p, space, keys, r, r + 1);
         }
     }
     for (int64_t r = 0; r < rows; ++r) {

@@ -9,59 +9,82 @@
 namespace dsa::DSA_ISA {
 namespace {
 
-// Vectors of keys scored at a time; their comparisons fill one word of bits.
+// Vectors of keys scored at a time.
 #if defined(__AVX512F__)
 constexpr int kVectors = 4;
 #else
 constexpr int kVectors = 2;
 #endif
 constexpr int kChunk = kVectors * kWidth;
+// Scores that are looked through at a time; a multiple of every kChunk.
+constexpr int64_t kSpan = 512;
+constexpr uint32_t kAllLanes = (uint32_t{1} << kWidth) - 1;
 
 DSA_INLINE int count_bits(uint64_t bits) { return __builtin_popcountll(bits); }
 
 class Candidates {
   public:
     // Candidates between two selections: as many again as are kept, so that a selection costs little for each.
-    static int64_t capacity(int64_t wanted) { return round_up(2 * wanted + 256, kChunk) + kChunk; }
+    static int64_t capacity(int64_t wanted) { return round_up(2 * wanted + 256, kChunk) + kSpan; }
 
-    // `order` and `position` have room for `capacity(wanted) + kWidth` each.
-    void begin(int64_t wanted, int32_t* order, int32_t* position) {
+    // `order` and `position` have room for `capacity(wanted) + kWidth` each. A `guess` that is a number lets only keys
+    // join that exceed it: if `wanted` keys then have, they are the best of all, else everything begins again.
+    void begin(int64_t wanted, int32_t* order, int32_t* position, float guess = __builtin_nanf("")) {
         wanted_ = wanted;
-        full_ = capacity(wanted) - kChunk;
+        full_ = capacity(wanted) - kSpan;
         order_ = order;
         position_ = position;
         count_ = 0;
         kept_ = INT32_MIN;
-        threshold_ = __builtin_nanf("");
-        everything_ = ~uint64_t{0};
+        guessed_ = guess == guess;
+        threshold_ = guess;
+        everything_ = guessed_ ? 0 : kAllLanes;
     }
 
-    // A key joins if its score exceeds this or its bit is set in `everything`.
-    DSA_INLINE float threshold() const { return threshold_; }
-    DSA_INLINE uint64_t everything() const { return everything_; }
+    // Whether the guess was too high. Asked when all keys have come.
+    bool guessed_too_high() const { return guessed_ && count_ < wanted_; }
 
+    // The `wanted`th best score of what came, NaN if fewer came. Afterwards only `begin` may follow.
+    float lowest_kept() {
+        if (count_ < wanted_) return __builtin_nanf("");
+        shrink(wanted_);
+        int32_t lowest = INT32_MAX;
+        for (int64_t i = 0; i < count_; ++i) lowest = smaller(lowest, order_[i]);
+        return score_of(lowest);
+    }
+
+    int64_t wanted() const { return wanted_; }
     int64_t count() const { return count_; }
     const int32_t* order() const { return order_; }
     const int32_t* position() const { return position_; }
 
-    // Adds the chosen lanes of kVectors scores; the first lane's key has position `newest`, the next one `newest - 1`.
-    void add(const F32* scores, uint64_t chosen, int64_t newest) {
-        if (count_ > full_) shrink();
-        const I32 first = broadcast(static_cast<int32_t>(newest)) - counting_up();
-        for (int vector = 0; vector < kVectors; ++vector) {
-            const uint32_t bits = chosen >> (vector * kWidth) & ((uint64_t{1} << kWidth) - 1);
-            if (bits == 0) continue;
-            store_chosen(order_ + count_, ordered(scores[vector]), bits);
-            store_chosen(position_ + count_, first - broadcast(vector * kWidth), bits);
-            count_ += count_bits(bits);
+    // Adds those of the scores [begin, end) that are good enough, of at most kSpan; score i belongs to position
+    // `newest - i`. Every score is stored where the next candidate goes and stays if it is one: there is nothing to
+    // predict, and a wrong prediction costs more than scoring a chunk of keys.
+    void add(const float* scores, int64_t begin, int64_t end, int64_t newest) {
+        if (count_ > full_) shrink(wanted_ + wanted_ / 8);
+        const F32 threshold = broadcast(threshold_);
+        const int64_t first = begin / kWidth * kWidth;
+        I32 position = broadcast(static_cast<int32_t>(newest - first)) - counting_up();
+        int64_t count = count_;
+        for (int64_t i = first; i < end; i += kWidth) {
+            const F32 score = load(scores + i);
+            uint32_t chosen = (above(score, threshold) | everything_) & kAllLanes;
+            if (i < begin) chosen &= kAllLanes << (begin - i);
+            if (i + kWidth > end) chosen &= kAllLanes >> (i + kWidth - end);
+            store_chosen(order_ + count, ordered(score), chosen);
+            store_chosen(position_ + count, position, chosen);
+            count += count_bits(chosen);
+            position = position - broadcast(kWidth);
         }
+        count_ = count;
     }
 
     // Adds pairs of ordered score and position, from the newest to the oldest.
     void add(const int32_t* order, const int32_t* position, int64_t count) {
         for (int64_t done = 0; done < count;) {
-            if (count_ > full_) shrink();
-            const int64_t some = smaller(count - done, full_ + kChunk - count_);
+            if (count_ > full_) shrink(wanted_ + wanted_ / 8);
+            const int64_t some = smaller(count - done, full_ + kSpan - count_);
             memcpy(order_ + count_, order + done, static_cast<size_t>(some) * 4);
             memcpy(position_ + count_, position + done, static_cast<size_t>(some) * 4);
             count_ += some;
@@ -69,30 +92,44 @@ class Candidates {
         }
     }
 
-    // Keeps the best of them, in the order in which they came.
-    void shrink() {
-        if (count_ <= wanted_) return;
+    // Keeps the best `wanted` of them, in the order in which they came.
+    void shrink() { shrink(wanted_); }
+
+  private:
+    // Keeps at least the best `wanted` and at most `most` of them, where equal scores allow: while more are to come,
+    // any number between the two does, and is found sooner.
+    void shrink(int64_t most) {
+        if (count_ <= most) return;
         if (wanted_ == 0) {
             count_ = 0;
             return;
         }
         store(order_ + count_, broadcast(INT32_MIN));  // Behind the last, less than any score.
-        // More than `wanted_` exceed `low`, fewer exceed `high`.
+        // More than `most` exceed `low`, fewer than `wanted` exceed `high`.
         int64_t low = kept_ == INT32_MIN ? INT32_MIN : int64_t{kept_} - 1, high = highest(), equals = 0;
-        while (high - low > 1) {
-            const int64_t middle = low + (high - low) / 2;
+        int64_t above_low = count_, above_high = 0;
+        bool found = false;
+        for (bool halve = false; !found && high - low > 1; halve = !halve) {
+            // In turn by proportion and by halves: the one is fast on most distributions, the other on all.
+            const double share = halve ? 0.5
+                                       : (static_cast<double>(above_low) - 0.5 * static_cast<double>(wanted_ + most)) /
+                                             static_cast<double>(above_low - above_high);
+            int64_t middle = low + static_cast<int64_t>(static_cast<double>(high - low) * share);
+            middle = smaller(larger(middle, low + 1), high - 1);
             const int64_t better = count_above(static_cast<int32_t>(middle));
-            if (better == wanted_) {
-                low = high = middle;
-                break;
+            if (better > most) {
+                low = middle;
+                above_low = better;
+            } else {
+                found = better >= wanted_;
+                high = middle;
+                above_high = better;
             }
-            (better > wanted_ ? low : high) = middle;
         }
-        if (low != high) equals = wanted_ - count_above(static_cast<int32_t>(high));
+        if (!found) equals = wanted_ - count_above(static_cast<int32_t>(high));
         keep(static_cast<int32_t>(high), equals);
     }
 
-  private:
     int32_t highest() const {
         I32 best = broadcast(INT32_MIN);
         for (int64_t i = 0; i < count_; i += kWidth) best = max(best, load(order_ + i));
@@ -131,14 +168,15 @@ class Candidates {
         for (int64_t i = 0; i < out; ++i) kept_ = smaller(kept_, order_[i]);
         threshold_ = score_of(kept_);
         // Below NaN is nothing, but every number exceeds it, and no comparison says so.
-        everything_ = threshold_ == threshold_ ? 0 : ~uint64_t{0};
+        everything_ = threshold_ == threshold_ ? 0 : kAllLanes;
     }
 
     int64_t wanted_, full_, count_;
     int32_t *order_, *position_;
     int32_t kept_;
-    float threshold_;
-    uint64_t everything_;
+    bool guessed_;
+    float threshold_;      // A key joins if its score exceeds this,
+    uint32_t everything_;  // or if its lane is set here.
 };
 
 }  // namespace

@@ -57,7 +57,9 @@ DSA_INLINE void store_chosen(int32_t* p, I32 a, uint32_t chosen) {
 
 DSA_INLINE I32 dot(I32 sum, I32 key, I32 query) {
 #if defined(__AVX512VNNI__)
-    return {_mm512_dpbusd_epi32(sum.v, key.v, query.v)};
+    // Written out because GCC 12 copies the sum before and after the builtin, which costs more than the product.
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(sum.v) : "v"(key.v), "v"(query.v));
+    return sum;
 #else
     const __m512i pairs = _mm512_maddubs_epi16(key.v, query.v);
     return {_mm512_add_epi32(sum.v, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)))};
@@ -111,7 +113,8 @@ DSA_INLINE void store_chosen(int32_t* p, I32 a, uint32_t chosen) {
 
 DSA_INLINE I32 dot(I32 sum, I32 key, I32 query) {
 #if defined(__AVXVNNI__)
-    return {_mm256_dpbusd_avx_epi32(sum.v, key.v, query.v)};
+    __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum.v) : "x"(key.v), "x"(query.v));  // See above.
+    return sum;
 #else
     // Queries of at most 63 keep the sums of two products within 16 bits: 2 * 255 * 63 < 2^15.
     const __m256i pairs = _mm256_maddubs_epi16(key.v, query.v);

@@ -48,6 +48,13 @@ struct Floats {
     DSA_INLINE static F32 relu(Sum sum) { return max(zero(), sum); }
 };
 
+// Heads whose sums fit the registers beside the keys.
+#if defined(__AVX2__) && !defined(__AVX512F__)
+constexpr int kHeadsAtATime = 2;
+#else
+constexpr int kHeadsAtATime = 4;
+#endif
+
 // Adds `kHeads` heads to the scores of kChunk keys.
 template <class Keys, int kHeads>
 DSA_INLINE void add_heads(const int32_t* DSA_RESTRICT keys, int64_t words, const Query& query, int64_t head,
@@ -79,30 +86,32 @@ DSA_INLINE void add_heads(const int32_t* DSA_RESTRICT keys, int64_t words, const
     }
 }
 
+// Scores kChunk keys.
+template <class Keys>
+DSA_INLINE void score_chunk(const int32_t* DSA_RESTRICT keys, const float* DSA_RESTRICT scale, int64_t words,
+                            int64_t heads, const Query& query, float* DSA_RESTRICT out) {
+    F32 scores[kVectors];
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) scores[v] = zero();
+    int64_t head = 0;
+    for (; head + kHeadsAtATime <= heads; head += kHeadsAtATime)
+        add_heads<Keys, kHeadsAtATime>(keys, words, query, head, scores);
+    for (; head < heads; ++head) add_heads<Keys, 1>(keys, words, query, head, scores);
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v)
+        store(out + v * kWidth, Keys::kScaled ? scores[v] * load(scale + v * kWidth) : scores[v]);
+}
+
 // Scores the keys [begin, end) of a tile and hands those that beat the threshold to `best`.
 template <class Keys>
 void scan_tile(const Tile& tile, int64_t begin, int64_t end, int64_t words, int64_t heads, const Query& query,
                Candidates& best) {
-    for (int64_t at = begin / kChunk * kChunk; at < end; at += kChunk) {
-        const int32_t* keys = tile.words + at * words;
-        F32 scores[kVectors];
-#pragma GCC unroll 8
-        for (int v = 0; v < kVectors; ++v) scores[v] = zero();
-        int64_t head = 0;
-        for (; head + 4 <= heads; head += 4) add_heads<Keys, 4>(keys, words, query, head, scores);
-        if (heads - head == 3) add_heads<Keys, 3>(keys, words, query, head, scores);
-        if (heads - head == 2) add_heads<Keys, 2>(keys, words, query, head, scores);
-        if (heads - head == 1) add_heads<Keys, 1>(keys, words, query, head, scores);
-        const F32 threshold = broadcast(best.threshold());
-        uint64_t chosen = best.everything();
-#pragma GCC unroll 8
-        for (int v = 0; v < kVectors; ++v) {
-            if (Keys::kScaled) scores[v] = scores[v] * load(tile.scale + at + v * kWidth);
-            chosen |= static_cast<uint64_t>(above(scores[v], threshold)) << (v * kWidth);
-        }
-        if (at < begin) chosen &= ~uint64_t{0} << (begin - at);
-        if (at + kChunk > end) chosen &= (uint64_t{1} << (end - at)) - 1;
-        if (chosen != 0) best.add(scores, chosen, tile.newest - at);
+    alignas(64) float scores[kSpan];
+    for (int64_t first = begin / kChunk * kChunk; first < end; first += kSpan) {
+        const int64_t last = smaller(first + kSpan, end);
+        for (int64_t at = first; at < last; at += kChunk)
+            score_chunk<Keys>(tile.words + at * words, tile.scale + at, words, heads, query, scores + at - first);
+        best.add(scores, larger<int64_t>(0, begin - first), last - first, tile.newest - first);
     }
 }
 
@@ -127,6 +136,42 @@ template <class T>
 DSA_INLINE void pack_key(const T* row, int64_t stride, int64_t dim, int32_t* lane) {
     for (int64_t i = 0; i < dim; ++i) lane[i * kWidth] = static_cast<int32_t>(to_bits(widen(row[i * stride])));
 }
+
+#if defined(__AVX2__)
+// Eight keys of eight words each at a time, turned in registers: a decoding step packs as many keys as it scores, so
+// packing one by one would cost it several times the scores.
+//
+// Args: `row`: the newest key, the next one `stride` bytes before it; `lanes`: where its first word goes.
+DSA_INLINE void pack_eight_keys(const int8_t* row, int64_t stride, int64_t words, int32_t* lanes) {
+    const __m256i offset = _mm256_set1_epi8(static_cast<char>(kKeyOffset));
+    for (int64_t word = 0; word < words; word += 8) {
+        __m256i r[8], pair[8], four[8];
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; ++i)
+            r[i] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row - i * stride + word * 4));
+#pragma GCC unroll 4
+        for (int i = 0; i < 8; i += 2) {
+            pair[i] = _mm256_unpacklo_epi32(r[i], r[i + 1]);
+            pair[i + 1] = _mm256_unpackhi_epi32(r[i], r[i + 1]);
+        }
+#pragma GCC unroll 2
+        for (int i = 0; i < 8; i += 4) {
+            four[i] = _mm256_unpacklo_epi64(pair[i], pair[i + 2]);
+            four[i + 1] = _mm256_unpackhi_epi64(pair[i], pair[i + 2]);
+            four[i + 2] = _mm256_unpacklo_epi64(pair[i + 1], pair[i + 3]);
+            four[i + 3] = _mm256_unpackhi_epi64(pair[i + 1], pair[i + 3]);
+        }
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+            const __m256i low = _mm256_permute2x128_si256(four[i], four[i + 4], 0x20);
+            const __m256i high = _mm256_permute2x128_si256(four[i], four[i + 4], 0x31);
+            int32_t* out = lanes + (word + i) * kWidth;
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_xor_si256(low, offset));
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 4 * kWidth), _mm256_xor_si256(high, offset));
+        }
+    }
+}
+#endif
 
 }  // namespace
 }  // namespace dsa::DSA_ISA

@@ -1,0 +1,102 @@
+"""What only the compiled `index_topk` has to show: long rows, guessed thresholds, packed tiles, any strides."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dsa.ops import QuantizedKeys, index_topk, native_support, quantize_index_keys
+
+pytestmark = pytest.mark.skipif(native_support.missing() is not None, reason="the kernels were not built")
+
+KEYS = 12_000
+
+on_every_isa = pytest.mark.parametrize("isa", () if native_support.missing() else native_support.isas(), indirect=True)
+
+
+def both(*arguments: object, **options: object) -> tuple[torch.Tensor, torch.Tensor]:
+    """The selections of the kernel and of the reference."""
+    native, reference = (index_topk(*arguments, **options, impl=impl) for impl in ("native", "reference"))
+    return native, reference
+
+
+def make(tokens: int, keys: int, dim: int = 32, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    sizes = ((1, tokens, 4, dim), (1, keys, dim), (1, tokens, 4))
+    q, k, w = (torch.randn(size, generator=generator) for size in sizes)
+    return q, k, w
+
+
+@pytest.fixture
+def isa(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = native_support.isa()
+    native_support.set_isa(request.param)
+    yield
+    native_support.set_isa(before)
+
+
+@on_every_isa
+@pytest.mark.parametrize("tokens", [1, 40])
+@pytest.mark.parametrize("top_k", [40, 900, 5000])
+def test_long_rows(isa: None, tokens: int, top_k: int) -> None:
+    q, k, w = make(tokens, KEYS)
+    native, reference = both(q, quantize_index_keys(k), w, top_k, sinks=4, local=16)
+    assert torch.equal(native, reference)
+
+
+@on_every_isa
+@pytest.mark.parametrize("spacing", range(8, 14))
+def test_a_sample_that_misleads(isa: None, spacing: int) -> None:
+    """Every `spacing`-th key is far better than the rest: a sample at that distance sees only such keys."""
+    q, k, w = make(40, KEYS)
+    q, w = q.abs(), w.abs()
+    k = -k.abs()
+    k[:, (KEYS - 1) % spacing :: spacing] *= -1
+    keys = quantize_index_keys(k)
+    assert torch.equal(*both(q, keys, w, 600, sinks=1, local=3))
+    assert torch.equal(*both(q, keys, -w, 600, sinks=1, local=3))
+
+
+def test_equal_scores_over_many_tiles() -> None:
+    q, k, w = make(40, KEYS)
+    assert torch.equal(*both(q, quantize_index_keys(torch.ones_like(k)), w, 700))
+    nothing = QuantizedKeys(torch.zeros(1, KEYS, 32, dtype=torch.int8), torch.full((1, KEYS), torch.nan))
+    assert torch.equal(*both(q, nothing, w, 700))
+
+
+def test_scores_in_order_and_in_reverse() -> None:
+    """Rising with age or falling with it: every key is a candidate, or none after the first."""
+    q, _, w = make(40, KEYS)
+    q, w = q.abs(), w.abs()
+    slope = torch.linspace(1, 100, KEYS).view(1, KEYS, 1).expand(1, KEYS, 24)
+    for k in (slope, slope.flip(1)):
+        assert torch.equal(*both(q[..., :24], quantize_index_keys(k), w, 500))
+
+
+@given(data=st.data())
+def test_any_strides_and_offsets(data: st.DataObject) -> None:
+    batch, tokens, keys = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 40)), data.draw(st.integers(1, 300))
+    heads, dim = data.draw(st.integers(1, 5)), data.draw(st.sampled_from([1, 3, 8, 32, 40, 64]))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 1 << 20)))
+
+    def strided(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """A view with an offset and gaps into a larger tensor whose dims may lie in another order."""
+        order = data.draw(st.permutations(range(len(size))))
+        gaps = [data.draw(st.integers(1, 2)) for _ in size]
+        offset = [data.draw(st.integers(0, 2)) for _ in size]
+        larger = torch.randn([size[d] * gaps[d] + offset[d] for d in order], generator=generator).to(dtype)
+        back = larger.permute([order.index(d) for d in range(len(size))])
+        return back[tuple(slice(offset[d], offset[d] + size[d] * gaps[d], gaps[d]) for d in range(len(size)))]
+
+    q, k, w = strided(batch, tokens, heads, dim), strided(batch, keys, dim), strided(batch, tokens, heads)
+    quantized = quantize_index_keys(k)
+    data_view = strided(batch, keys, dim, dtype=torch.int8)
+    data_view.copy_(quantized.data)
+    scale_view = strided(batch, keys)
+    scale_view.copy_(quantized.scale)
+    top_k = data.draw(st.integers(1, 50))
+    sinks = data.draw(st.integers(0, top_k))
+    local = data.draw(st.integers(0, top_k - sinks))
+    assert torch.equal(*both(q, QuantizedKeys(data_view, scale_view), w, top_k, sinks=sinks, local=local))
