@@ -138,6 +138,9 @@ DSA_INLINE void pack_key(const T* row, int64_t stride, int64_t dim, int32_t* lan
 }
 
 #if defined(__AVX2__)
+// Keys are asked for this many before they are packed: a decoding step is the first to read them since the last one.
+constexpr int64_t kKeysAhead = 256;
+
 // Eight keys of eight words each at a time, turned in registers: a decoding step packs as many keys as it scores, so
 // packing one by one would cost it several times the scores.
 //
@@ -147,8 +150,11 @@ DSA_INLINE void pack_eight_keys(const int8_t* row, int64_t stride, int64_t words
     for (int64_t word = 0; word < words; word += 8) {
         __m256i r[8], pair[8], four[8];
 #pragma GCC unroll 8
-        for (int i = 0; i < 8; ++i)
-            r[i] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row - i * stride + word * 4));
+        for (int i = 0; i < 8; ++i) {
+            const int8_t* from = row - i * stride + word * 4;
+            r[i] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+            _mm_prefetch(reinterpret_cast<const char*>(from - kKeysAhead * stride), _MM_HINT_T0);
+        }
 #pragma GCC unroll 4
         for (int i = 0; i < 8; i += 2) {
             pair[i] = _mm256_unpacklo_epi32(r[i], r[i + 1]);
