@@ -29,12 +29,13 @@ class Document:
     name: str
 
 
-def read_document(path: str | Path | None = None) -> Document:
+def read_document(path: str | Path | None = None, argument: str = "file") -> Document:
     """Reads a text to measure on.
 
     Args:
         path: A UTF-8 text file. `None` takes the Python language reference that every interpreter carries,
             all topics in alphabetical order.
+        argument: What the user called it, for messages.
 
     Raises:
         OSError: No such file, a directory, or no permission.
@@ -44,10 +45,12 @@ def read_document(path: str | Path | None = None) -> Document:
         from pydoc_data.topics import topics
 
         return Document("\n\n".join(topics[name].strip() for name in sorted(topics)), LANGUAGE_REFERENCE)
-    return Document(read_text(path, "file"), str(path))
+    return Document(read_text(path, argument), str(path))
 
 
-def encode(document: Document, tokenizer: Any, tokens: int | None = None, *, default: int = 8192) -> torch.Tensor:
+def encode(
+    document: Document, tokenizer: Any, tokens: int | None = None, *, default: int = 8192, argument: str = "file"
+) -> torch.Tensor:
     """The first tokens of a document, special tokens added as the tokenizer does.
 
     Args:
@@ -55,6 +58,7 @@ def encode(document: Document, tokenizer: Any, tokens: int | None = None, *, def
         tokenizer: A transformers tokenizer.
         tokens: How many to return. `None` takes `default`, or all of a shorter document.
         default: See `tokens`.
+        argument: What the user called the document, for messages.
 
     Returns:
         int64 `[1, tokens]`.
@@ -73,7 +77,7 @@ def encode(document: Document, tokenizer: Any, tokens: int | None = None, *, def
             break
         size *= 2
     if len(ids) < MIN_TOKENS:
-        raise ValueError(f"file: {document.name} has {len(ids)} token(s); at least {MIN_TOKENS} are needed")
+        raise ValueError(f"{argument}: {document.name} has {len(ids)} token(s); at least {MIN_TOKENS} are needed")
     if tokens is not None and len(ids) < tokens:
         raise ValueError(
             f"tokens: {document.name} has only {len(ids):,} tokens, {tokens:,} were asked for; "

@@ -96,7 +96,7 @@ def measure_layer(call: AttentionCall, config: DSAConfig, start: int) -> LayerMa
         block = slice(begin, min(begin + rows, queries))
         first, stop = key_start[:, block], key_end[:, block]
         seen = int(stop.max())
-        mass = _mean_probabilities(query[:, :, block], key[:, :, :seen], call, first, stop)
+        mass = mean_probabilities(query[:, :, block], key[:, :, :seen], call, first, stop)
         chosen = indices[:, block]
         on_chosen = mass.gather(2, chosen.clamp(min=0).long()).masked_fill(chosen < 0, 0.0)
         best = mass.topk(min(top_k, seen), dim=2, sorted=False).values
@@ -107,7 +107,7 @@ def measure_layer(call: AttentionCall, config: DSAConfig, start: int) -> LayerMa
     return LayerMass(call.layer, dsa, window, oracle, float(read.double().mean()), int(read.max()))
 
 
-def _mean_probabilities(
+def mean_probabilities(
     query: torch.Tensor, key: torch.Tensor, call: AttentionCall, first: torch.Tensor, stop: torch.Tensor
 ) -> torch.Tensor:
     """Attention probabilities over the visible keys, mean over heads.

@@ -80,26 +80,50 @@ def read(
     ids = ids.to(model.device)
     model(ids[:, :WARM_UP_TOKENS], use_cache=True, logits_to_keep=1)
     can_reset = reset_peak_rss()
-    with layer_progress(model, f"{label}: prefill", progress), _decoder_output(model) as captured:
+    with layer_progress(model, f"{label}: prefill", progress), decoder_output(model) as captured:
         _synchronise(model)
         began = time.perf_counter()
         output = model(ids, use_cache=True, logits_to_keep=1)
         _synchronise(model)
         prefill_s = time.perf_counter() - began
-    perplexity = _perplexity(model, captured[0], ids, start, f"{label}: perplexity", progress)
+    losses = token_losses(model, captured[0], ids, start, label=f"{label}: perplexity", progress=progress)
     captured.clear()
     continuation, per_second = _decode(model, output, new_tokens, f"{label}: decode", progress)
     peak = peak_rss_mb() if can_reset else None
-    return Reading(perplexity, tokens - 1 - start, prefill_s, per_second, peak, continuation)
+    return Reading(math.exp(float(losses.mean())), tokens - 1 - start, prefill_s, per_second, peak, continuation)
 
 
-def _perplexity(model: Any, output: Any, ids: torch.Tensor, start: int, label: str, progress: Progress) -> float:
-    """Perplexity of the tokens after `start` out of the decoder's output for all of `ids`."""
+@torch.no_grad()
+def token_losses(
+    model: Any,
+    output: Any,
+    ids: torch.Tensor,
+    start: int,
+    *,
+    label: str = "perplexity",
+    progress: Progress = silent,
+) -> torch.Tensor:
+    """What each token after position `start` cost the model, out of its decoder's output for all of `ids`.
+
+    Args:
+        model: The causal language model.
+        output: What its decoder returned (`decoder_output`).
+        ids: int64 `[1, n]`, on the model's device.
+        start: First position whose prediction of the next token counts.
+        label: Names the step in `progress`.
+        progress: Shows the step.
+
+    Returns:
+        Negative log-likelihoods in nats, fp64 `[n - 1 - start]` on the CPU.
+
+    Raises:
+        ValueError: The model's output is not finite.
+    """
     hidden, targets = output.last_hidden_state, ids[:, 1:]
     last = ids.shape[1] - 1
     rows = max(1, LOGITS_AT_ONCE // model.config.get_text_config().vocab_size)
     chunks = range(start, last, rows)
-    total = torch.zeros((), dtype=torch.float64)
+    parts = []
     with progress(label, len(chunks)) as advance:
         for begin in chunks:
             end = min(begin + rows, last)
@@ -110,9 +134,9 @@ def _perplexity(model: Any, output: Any, ids: torch.Tensor, start: int, label: s
                     f"the model's output for this text is not finite (seen among positions {begin} to {end - 1}): its "
                     "weights or activations are NaN or overflow; try fp32, and check the checkpoint"
                 )
-            total += losses.sum().cpu()
+            parts.append(losses.cpu())
             advance()
-    return math.exp(float(total) / (last - start))
+    return torch.cat(parts)
 
 
 def negative_log_likelihood(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -174,7 +198,7 @@ def _decode(model: Any, output: Any, new_tokens: int, label: str, progress: Prog
 
 
 @contextmanager
-def _decoder_output(model: Any) -> Iterator[list[Any]]:
+def decoder_output(model: Any) -> Iterator[list[Any]]:
     """Keeps what the decoder returns while the context is open."""
     captured: list[Any] = []
     hook = model.base_model.register_forward_hook(lambda module, args, output: captured.append(output))
