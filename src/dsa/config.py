@@ -147,10 +147,17 @@ class DSAConfig:
     def replace(self, **changes: Any) -> DSAConfig:
         """A copy with some fields changed, validated again.
 
+        A new `top_k` or `local` is meant for the whole model: the layers' own give way to it, unless `layers` is
+        among the changes.
+
         Raises:
             ValueError: An unknown field, or a value out of range.
         """
         _check_fields(changes)
+        budgets: dict[str, Any] = {name: None for name in ("top_k", "local") if name in changes}
+        if budgets and "layers" not in changes:
+            layers = {number: dataclasses.replace(layer, **budgets) for number, layer in self.layers.items()}
+            changes["layers"] = {number: layer for number, layer in layers.items() if layer != LayerConfig()}
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
