@@ -1,0 +1,519 @@
+"""A budget for every layer, by what it costs in quality on the user's own text.
+
+1. One pass of the dense model per text measures what each layer's selection keeps, at every budget, and what an
+   earlier layer's selection would keep (`measure.py`).
+2. With a perplexity target, one pass per layer, from that layer on, measures what it does to the predictions if it
+   alone is sparse (`effects.py`): attention mass does not tell which layer's losses matter.
+3. Both make a table of harm; for any price of harm the cheapest arrangement follows (`choose.py`). A range of prices
+   gives a ladder of proposals from cheap to faithful.
+4. The perplexity of a few rungs is measured, each in one pass per text, to find the cheapest that reaches the target.
+   With a mass target there is one arrangement, and one pass measures its perplexity.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dsa.calibrate.choose import Choice, Problem, choose, ladder
+from dsa.calibrate.effects import compared_positions, divergence, recording, resumed
+from dsa.calibrate.measure import Curves, SelectionObserver, sampled_positions
+from dsa.calibrate.result import Calibration, LayerProposal, Probe, UniformBudget
+from dsa.calibrate.settings import CalibrationSettings, resolve_budgets
+from dsa.config import DSAConfig, LayerConfig
+from dsa.cost import Cost, layer_cost, model_cost
+from dsa.eval.documents import Document, encode
+from dsa.eval.machine import describe_machine
+from dsa.eval.progress import Progress, layer_progress, silent
+from dsa.eval.ratio import PerplexityRatio, perplexity_ratio
+from dsa.eval.reading import decoder_output, token_losses
+from dsa.models.attachment import Attachment, AttachReport, detach, is_attached, put_on, take_off
+from dsa.models.context import DSAContext
+from dsa.models.loading import LoadedModel, attach_indexers
+
+DEFAULT_TOKENS = 8192
+SMALLEST_WEIGHT = 0.05
+"""Of the median layer's harm per lost attention: no layer is taken to be harmless because it was so on one text."""
+
+FORBIDDEN = 1e6
+"""Harm of falling short of the attention mass asked for: no cost outweighs it."""
+
+Tell = Callable[[str], None]
+
+
+@dataclass
+class _Text:
+    """One text and what the dense model made of it."""
+
+    name: str
+    ids: torch.Tensor
+    losses: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+
+    @property
+    def tokens(self) -> int:
+        return self.ids.shape[1]
+
+    @property
+    def start(self) -> int:
+        """First position that counts: the first half is context."""
+        return self.tokens // 2
+
+
+def calibrate(
+    loaded: LoadedModel,
+    documents: Sequence[Document],
+    settings: CalibrationSettings,
+    *,
+    indexers: str | Path | None = None,
+    verify: Sequence[Document] = (),
+    progress: Progress = silent,
+    tell: Tell = lambda message: None,
+) -> Calibration:
+    """Finds how much each layer has to read, and leaves the model attached that way, ready to be saved.
+
+    Args:
+        loaded: The model; one that is attached is calibrated with its own indexers.
+        documents: What to measure on, each a sequence of its own.
+        settings: The target and what may be done for it.
+        indexers: As in `dsa.attach`; `None` takes those of an attached model or those shipped with the default one.
+        verify: Texts to judge the result on; the calibration texts by default.
+        progress: Shows the steps.
+        tell: Told, in a sentence, how long the rest will take and what was found.
+
+    Raises:
+        ValueError: Nothing to measure on, texts or budgets that do not fit, indexers that are untrained or calibrated
+            already, or a target that cannot be reached; the message then says what came nearest. The model is
+            afterwards as it was.
+        OSError: The indexers cannot be read.
+    """
+    began = time.perf_counter()
+    if not documents:
+        raise ValueError("data: no text was given; expected UTF-8 text files")
+    texts = [_text(loaded, document, settings.tokens, "data") for document in documents]
+    others = [_text(loaded, document, settings.tokens, "verify") for document in verify]
+    model = loaded.model
+    before = None
+    if is_attached(model):
+        before = take_off(model)
+        put_on(model, before)
+    try:
+        report, source = attach_indexers(loaded, indexers)
+        run = _Run(loaded, settings, report, source, texts, others, progress, tell)
+        result = run.go()
+    except BaseException:
+        if is_attached(model):
+            detach(model)
+        if before is not None:
+            put_on(model, before)
+        raise
+    result.seconds = time.perf_counter() - began
+    return result
+
+
+def _text(loaded: LoadedModel, document: Document, tokens: int | None, argument: str) -> _Text:
+    ids = encode(document, loaded.tokenizer, tokens, default=DEFAULT_TOKENS, argument=argument)
+    return _Text(document.name, ids)
+
+
+class _Run:
+    """One calibration."""
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        settings: CalibrationSettings,
+        report: AttachReport,
+        source: str | None,
+        texts: list[_Text],
+        others: list[_Text],
+        progress: Progress,
+        tell: Tell,
+    ) -> None:
+        self.loaded, self.model, self.settings, self.source = loaded, loaded.model, settings, source
+        self.texts, self.others, self.progress, self.tell = texts, others, progress, tell
+        self.config = report.config
+        self.full = [row.layer for row in report.layers if row.kind != "sliding"]
+        self.layers = [row.layer for row in report.layers if row.kind == "sparse"]
+        _check_report(report, settings)
+        shortest = min(text.tokens for text in texts)
+        self.budgets = resolve_budgets(settings, self.config, self.layers, shortest)
+        self.curves = Curves.empty(self.layers, self.budgets)
+        self.effects = torch.zeros(len(self.layers), dtype=torch.float64)
+        self.has_effects = settings.perplexity_ratio is not None and settings.effects
+        self.probe_level = len(self.budgets) // 4
+        self.probes: list[Probe] = []
+        self.seconds = {"pass": 0.0, "observed": 0.0}
+        self.taken: Attachment = take_off(self.model)
+
+    def go(self) -> Calibration:
+        for number, text in enumerate(self.texts):
+            self._measure(text, number)
+        problem = self._problem()
+        if self.settings.mass is not None:
+            chosen, losses = self._reach_mass(problem), None
+        else:
+            chosen, losses = self._reach_ratio(problem)
+        config = self._config(chosen)
+        verified = self._verify(config, losses)
+        uniform = self._uniform(verified) if self.settings.compare_uniform else None
+        put_on(self.model, self.taken, **_overrides(config))
+        return Calibration(
+            model=self.loaded.name,
+            indexers=self.source,
+            settings=self.settings,
+            config=config,
+            texts={text.name: text.tokens for text in self.texts},
+            verified_on={text.name: text.tokens for text in self.others or self.texts},
+            ratio=verified,
+            layers=tuple(self._rows(chosen, config)),
+            budgets=tuple(self.budgets),
+            cost=self._cost(config),
+            dense_cost=self._cost(None),
+            probes=tuple(self.probes),
+            uniform=uniform,
+            environment=describe_machine(self.model.device),
+        )
+
+    # What is measured.
+
+    def _measure(self, text: _Text, number: int) -> None:
+        """Steps 1 and 2 on one text."""
+        observer = SelectionObserver(
+            self.curves, self.config, sampled_positions(text.start, text.tokens), self.settings.may_share
+        )
+        seconds = {"observer": 0.0}
+
+        def observe(call: Any) -> None:
+            began = time.perf_counter()
+            observer(call)
+            seconds["observer"] += time.perf_counter() - began
+
+        outputs: list[Any] = []
+        began = time.perf_counter()
+        with self._attached(top_k=self.budgets[-1]):
+            context = DSAContext(mode="dense", observer=observe)
+            with recording(self.model, outputs) if self.has_effects else nullcontext():
+                dense = self._forward(text, f"Dense pass over {text.name}", context)
+            text.losses = self._losses(dense, text)
+        observer.finish()
+        if number == 0:
+            self._estimate(time.perf_counter() - began - seconds["observer"])
+        if self.has_effects:
+            self._measure_effects(text, dense, outputs, 1 / (number + 1))
+
+    def _measure_effects(self, text: _Text, dense: Any, outputs: list[Any], weight: float) -> None:
+        """Updates the mean over texts of each layer's effect; frees what was recorded as it goes."""
+        positions = compared_positions(text.start, text.tokens)
+        top_k = self.budgets[self.probe_level]
+        with self.progress(f"Each layer alone at K = {top_k:,}", len(self.layers)) as advance:
+            for row in reversed(range(len(self.layers))):
+                layer = self.layers[row]
+                alone = {other: LayerConfig(dense=True) for other in self.full if other != layer}
+                own = self.config.layers.get(layer, LayerConfig()).local
+                if own is not None:
+                    alone[layer] = LayerConfig(local=own)
+                del outputs[layer:]
+                with self._attached(top_k=top_k, layers=alone), resumed(self.model, outputs, layer):
+                    sparse = self._forward(text, None)
+                effect = divergence(self.model, dense, sparse, text.ids.to(self.model.device), positions)
+                self.effects[row] += (effect - self.effects[row]) * weight
+                advance()
+
+    def _estimate(self, seconds: float) -> None:
+        """Says how long the rest takes, from the first pass."""
+        self.seconds["pass"] = seconds
+        total = sum(text.tokens for text in self.texts) / self.texts[0].tokens
+        passes = {"dense": total - 1}
+        if self.has_effects:
+            deepest = max(self.full) + 1
+            passes["layers"] = total * sum((deepest - layer) / deepest for layer in self.layers)
+        passes["probes"] = total * (6 if self.settings.perplexity_ratio is not None else 1)
+        passes["verify"] = 2 * sum(text.tokens for text in self.others) / self.texts[0].tokens
+        if self.settings.compare_uniform:
+            judged = self.others or self.texts
+            rounds = math.ceil(math.log2(len(self.budgets) + 1))
+            passes["uniform"] = rounds * sum(text.tokens for text in judged) / self.texts[0].tokens
+        left = seconds * sum(passes.values())
+        self.tell(f"A pass over the model takes {_duration(seconds)}; about {_duration(left)} to go")
+
+    def _losses_with(self, config: DSAConfig, texts: Sequence[_Text], label: str) -> list[torch.Tensor]:
+        """One sparse pass per text."""
+        losses = []
+        with self._attached(**_overrides(config)):
+            for text in texts:
+                losses.append(self._losses(self._forward(text, f"{label}: {text.name}"), text))
+        return losses
+
+    @contextmanager
+    def _attached(self, **overrides: Any) -> Iterator[None]:
+        put_on(self.model, self.taken, **overrides)
+        try:
+            yield
+        finally:
+            detach(self.model)
+
+    @torch.no_grad()
+    def _forward(self, text: _Text, label: str | None, context: DSAContext | None = None) -> Any:
+        """What the decoder returns for a text."""
+        shown = nullcontext() if label is None else layer_progress(self.model, label, self.progress)
+        ids = text.ids.to(self.model.device)
+        with shown, decoder_output(self.model) as captured:
+            self.model(ids, use_cache=False, logits_to_keep=1, dsa_context=context or DSAContext())
+        return captured[0]
+
+    def _losses(self, output: Any, text: _Text) -> torch.Tensor:
+        return token_losses(self.model, output, text.ids.to(self.model.device), text.start)
+
+    # What is chosen.
+
+    def _problem(self) -> Problem:
+        shape, settings = self.curves.shape, self.settings
+        assert shape is not None
+
+        def operations(kind: Any, top_k: int | None) -> float:
+            return self._mean_cost(lambda first, last: layer_cost(shape, kind, first, last, top_k)).operations
+
+        dense = operations("dense", None)
+        read = torch.tensor([operations("shared", top_k) for top_k in self.budgets], dtype=torch.float64) / dense
+        both = torch.tensor([operations("sparse", top_k) for top_k in self.budgets], dtype=torch.float64) / dense
+        if settings.mass is not None:
+            # Finite, so that the search can repair one layer at a time.
+            harm = torch.where(self.curves.kept >= settings.mass, 0.0, FORBIDDEN).double()
+        else:
+            harm = self._weights()[:, None, None] * self.curves.harm
+        without_indexer = len(self.full) - len(self.layers)
+        return Problem(
+            read=read,
+            scan=both - read,
+            dense=1.0,
+            harm=harm.nan_to_num(torch.inf, posinf=torch.inf),
+            max_dense=settings.max_dense - without_indexer,
+            min_shared=math.ceil(settings.min_shared * len(self.full)),
+            may_share=settings.may_share,
+        )
+
+    def _weights(self) -> torch.Tensor:
+        """Nats per unit of a layer's harm, `[L]`; all 1 where effects were not measured."""
+        if not self.has_effects:
+            return torch.ones(len(self.layers), dtype=torch.float64)
+        lost = self.curves.harm.diagonal()[self.probe_level]
+        weights = torch.where(lost > 0, self.effects / lost.clamp_min(1e-12), 0.0)
+        return weights.clamp_min(max(SMALLEST_WEIGHT * float(weights.median()), 1e-12))
+
+    def _reach_mass(self, problem: Problem) -> Choice:
+        mass = self.settings.mass
+        assert mass is not None
+        chosen = choose(problem, 1.0)
+        if chosen is not None and problem.harm_of(chosen) == 0:
+            return chosen
+        best = self.curves.kept.diagonal()[-1]
+        short = int((best < mass).sum())
+        if short <= problem.max_dense:
+            raise ValueError(
+                f"min-shared: fewer than {problem.min_shared} of {len(self.full)} layers keep {mass} of their "
+                "attention with an earlier layer's selection; lower --min-shared or --mass"
+            )
+        reachable = float(best.sort().values[problem.max_dense])
+        worst = self.layers[int(best.argmin())]
+        raise ValueError(
+            f"mass: {mass} is not reachable with K up to {self.budgets[-1]:,} and at most {self.settings.max_dense} "
+            f"dense layers: {short} layers keep less, layer {worst} the least, {float(best.min()):.4f}. The nearest "
+            f"target that can be reached is {math.floor(reachable * 1e4) / 1e4:.4f}; else raise --max-dense to "
+            f"{short + len(self.full) - len(self.layers)} or give a larger --top-k"
+        )
+
+    def _reach_ratio(self, problem: Problem) -> tuple[Choice, list[torch.Tensor]]:
+        """The cheapest rung of the ladder whose measured perplexity is within the target."""
+        target = self.settings.perplexity_ratio
+        assert target is not None
+        rungs = ladder(problem)
+        if not rungs:
+            raise ValueError(
+                f"min-shared: {problem.min_shared} of {len(self.full)} layers cannot share; lower --min-shared"
+            )
+        predicted = [problem.harm_of(rung) for rung in rungs]
+        allowed = (
+            math.log(target) if self.has_effects else math.sqrt(max(predicted[0], 1e-12) * max(predicted[-1], 1e-12))
+        )
+        guess = next((number for number, harm in enumerate(predicted) if harm <= allowed), len(rungs) - 1)
+        dense = [text.losses for text in self.texts]
+        found: dict[int, tuple[PerplexityRatio, list[torch.Tensor]]] = {}
+
+        def reaches(number: int) -> bool:
+            config = self._config(rungs[number])
+            losses = self._losses_with(config, self.texts, f"Proposal {len(found) + 1}")
+            ratio = perplexity_ratio(losses, dense)
+            found[number] = ratio, losses
+            cost = self._cost(config)
+            self.probes.append(Probe(cost.tokens_read, cost.operations, predicted[number], ratio.ratio))
+            share = cost.operations / self._cost(None).operations
+            self.tell(f"Proposal {len(found)}: {share:.0%} of the dense cost, perplexity ratio {ratio.ratio:.4f}")
+            return ratio.ratio <= target
+
+        number = first_true(reaches, len(rungs), guess)
+        if number is not None:
+            return rungs[number], found[number][1]
+        nearest = min(each.ratio for each, _ in found.values())
+        raise ValueError(
+            f"perplexity-ratio: {target} is not reachable with K up to {self.budgets[-1]:,} and at most "
+            f"{self.settings.max_dense} dense layers; the nearest came to {nearest:.4f}. Ask for "
+            f"{math.ceil(nearest * 1e4) / 1e4:.4f}, raise --max-dense, give a larger --top-k, or train the "
+            "indexers longer"
+        )
+
+    def _config(self, chosen: Choice) -> DSAConfig:
+        """The configuration of a choice: `top_k` is the largest of any layer, the others are exceptions."""
+        top_k = max((self.budgets[level] for level in chosen.level.values()), default=self.budgets[-1])
+        layers = {layer: exception for layer, exception in self.config.layers.items() if exception.dense}
+        for row, layer in enumerate(self.layers):
+            if row in chosen.dense:
+                layers[layer] = LayerConfig(dense=True)
+            elif row in chosen.source:
+                layers[layer] = LayerConfig(share=self.layers[chosen.source[row]])
+            else:
+                budget = self.budgets[chosen.level[row]]
+                own = LayerConfig(
+                    top_k=None if budget == top_k else budget,
+                    local=self.config.layers.get(layer, LayerConfig()).local,
+                )
+                if own != LayerConfig():
+                    layers[layer] = own
+        return self.config.replace(top_k=top_k, layers=layers)
+
+    # What is reported.
+
+    def _verify(self, config: DSAConfig, losses: list[torch.Tensor] | None) -> PerplexityRatio:
+        """The proposal's perplexity on the texts to judge it on."""
+        for text in self.others:
+            with self._attached():
+                text.losses = self._losses(
+                    self._forward(text, f"Dense pass over {text.name}", DSAContext(mode="dense")), text
+                )
+        if self.others or losses is None:
+            losses = self._losses_with(config, self.others or self.texts, "Verifying")
+        return perplexity_ratio(losses, [text.losses for text in self.others or self.texts])
+
+    def _uniform(self, reached: PerplexityRatio) -> UniformBudget | None:
+        """The smallest single budget that is as good as the result on the texts that judged it."""
+        texts = self.others or self.texts
+        ratios: dict[int, float] = {}
+
+        def reaches(number: int) -> bool:
+            config = self.config.replace(top_k=self.budgets[number])
+            losses = self._losses_with(config, texts, f"K = {self.budgets[number]:,} everywhere")
+            ratios[number] = perplexity_ratio(losses, [text.losses for text in texts]).ratio
+            return ratios[number] <= reached.ratio
+
+        number = first_true(reaches, len(self.budgets), len(self.budgets) // 2)
+        if number is None:
+            return UniformBudget(None, min(ratios.values()), None)
+        cost = self._cost(self.config.replace(top_k=self.budgets[number]))
+        return UniformBudget(self.budgets[number], ratios[number], cost)
+
+    def _cost(self, config: DSAConfig | None) -> Cost:
+        shape = self.curves.shape
+        assert shape is not None
+        return self._mean_cost(lambda first, last: model_cost(config, shape, self.full, first, last))
+
+    def _mean_cost(self, cost: Callable[[int, int], Cost]) -> Cost:
+        """Mean over the queries that count, of all texts."""
+        queries = [text.tokens - text.start for text in self.texts]
+        total = Cost(0.0, 0.0, 0.0, 0.0)
+        for text, count in zip(self.texts, queries):
+            each = cost(text.start + 1, text.tokens)
+            share = count / sum(queries)
+            total += Cost(
+                each.tokens_read * share, each.tokens_scanned * share, each.operations * share, each.bytes * share
+            )
+        return total
+
+    def _rows(self, chosen: Choice, config: DSAConfig) -> Iterator[LayerProposal]:
+        for layer in self.full:
+            if layer not in self.layers:
+                yield LayerProposal(layer, "dense", None, None, 1.0, None, None, has_indexer=False)
+                continue
+            row = self.layers.index(layer)
+            effect = float(self.effects[row]) if self.has_effects else None
+            served = chosen.served_by(row)
+            if served is None:
+                yield LayerProposal(layer, "dense", None, None, 1.0, None, effect, self._own(row))
+                continue
+            source, level = served
+            kept = float(self.curves.kept[row, source, level])
+            yield LayerProposal(
+                layer=layer,
+                kind="sparse" if source == row else "shared",
+                top_k=config.layer_top_k(layer),
+                share=None if source == row else self.layers[source],
+                kept=kept,
+                kept_of_oracle=kept / float(self.curves.oracle[row, level]),
+                effect=effect,
+                own_kept=self._own(row),
+            )
+
+    def _own(self, row: int) -> tuple[float, ...]:
+        return tuple(self.curves.kept[row, row].tolist())
+
+
+def first_true(reaches: Callable[[int], bool], count: int, guess: int) -> int | None:
+    """The first of `count` numbers that `reaches`, if from some number on all do, asking as few as possible.
+
+    Args:
+        reaches: The question; asked once per number at most.
+        count: How many numbers there are.
+        guess: Where to begin.
+
+    Returns:
+        `None` where not even the last one does.
+    """
+    low, high, step = -1, count, 1
+    number = guess
+    while high - low > 1:
+        if reaches(number):
+            high = number
+        else:
+            low = number
+        if low >= 0 and high < count:
+            number = (low + high) // 2
+            continue
+        number = max(low + 1, high - 1 - step // 2) if high < count else min(count - 1, low + step)
+        step *= 2
+    return high if high < count else None
+
+
+def _overrides(config: DSAConfig) -> dict[str, Any]:
+    return {"top_k": config.top_k, "layers": config.layers}
+
+
+def _check_report(report: AttachReport, settings: CalibrationSettings) -> None:
+    """Refuses indexers that there is nothing to calibrate about."""
+    if not report.trained:
+        raise ValueError(
+            f"indexers: those of {report.model} are untrained, so there is nothing to calibrate; train them with "
+            "`dsa train`, then pass --indexers"
+        )
+    shared = [row.layer for row in report.layers if row.kind == "shared"]
+    if shared:
+        raise ValueError(
+            f"indexers: these were calibrated already (layer {shared[0]} shares another's selection and has no indexer "
+            "of its own); give the ones that `dsa train` wrote"
+        )
+    if not report.count("sparse"):
+        raise ValueError(f"indexers: no layer of {report.model} has one, so there is nothing to calibrate")
+    dense = [row.layer for row in report.layers if row.kind == "dense"]
+    if len(dense) > settings.max_dense:
+        raise ValueError(
+            f"max-dense: {len(dense)} layers have no indexer and stay dense ({', '.join(map(str, dense))}), more than "
+            f"max-dense={settings.max_dense}; raise it to {len(dense)}, or train indexers for them"
+        )
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
