@@ -125,6 +125,19 @@ def test_shared_layers_attend_to_the_same_tokens(model: torch.nn.Module) -> None
     assert torch.equal(shared.logits, forced.logits)
 
 
+def test_a_shared_selection_is_kept_no_longer_than_it_is_read(model: torch.nn.Module) -> None:
+    dsa.attach(model, TINY_CONFIG, layers={1: {"share": 0}, 2: {"share": 0}})
+    context, tokens = dsa.DSAContext(), tiny_tokens(1, 30)
+    held = []
+    model.model.layers[1].register_forward_hook(lambda *_: held.append(sorted(context.indices)))
+    model.model.layers[2].register_forward_hook(lambda *_: held.append(sorted(context.indices)))
+    with torch.no_grad():
+        model(tokens, dsa_context=context)
+    assert held == [[0], []]
+    model(tokens, dsa_context=context)
+    assert sorted(context.indices) == [0]
+
+
 def test_context_modes(model: torch.nn.Module) -> None:
     tokens = tiny_tokens(1, 30)
     with torch.no_grad():

@@ -79,6 +79,13 @@ class LayerPlan:
         """Whether another layer reuses this one's selection."""
         return any(self.config.shared_with(layer) == self.layer for layer in self.config.layers)
 
+    @cached_property
+    def is_last_reader(self) -> bool:
+        """Whether no later layer reuses the selection that this one reuses."""
+        return not any(
+            self.config.shared_with(layer) == self.source for layer in self.config.layers if layer > self.layer
+        )
+
     def runs_dense(self, keys: int, context: DSAContext) -> bool:
         """Whether the layer attends to all of its `keys` tokens and needs no selection."""
         if self.dense or context.mode == "dense":
@@ -153,7 +160,11 @@ def _sparse_layer(
     """Selects and attends, a block of queries at a time unless the whole selection is wanted."""
     plan, tokens = index.plan, attention.query.shape[1]
     if plan.source is not None:
-        return attention.sparse(context.indices[plan.source])
+        out = attention.sparse(context.indices[plan.source])
+        if plan.is_last_reader and not torch.is_grad_enabled():
+            # With gradients, checkpointing may run this layer again.
+            del context.indices[plan.source]
+        return out
     if call is not None or plan.is_shared or torch.is_grad_enabled() or tokens <= QUERIES_AT_A_TIME:
         indices = _select(attention, index, index.query, index.weight)
         if plan.is_shared:
