@@ -76,6 +76,17 @@ def test_shared_layers_are_named(tiny: LoadedModel, document: Document) -> None:
     result = run(tiny, document, layers={1: LayerConfig(share=0)})
     assert result.layers_of("shared") == [1]
     assert [row.layer for row in result.layers] == [0]
+    assert result.tokens_read("dsa") == (16, 16)
+    assert result.budgets() == [16]
+
+
+def test_tokens_read_by_layers_that_differ(tiny: LoadedModel, document: Document) -> None:
+    result = run(tiny, document, layers={0: LayerConfig(top_k=8)})
+    assert result.budgets() == [8, 16]
+    assert result.tokens_read("dsa") == result.tokens_read("window") == (12, 16)
+    assert result.tokens_read_everywhere() == 12
+    result = run(tiny, document, layers={0: LayerConfig(dense=True)})
+    assert result.tokens_read_everywhere() == pytest.approx((result.tokens_read("dense")[0] + 16) / 2)
 
 
 def test_the_shortest_text(tiny: LoadedModel) -> None:

@@ -57,6 +57,10 @@ class _Text:
     losses: torch.Tensor = field(default_factory=lambda: torch.empty(0))
 
     @property
+    def short_name(self) -> str:
+        return Path(self.name).name
+
+    @property
     def tokens(self) -> int:
         return self.ids.shape[1]
 
@@ -200,7 +204,7 @@ class _Run:
         with self._attached(top_k=self.budgets[-1]):
             context = DSAContext(mode="dense", observer=observe)
             with recording(self.model, outputs) if self.has_effects else nullcontext():
-                dense = self._forward(text, f"Dense pass over {text.name}", context)
+                dense = self._forward(text, f"Dense pass over {text.short_name}", context)
             text.losses = self._losses(dense, text)
         observer.finish()
         if number == 0:
@@ -248,7 +252,7 @@ class _Run:
         losses = []
         with self._attached(**_overrides(config)):
             for text in texts:
-                losses.append(self._losses(self._forward(text, f"{label}: {text.name}"), text))
+                losses.append(self._losses(self._forward(text, f"{label}: {text.short_name}"), text))
         return losses
 
     @contextmanager
@@ -394,7 +398,7 @@ class _Run:
         for text in self.others:
             with self._attached():
                 text.losses = self._losses(
-                    self._forward(text, f"Dense pass over {text.name}", DSAContext(mode="dense")), text
+                    self._forward(text, f"Dense pass over {text.short_name}", DSAContext(mode="dense")), text
                 )
         if self.others or losses is None:
             losses = self._losses_with(config, self.others or self.texts, "Verifying")

@@ -152,5 +152,14 @@ def _shipped_indexers() -> str:
 
     if not SHIPPED.exists():
         return "no: this installation has no trained indexers"
-    config = read_indexers("default").config
-    return f"{config.index_heads} heads of {config.index_head_dim}, trained for top_k {config.top_k}"
+    stored = read_indexers("default")
+    config, layers = stored.config, range(stored.base_model["num_hidden_layers"])
+    budgets = sorted({config.layer_top_k(layer) for layer in layers if not config.is_dense(layer)}) or [config.top_k]
+    said = f"{config.index_heads} heads of {config.index_head_dim}, top_k {budgets[0]}"
+    if len(budgets) > 1:
+        said += f" to {budgets[-1]}"
+    kinds = {
+        "dense": sum(config.is_dense(layer) for layer in layers),
+        "sharing": sum(config.shared_with(layer) is not None for layer in layers),
+    }
+    return said + "".join(f", {count} layers {kind}" for kind, count in kinds.items() if count)

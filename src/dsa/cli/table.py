@@ -40,7 +40,7 @@ def comparison(evaluation: Evaluation) -> Table:
     """Dense beside DSA beside the window."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
     table.add_column("")
-    for heading in ("dense", f"DSA, K = {evaluation.top_k:,}", "4 sinks + window"):
+    for heading in ("dense", f"DSA, K = {_budgets(evaluation)}", "4 sinks + window"):
         table.add_column(heading, justify="right")
     readings = (evaluation.dense, evaluation.dsa, evaluation.window)
     dense = evaluation.dense.perplexity
@@ -51,6 +51,9 @@ def comparison(evaluation: Evaluation) -> Table:
     read = [evaluation.tokens_read(name) for name in ("dense", "dsa", "window")]
     table.add_row("tokens read per query, mean", *(f"{mean:,.0f}" for mean, _ in read))
     table.add_row("  most", *(f"{most:,}" for _, most in read))
+    if evaluation.layers_of("dense"):
+        everywhere = f"{evaluation.tokens_read_everywhere():,.0f}"
+        table.add_row("  mean, dense layers included", f"{read[0][0]:,.0f}", everywhere, everywhere)
     table.add_row("prefill, seconds", *(f"{each.prefill_s:.1f}" for each in readings))
     table.add_row("decode, tokens/s", *(_decode(each) for each in readings))
     table.add_row("peak memory, MB", *(_memory(each) for each in readings))
@@ -77,9 +80,9 @@ def remarks(evaluation: Evaluation) -> list[str]:
             "The indexers are UNTRAINED: what DSA selects here is arbitrary. Train them with `dsa train`, then "
             "pass --indexers."
         )
-    if evaluation.prompt_tokens <= evaluation.top_k:
+    if evaluation.prompt_tokens <= evaluation.budgets()[0]:
         said.append(
-            f"No query sees more than K = {evaluation.top_k:,} tokens, so nothing is left out: DSA is dense here."
+            f"No query sees more than K = {_budgets(evaluation)} tokens, so nothing is left out: DSA is dense here."
         )
     if evaluation.extrapolated:
         said.append(f"{evaluation.extrapolated:,} positions lie beyond those that the model was trained on.")
@@ -94,6 +97,11 @@ def remarks(evaluation: Evaluation) -> list[str]:
 def printable(text: str) -> str:
     """A model's text without control characters, which would reach the terminal."""
     return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text.strip())
+
+
+def _budgets(evaluation: Evaluation) -> str:
+    budgets = evaluation.budgets()
+    return f"{budgets[0]:,}" if len(budgets) == 1 else f"{budgets[0]:,} to {budgets[-1]:,}"
 
 
 def _share(evaluation: Evaluation, selection: str) -> str:

@@ -21,13 +21,14 @@ from typing import Any
 
 import torch
 
+from dsa.cost import mean_read
 from dsa.eval.documents import Document, encode
 from dsa.eval.machine import describe_machine, peak_rss_mb, reset_peak_rss
 from dsa.eval.mass import LayerMass, MassObserver
 from dsa.eval.progress import Progress, layer_progress, silent
 from dsa.eval.reading import Reading, read
 from dsa.eval.window import window_attention
-from dsa.models.attachment import AttachReport, detach, is_attached, put_on, take_off
+from dsa.models.attachment import AttachReport, LayerReport, detach, is_attached, put_on, take_off
 from dsa.models.context import DSAContext
 from dsa.models.loading import LoadedModel, attach_indexers
 
@@ -89,16 +90,31 @@ class Evaluation:
         return sum(shares) / len(shares) if shares else None
 
     def tokens_read(self, attention: str) -> tuple[float, int]:
-        """Mean and most tokens read per query from `start` on, in the layers that select for themselves."""
+        """Mean and most tokens read per query from `start` on, in the sparse layers, those that share included."""
         if attention == "dsa" and self.layers:
-            mean = sum(row.tokens_mean for row in self.layers) / len(self.layers)
+            measured = {row.layer: row for row in self.layers}
+            sources = [row.layer if row.share is None else row.share for row in self._sparse()]
+            mean = sum(measured[layer].tokens_mean for layer in sources) / len(sources)
             return mean, max(row.tokens_max for row in self.layers)
-        budgets = [row.top_k or self.tokens for row in self.report.layers if row.kind == "sparse"]
+        budgets = [row.top_k or self.tokens for row in self._sparse()]
         if attention == "dense" or not budgets:
             budgets = [self.tokens]
-        visible = range(self.start + 1, self.prompt_tokens + 1)
-        read = [sum(min(seen, budget) for seen in visible) / len(visible) for budget in budgets]
+        read = [mean_read(self.start + 1, self.prompt_tokens, budget) for budget in budgets]
         return sum(read) / len(read), min(self.prompt_tokens, max(budgets))
+
+    def tokens_read_everywhere(self) -> float:
+        """Mean tokens read per query with DSA over all layers with full attention, those left dense included."""
+        dense = len(self.layers_of("dense"))
+        sparse = len(self._sparse())
+        read = dense * self.tokens_read("dense")[0] + (sparse * self.tokens_read("dsa")[0] if sparse else 0.0)
+        return read / (dense + sparse)
+
+    def budgets(self) -> list[int]:
+        """The different `K` of the sparse layers, ascending."""
+        return sorted({row.top_k for row in self._sparse() if row.top_k is not None}) or [self.top_k]
+
+    def _sparse(self) -> list[LayerReport]:
+        return [row for row in self.report.layers if row.kind in ("sparse", "shared")]
 
     def layers_of(self, kind: str) -> list[int]:
         """Numbers of the layers that attaching treated as `"sparse"`, `"shared"`, `"dense"` or `"sliding"`."""
@@ -119,6 +135,7 @@ class Evaluation:
         for name in readings:
             mean, most = self.tokens_read(name)
             plain |= {f"tokens_read_mean_{name}": mean, f"tokens_read_max_{name}": most}
+        plain["tokens_read_mean_all_layers_dsa"] = self.tokens_read_everywhere()
         plain |= {
             "document": self.document,
             "prompt_tokens": self.prompt_tokens,
