@@ -112,6 +112,16 @@ def test_sharing_can_be_asked_for_and_forbidden(tiny: LoadedModel, indexers: Pat
     assert none.count("shared") == 0
 
 
+def test_fewest_tokens(tiny: LoadedModel, indexers: Path, texts: list[Document]) -> None:
+    options = {"perplexity_ratio": 1.3, "effects": False, "max_dense": 0}
+    tokens = run(tiny, texts, indexers, minimise="tokens", **options)
+    assert tokens.count("shared") == 0
+    other = calibrate_again(tiny, texts, indexers, minimise="operations", **options)
+    assert tokens.cost.tokens_read <= other.cost.tokens_read
+    some = calibrate_again(tiny, texts, indexers, minimise="tokens", min_shared=0.5, **options)
+    assert some.count("shared") == 2
+
+
 def test_layers_without_an_indexer_stay_dense(tiny: LoadedModel, texts: list[Document], tmp_path: Path) -> None:
     attach(
         tiny.model,
@@ -201,6 +211,7 @@ def test_an_attached_model_survives_a_failure(
         ({"mass": 0.9, "max_dense": -1}, "max-dense must be at least 0"),
         ({"mass": 0.9, "min_shared": 1.0}, "min-shared is a share of the layers"),
         ({"mass": 0.9, "min_shared": 0.5, "may_share": False}, "contradicts no-share"),
+        ({"mass": 0.9, "minimise": "time"}, "minimise must be one of operations, bytes, tokens, got 'time'"),
         ({"mass": 0.9, "budgets": (0,)}, "top-k must be at least 1, got 0"),
     ],
 )

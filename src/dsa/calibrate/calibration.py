@@ -42,6 +42,11 @@ DEFAULT_TOKENS = 8192
 SMALLEST_WEIGHT = 0.05
 """Of the median layer's harm per lost attention: no layer is taken to be harmless because it was so on one text."""
 
+SHARED_HARM = 1.5
+"""A selection made for another layer does more harm than the attention it loses tells: with 17 of 27 layers sharing,
+the predictions changed 1.2 times as much as predicted on the calibration text and 1.4 times as much on another, with
+none sharing 1.0 times."""
+
 FORBIDDEN = 1e6
 """Harm of falling short of the attention mass asked for: no cost outweighs it."""
 
@@ -281,17 +286,21 @@ class _Run:
         shape, settings = self.curves.shape, self.settings
         assert shape is not None
 
-        def operations(kind: Any, top_k: int | None) -> float:
-            return self._mean_cost(lambda first, last: layer_cost(shape, kind, first, last, top_k)).operations
+        measure = "tokens_read" if settings.minimise == "tokens" else settings.minimise
 
-        dense = operations("dense", None)
-        read = torch.tensor([operations("shared", top_k) for top_k in self.budgets], dtype=torch.float64) / dense
-        both = torch.tensor([operations("sparse", top_k) for top_k in self.budgets], dtype=torch.float64) / dense
+        def cost(kind: Any, top_k: int | None) -> float:
+            each = self._mean_cost(lambda first, last: layer_cost(shape, kind, first, last, top_k))
+            return float(getattr(each, measure))
+
+        dense = cost("dense", None)
+        read = torch.tensor([cost("shared", top_k) for top_k in self.budgets], dtype=torch.float64) / dense
+        both = torch.tensor([cost("sparse", top_k) for top_k in self.budgets], dtype=torch.float64) / dense
         if settings.mass is not None:
             # Finite, so that the search can repair one layer at a time.
             harm = torch.where(self.curves.kept >= settings.mass, 0.0, FORBIDDEN).double()
         else:
-            harm = self._weights()[:, None, None] * self.curves.harm
+            own = torch.eye(len(self.layers), dtype=torch.bool)[..., None]
+            harm = self._weights()[:, None, None] * self.curves.harm.where(own, SHARED_HARM * self.curves.harm)
         without_indexer = len(self.full) - len(self.layers)
         return Problem(
             read=read,

@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from dsa.config import DSAConfig
+
+Minimise = Literal["operations", "bytes", "tokens"]
 
 MAX_BUDGETS = 16
 QUARTERS = (4, 5, 6, 7)
@@ -27,6 +30,8 @@ class CalibrationSettings:
         min_shared: Share of the full-attention layers that must, at least.
         effects: Whether each layer's effect on the predictions is measured. `False` trusts the attention mass
             alone to tell which layers need more: faster, and less sparing.
+        minimise: What is kept low: `"operations"` of attention and indexers, `"bytes"` that decoding reads, or
+            `"tokens"` read. The last sees no use in sharing, so only `min_shared` layers do.
         compare_uniform: Whether to look for the one budget for all layers that reaches the same.
 
     Raises:
@@ -41,6 +46,7 @@ class CalibrationSettings:
     may_share: bool = True
     min_shared: float = 0.0
     effects: bool = True
+    minimise: Minimise = "operations"
     compare_uniform: bool = False
 
     def __post_init__(self) -> None:
@@ -66,6 +72,8 @@ class CalibrationSettings:
             raise ValueError(f"min-shared is a share of the layers: at least 0 and below 1, got {self.min_shared}")
         if self.min_shared and not self.may_share:
             raise ValueError(f"min-shared={self.min_shared} contradicts no-share; leave one of them out")
+        if self.minimise not in get_args(Minimise):
+            raise ValueError(f"minimise must be one of {', '.join(get_args(Minimise))}, got {self.minimise!r}")
         for budget in self.budgets or ():
             if budget < 1:
                 raise ValueError(f"top-k must be at least 1, got {budget}")

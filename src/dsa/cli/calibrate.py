@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,6 +14,14 @@ from dsa.cli.train import TrainCommand
 
 if TYPE_CHECKING:
     from dsa.calibrate.result import Calibration
+
+
+class Minimise(StrEnum):
+    """What a calibration keeps low."""
+
+    operations = "operations"
+    bytes = "bytes"
+    tokens = "tokens"
 
 
 def register(app: typer.Typer) -> None:
@@ -68,6 +77,10 @@ def calibrate(
     min_shared: Annotated[
         float, typer.Option(metavar="X", help="Share of the layers that must do so, e.g. 0.34.")
     ] = 0.0,
+    minimise: Annotated[
+        Minimise,
+        typer.Option(help="What to keep low: operations of attention and indexers, bytes of decoding, or tokens read."),
+    ] = Minimise.operations,
     quick: Annotated[
         bool,
         typer.Option("--quick", help="Let attention mass alone tell which layers need more: no pass for each layer."),
@@ -103,6 +116,7 @@ def calibrate(
         may_share=share,
         min_shared=min_shared,
         effects=not quick,
+        minimise=minimise.value,
         compare_uniform=compare_uniform,
     )
     from dsa.eval.documents import read_document
@@ -216,6 +230,9 @@ def remarks(found: Calibration) -> list[str]:
         f"{cost.bytes / dense.bytes:.1%} of the bytes of decoding.",
         f"Perplexity ratio to dense: {found.ratio}, {found.ratio.tokens:,} tokens of {', '.join(found.verified_on)}.",
     ]
+    target = found.settings.perplexity_ratio
+    if target is not None and found.ratio.high - found.ratio.ratio > target - 1:
+        said[-1] += " The interval is wider than what was allowed: more text, or longer, tells more."
     if not found.is_verified_elsewhere:
         said[-1] += " It was chosen on this text; --verify FILE judges it on another."
     uniform = found.uniform
