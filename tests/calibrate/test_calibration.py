@@ -192,7 +192,7 @@ def test_an_attached_model_survives_a_failure(
     def fail(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("dsa.calibrate.calibration.divergence", fail)
+    monkeypatch.setattr("dsa.calibrate.passes.divergence", fail)
     with pytest.raises(KeyboardInterrupt):
         run(tiny, texts, None, perplexity_ratio=1.2)
     assert report_of(tiny.model).config == before.config

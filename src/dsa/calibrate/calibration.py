@@ -15,27 +15,23 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dsa.calibrate.choose import Choice, Problem, choose, ladder
-from dsa.calibrate.effects import compared_positions, divergence, recording, resumed
-from dsa.calibrate.measure import Curves, SelectionObserver, sampled_positions
+from dsa.calibrate.measure import Curves
+from dsa.calibrate.passes import Passes, Text
 from dsa.calibrate.result import Calibration, LayerProposal, Probe, UniformBudget
 from dsa.calibrate.settings import CalibrationSettings, resolve_budgets
 from dsa.config import DSAConfig, LayerConfig
 from dsa.cost import Cost, layer_cost, model_cost
 from dsa.eval.documents import Document, encode
 from dsa.eval.machine import describe_machine
-from dsa.eval.progress import Progress, layer_progress, silent
+from dsa.eval.progress import Progress, silent
 from dsa.eval.ratio import PerplexityRatio, perplexity_ratio
-from dsa.eval.reading import decoder_output, token_losses
-from dsa.models.attachment import Attachment, AttachReport, detach, is_attached, put_on, take_off
-from dsa.models.context import DSAContext
+from dsa.models.attachment import AttachReport, detach, is_attached, put_on, take_off
 from dsa.models.loading import LoadedModel, attach_indexers
 
 DEFAULT_TOKENS = 8192
@@ -51,28 +47,6 @@ FORBIDDEN = 1e6
 """Harm of falling short of the attention mass asked for: no cost outweighs it."""
 
 Tell = Callable[[str], None]
-
-
-@dataclass
-class _Text:
-    """One text and what the dense model made of it."""
-
-    name: str
-    ids: torch.Tensor
-    losses: torch.Tensor = field(default_factory=lambda: torch.empty(0))
-
-    @property
-    def short_name(self) -> str:
-        return Path(self.name).name
-
-    @property
-    def tokens(self) -> int:
-        return self.ids.shape[1]
-
-    @property
-    def start(self) -> int:
-        """First position that counts: the first half is context."""
-        return self.tokens // 2
 
 
 def calibrate(
@@ -126,9 +100,9 @@ def calibrate(
     return result
 
 
-def _text(loaded: LoadedModel, document: Document, tokens: int | None, argument: str) -> _Text:
+def _text(loaded: LoadedModel, document: Document, tokens: int | None, argument: str) -> Text:
     ids = encode(document, loaded.tokenizer, tokens, default=DEFAULT_TOKENS, argument=argument)
-    return _Text(document.name, ids)
+    return Text(document.name, ids)
 
 
 class _Run:
@@ -140,13 +114,13 @@ class _Run:
         settings: CalibrationSettings,
         report: AttachReport,
         source: str | None,
-        texts: list[_Text],
-        others: list[_Text],
+        texts: list[Text],
+        others: list[Text],
         progress: Progress,
         tell: Tell,
     ) -> None:
         self.loaded, self.model, self.settings, self.source = loaded, loaded.model, settings, source
-        self.texts, self.others, self.progress, self.tell = texts, others, progress, tell
+        self.texts, self.others, self.tell = texts, others, tell
         self.config = report.config
         self.full = [row.layer for row in report.layers if row.kind != "sliding"]
         self.layers = [row.layer for row in report.layers if row.kind == "sparse"]
@@ -158,8 +132,7 @@ class _Run:
         self.has_effects = settings.perplexity_ratio is not None and settings.effects
         self.probe_level = len(self.budgets) // 4
         self.probes: list[Probe] = []
-        self.seconds = {"pass": 0.0, "observed": 0.0}
-        self.taken: Attachment = take_off(self.model)
+        self.passes = Passes(self.model, take_off(self.model), self.full, progress)
 
     def go(self) -> Calibration:
         for number, text in enumerate(self.texts):
@@ -172,7 +145,7 @@ class _Run:
         config = self._config(chosen)
         verified = self._verify(config, losses)
         uniform = self._uniform(verified) if self.settings.compare_uniform else None
-        put_on(self.model, self.taken, **_overrides(config))
+        put_on(self.model, self.passes.taken, top_k=config.top_k, layers=config.layers)
         return Calibration(
             model=self.loaded.name,
             indexers=self.source,
@@ -192,52 +165,18 @@ class _Run:
 
     # What is measured.
 
-    def _measure(self, text: _Text, number: int) -> None:
-        """Steps 1 and 2 on one text."""
-        observer = SelectionObserver(
-            self.curves, self.config, sampled_positions(text.start, text.tokens), self.settings.may_share
-        )
-        seconds = {"observer": 0.0}
-
-        def observe(call: Any) -> None:
-            began = time.perf_counter()
-            observer(call)
-            seconds["observer"] += time.perf_counter() - began
-
-        outputs: list[Any] = []
-        began = time.perf_counter()
-        with self._attached(top_k=self.budgets[-1]):
-            context = DSAContext(mode="dense", observer=observe)
-            with recording(self.model, outputs) if self.has_effects else nullcontext():
-                dense = self._forward(text, f"Dense pass over {text.short_name}", context)
-            text.losses = self._losses(dense, text)
-        observer.finish()
+    def _measure(self, text: Text, number: int) -> None:
+        """Steps 1 and 2 on one text; means over texts."""
+        share, largest = self.settings.may_share, self.budgets[-1]
+        dense = self.passes.measure(text, self.curves, largest, share=share, record=self.has_effects)
         if number == 0:
-            self._estimate(time.perf_counter() - began - seconds["observer"])
+            self._estimate(dense.seconds)
         if self.has_effects:
-            self._measure_effects(text, dense, outputs, 1 / (number + 1))
-
-    def _measure_effects(self, text: _Text, dense: Any, outputs: list[Any], weight: float) -> None:
-        """Updates the mean over texts of each layer's effect; frees what was recorded as it goes."""
-        positions = compared_positions(text.start, text.tokens)
-        top_k = self.budgets[self.probe_level]
-        with self.progress(f"Each layer alone at K = {top_k:,}", len(self.layers)) as advance:
-            for row in reversed(range(len(self.layers))):
-                layer = self.layers[row]
-                alone = {other: LayerConfig(dense=True) for other in self.full if other != layer}
-                own = self.config.layers.get(layer, LayerConfig()).local
-                if own is not None:
-                    alone[layer] = LayerConfig(local=own)
-                del outputs[layer:]
-                with self._attached(top_k=top_k, layers=alone), resumed(self.model, outputs, layer):
-                    sparse = self._forward(text, None)
-                effect = divergence(self.model, dense, sparse, text.ids.to(self.model.device), positions)
-                self.effects[row] += (effect - self.effects[row]) * weight
-                advance()
+            effects = self.passes.effects(text, dense, self.layers, self.budgets[self.probe_level])
+            self.effects += (torch.tensor(effects, dtype=torch.float64) - self.effects) / (number + 1)
 
     def _estimate(self, seconds: float) -> None:
         """Says how long the rest takes, from the first pass."""
-        self.seconds["pass"] = seconds
         total = sum(text.tokens for text in self.texts) / self.texts[0].tokens
         passes = {"dense": total - 1}
         if self.has_effects:
@@ -251,34 +190,6 @@ class _Run:
             passes["uniform"] = rounds * sum(text.tokens for text in judged) / self.texts[0].tokens
         left = seconds * sum(passes.values())
         self.tell(f"A pass over the model takes {_duration(seconds)}; about {_duration(left)} to go")
-
-    def _losses_with(self, config: DSAConfig, texts: Sequence[_Text], label: str) -> list[torch.Tensor]:
-        """One sparse pass per text."""
-        losses = []
-        with self._attached(**_overrides(config)):
-            for text in texts:
-                losses.append(self._losses(self._forward(text, f"{label}: {text.short_name}"), text))
-        return losses
-
-    @contextmanager
-    def _attached(self, **overrides: Any) -> Iterator[None]:
-        put_on(self.model, self.taken, **overrides)
-        try:
-            yield
-        finally:
-            detach(self.model)
-
-    @torch.no_grad()
-    def _forward(self, text: _Text, label: str | None, context: DSAContext | None = None) -> Any:
-        """What the decoder returns for a text."""
-        shown = nullcontext() if label is None else layer_progress(self.model, label, self.progress)
-        ids = text.ids.to(self.model.device)
-        with shown, decoder_output(self.model) as captured:
-            self.model(ids, use_cache=False, logits_to_keep=1, dsa_context=context or DSAContext())
-        return captured[0]
-
-    def _losses(self, output: Any, text: _Text) -> torch.Tensor:
-        return token_losses(self.model, output, text.ids.to(self.model.device), text.start)
 
     # What is chosen.
 
@@ -361,7 +272,7 @@ class _Run:
 
         def reaches(number: int) -> bool:
             config = self._config(rungs[number])
-            losses = self._losses_with(config, self.texts, f"Proposal {len(found) + 1}")
+            losses = self.passes.losses_with(config, self.texts, f"Proposal {len(found) + 1}")
             ratio = perplexity_ratio(losses, dense)
             found[number] = ratio, losses
             cost = self._cost(config)
@@ -405,12 +316,9 @@ class _Run:
     def _verify(self, config: DSAConfig, losses: list[torch.Tensor] | None) -> PerplexityRatio:
         """The proposal's perplexity on the texts to judge it on."""
         for text in self.others:
-            with self._attached():
-                text.losses = self._losses(
-                    self._forward(text, f"Dense pass over {text.short_name}", DSAContext(mode="dense")), text
-                )
+            self.passes.read_dense(text)
         if self.others or losses is None:
-            losses = self._losses_with(config, self.others or self.texts, "Verifying")
+            losses = self.passes.losses_with(config, self.others or self.texts, "Verifying")
         return perplexity_ratio(losses, [text.losses for text in self.others or self.texts])
 
     def _uniform(self, reached: PerplexityRatio) -> UniformBudget | None:
@@ -420,7 +328,7 @@ class _Run:
 
         def reaches(number: int) -> bool:
             config = self.config.replace(top_k=self.budgets[number])
-            losses = self._losses_with(config, texts, f"K = {self.budgets[number]:,} everywhere")
+            losses = self.passes.losses_with(config, texts, f"K = {self.budgets[number]:,} everywhere")
             ratios[number] = perplexity_ratio(losses, [text.losses for text in texts]).ratio
             return ratios[number] <= reached.ratio
 
@@ -499,10 +407,6 @@ def first_true(reaches: Callable[[int], bool], count: int, guess: int) -> int | 
         number = max(low + 1, high - 1 - step // 2) if high < count else min(count - 1, low + step)
         step *= 2
     return high if high < count else None
-
-
-def _overrides(config: DSAConfig) -> dict[str, Any]:
-    return {"top_k": config.top_k, "layers": config.layers}
 
 
 def _check_report(report: AttachReport, settings: CalibrationSettings) -> None:
