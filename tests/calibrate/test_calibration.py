@@ -1,6 +1,7 @@
 """A calibration as a whole: its result is what attaching honours, and what cannot be reached is said."""
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,9 @@ def test_a_perplexity_target(tiny: LoadedModel, indexers: Path, texts: list[Docu
     assert found.count("dense") <= 1
     assert found.config.top_k == max(row.top_k or 0 for row in found.layers)
     assert len(indexers_of(tiny.model)) == found.count("sparse")
-    assert all(probe.ratio > 0 for probe in found.probes)
+    assert found.probes
+    for probe in found.probes:
+        assert probe.predicted <= math.log(1.2) or len(found.probes) == 1
     assert found.cost.operations < found.dense_cost.operations
     for row in found.layers:
         assert row.effect is not None

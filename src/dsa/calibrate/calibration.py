@@ -254,7 +254,7 @@ class _Run:
         )
 
     def _reach_ratio(self, problem: Problem) -> tuple[Choice, list[torch.Tensor]]:
-        """The cheapest rung of the ladder whose measured perplexity is within the target."""
+        """The cheapest rung of the ladder within the target, by prediction and by the perplexity measured."""
         target = self.settings.perplexity_ratio
         assert target is not None
         rungs = ladder(problem)
@@ -263,10 +263,14 @@ class _Run:
                 f"min-shared: {problem.min_shared} of {len(self.full)} layers cannot share; lower --min-shared"
             )
         predicted = [problem.harm_of(rung) for rung in rungs]
-        allowed = (
-            math.log(target) if self.has_effects else math.sqrt(max(predicted[0], 1e-12) * max(predicted[-1], 1e-12))
-        )
-        guess = next((number for number, harm in enumerate(predicted) if harm <= allowed), len(rungs) - 1)
+        if self.has_effects:
+            # The measured ratio of a short text may be low by luck, the prediction is not.
+            allowed = next(
+                (number for number, harm in enumerate(predicted) if harm <= math.log(target)), len(rungs) - 1
+            )
+            rungs, predicted, guess = rungs[allowed:], predicted[allowed:], 0
+        else:
+            guess = len(rungs) // 2
         dense = [text.losses for text in self.texts]
         found: dict[int, tuple[PerplexityRatio, list[torch.Tensor]]] = {}
 
