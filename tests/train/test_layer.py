@@ -66,7 +66,8 @@ def test_draws_are_ascending_without_repetition_and_use_all(
     tokens: int, first: int, per_update: int, updates: int
 ) -> None:
     per_update = min(per_update, tokens - first)
-    rows = draw_queries(first, tokens, per_update, updates, torch.Generator().manual_seed(0))
+    eligible = torch.arange(first, tokens)
+    rows = draw_queries(eligible, per_update, updates, torch.Generator().manual_seed(0))
     assert rows.shape == (updates, per_update)
     assert (rows.diff(dim=1) > 0).all()
     assert first <= int(rows.min()) <= int(rows.max()) < tokens
@@ -79,7 +80,7 @@ def test_index_of_some_rows_is_that_of_the_whole_forward(indexer: Indexer, rope:
     call = make_call(rope)
     rows = torch.tensor([0, 5, 20])
     whole = indexer(call.hidden_states, rope)
-    some = index_some(indexer, call.hidden_states, rope, rows)
+    some = index_some(indexer, call.hidden_states, rope, rows[None])
     assert torch.allclose(some.query, whole.query[:, rows], atol=1e-6)
     assert torch.allclose(some.key, whole.key, atol=1e-6)
     assert torch.allclose(some.weight, whole.weight[:, rows], atol=1e-6)
@@ -111,7 +112,7 @@ def test_first_update_is_a_clipped_adamw_step_on_the_loss_of_those_rows(indexer:
 
     trainer = make_trainer(indexer)
     with torch.no_grad():
-        got = trainer.train(call, rows[None], step=2)
+        got = trainer.train(call, rows[None, None], step=2)
     assert got[0] == pytest.approx(loss.item(), rel=1e-5)
     for name, parameter in by_hand.named_parameters():
         assert torch.allclose(trainer.parameters[name], parameter, atol=1e-3 * lr), name
@@ -121,7 +122,7 @@ def test_the_models_indexer_changes_only_when_written_back(indexer: Indexer) -> 
     narrow = copy.deepcopy(indexer).to(torch.bfloat16)
     before = copy.deepcopy(narrow.state_dict())
     trainer = make_trainer(narrow)
-    rows = torch.arange(4, 20).view(2, 8)
+    rows = torch.arange(4, 20).view(2, 1, 8)
     trainer.train(make_call(rope_angles()), rows, step=0)
     assert all(torch.equal(before[name], value) for name, value in narrow.state_dict().items())
     trainer.write_back()
@@ -133,7 +134,7 @@ def test_the_models_indexer_changes_only_when_written_back(indexer: Indexer) -> 
 
 def test_state_makes_another_trainer_continue_the_same(indexer: Indexer) -> None:
     call = make_call(rope_angles())
-    rows = torch.arange(4, 20).view(2, 8)
+    rows = torch.arange(4, 20).view(2, 1, 8)
     first, second = make_trainer(indexer), make_trainer(Indexer(HIDDEN, CONFIG))
     first.train(call, rows, step=0)
     second.load_state(first.state())
@@ -144,7 +145,7 @@ def test_state_makes_another_trainer_continue_the_same(indexer: Indexer) -> None
 
 def test_state_that_does_not_fit_is_refused(indexer: Indexer) -> None:
     trainer = make_trainer(indexer)
-    trainer.train(make_call(None), torch.arange(4, 20).view(2, 8), step=0)
+    trainer.train(make_call(None), torch.arange(4, 20).view(2, 1, 8), step=0)
     state = trainer.state()
     with pytest.raises(ValueError, match="layer 3: expected the tensors"):
         trainer.load_state({name: value for name, value in state.items() if name != "exp_avg.wk.weight"})

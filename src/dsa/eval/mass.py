@@ -33,6 +33,7 @@ class LayerMass:
         oracle: The same for the best selection of that size.
         tokens_mean: Tokens that the indexer's selection reads per query.
         tokens_max: The most that any query reads.
+        recall: Share of the oracle's selection that is in the indexer's.
     """
 
     layer: int
@@ -41,6 +42,7 @@ class LayerMass:
     oracle: float
     tokens_mean: float
     tokens_max: int
+    recall: float
 
 
 @dataclass
@@ -91,7 +93,7 @@ def measure_layer(call: AttentionCall, config: DSAConfig, start: int) -> LayerMa
     rows = max(1, PROBABILITIES_AT_ONCE // (heads * keys))
     query, key = call.query[:, start:].transpose(1, 2), call.key.transpose(1, 2)
     queries = query.shape[2]
-    kept = torch.zeros(3, dtype=torch.float64)
+    kept = torch.zeros(5, dtype=torch.float64)
     for begin in range(0, queries, rows):
         block = slice(begin, min(begin + rows, queries))
         first, stop = key_start[:, block], key_end[:, block]
@@ -99,12 +101,17 @@ def measure_layer(call: AttentionCall, config: DSAConfig, start: int) -> LayerMa
         mass = mean_probabilities(query[:, :, block], key[:, :, :seen], call, first, stop)
         chosen = indices[:, block]
         on_chosen = mass.gather(2, chosen.clamp(min=0).long()).masked_fill(chosen < 0, 0.0)
-        best = mass.topk(min(top_k, seen), dim=2, sorted=False).values
-        sums = (on_chosen, mass * _in_window(first, stop, seen, top_k), best)
+        best = mass.topk(min(top_k, seen), dim=2, sorted=False)
+        # Tokens that a query cannot see have no mass and are nobody's to find.
+        wanted = best.values > 0
+        is_chosen = torch.zeros_like(mass).scatter_add_(2, chosen.clamp(min=0).long(), (chosen >= 0).to(mass.dtype))
+        found = is_chosen.gather(2, best.indices) * wanted
+        sums = (on_chosen, mass * _in_window(first, stop, seen, top_k), best.values, found, wanted)
         kept += torch.stack([each.sum(dtype=torch.float64) for each in sums]).cpu()
-    dsa, window, oracle = (kept / (query.shape[0] * queries)).tolist()
+    dsa, window, oracle = (kept[:3] / (query.shape[0] * queries)).tolist()
     read = (indices >= 0).sum(dim=2)
-    return LayerMass(call.layer, dsa, window, oracle, float(read.double().mean()), int(read.max()))
+    recall = float(kept[3] / kept[4])
+    return LayerMass(call.layer, dsa, window, oracle, float(read.double().mean()), int(read.max()), recall)
 
 
 def mean_probabilities(

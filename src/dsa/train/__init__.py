@@ -1,20 +1,30 @@
-"""Training of indexers: dense warm-up on a frozen model, resumable to the last bit."""
+"""Training of indexers, and of models to live with them; resumable to the last bit."""
 
-from dsa.train.data import TokenStream, read_data, write_tokens
-from dsa.train.progress import LineReporter, LiveReporter, Reporter, StepRecord
+from dsa.train.data import TokenStream, Window, Windows, read_data, write_tokens
+from dsa.train.holdout import Holdout
+from dsa.train.loop import NotFiniteError, TrainingResult
+from dsa.train.processes import Processes, start_processes
+from dsa.train.progress import HoldoutRecord, LineReporter, LiveReporter, Reporter, Reporters, StepRecord
 from dsa.train.settings import WarmupSettings
-from dsa.train.warmup import NotFiniteError, WarmupResult, train_indexers
+from dsa.train.warmup import train_indexers
 
 __all__ = [
+    "Holdout",
+    "HoldoutRecord",
     "LineReporter",
     "LiveReporter",
     "NotFiniteError",
+    "Processes",
     "Reporter",
+    "Reporters",
     "StepRecord",
     "TokenStream",
-    "WarmupResult",
+    "TrainingResult",
     "WarmupSettings",
+    "Window",
+    "Windows",
     "read_data",
+    "start_processes",
     "train_indexers",
     "write_tokens",
 ]

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -17,21 +18,35 @@ def write_atomically(path: Path, content: bytes) -> None:
     Raises:
         OSError: No space or no permission; what was at `path` is still there, and nothing new.
     """
+    replace_atomically(path, lambda temporary: temporary.write_bytes(content))
+
+
+def replace_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """`write_atomically` for a content that is not in memory as bytes.
+
+    Args:
+        path: The file.
+        write: Given a temporary file in the same folder, writes the content to it.
+
+    Raises:
+        OSError: As `write_atomically`.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+        os.close(handle)
     except OSError as error:
         raise _explained(error, path) from error
     temporary = Path(name)
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        write(temporary)
+        _sync(temporary)
         # mkstemp's files are private; the result is as readable as any other file of the user.
         temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
-        _sync_folder(path.parent)
+        with contextlib.suppress(OSError):
+            # Makes the new name itself durable where folders can be synced.
+            _sync(path.parent)
     except OSError as error:
         raise _explained(error, path) from error
     finally:
@@ -49,11 +64,9 @@ def _umask() -> int:
     return mask
 
 
-def _sync_folder(folder: Path) -> None:
-    """Makes the new name itself durable where folders can be synced."""
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -3,7 +3,7 @@
 The model is frozen, so the layers' losses are independent: each indexer is trained on the spot, while its layer's
 queries, keys and hidden states exist, and memory holds one layer at a time.
 
-Shapes: `B` batch, `S` tokens, `Q` queries of one update, `Hi`/`Di` index heads / index head dim.
+Shapes: `B` sequences, `S` tokens, `Q` queries of one update, `Hi`/`Di` index heads / index head dim.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from dsa.config import DSAConfig
 from dsa.models.context import AttentionCall
 from dsa.modules.indexer import Indexer, IndexInputs, Rope
 from dsa.ops import indexer_loss
-from dsa.train.settings import BETAS, MAX_GRAD_NORM, WarmupSettings
+from dsa.train.processes import Processes
+from dsa.train.settings import BETAS, WarmupSettings
 
 
 class LayerTrainer:
@@ -31,11 +32,20 @@ class LayerTrainer:
         indexer: The model's indexer; unchanged until `write_back`.
         config: What the model is attached with.
         settings: Resolved settings.
+        processes: With which the gradients are averaged; `None` for this one alone.
     """
 
-    def __init__(self, layer: int, indexer: Indexer, config: DSAConfig, settings: WarmupSettings) -> None:
+    def __init__(
+        self,
+        layer: int,
+        indexer: Indexer,
+        config: DSAConfig,
+        settings: WarmupSettings,
+        processes: Processes | None = None,
+    ) -> None:
         self.layer = layer
         self.settings = settings
+        self.processes = processes or Processes()
         self.sinks, self.local = settings.always_read(config, layer)
         self.model_indexer = indexer
         self.indexer = copy.deepcopy(indexer).float().requires_grad_(True)
@@ -50,12 +60,12 @@ class LayerTrainer:
         )
 
     def train(self, call: AttentionCall, queries: torch.Tensor, step: int) -> torch.Tensor:
-        """Runs one optimizer step per row of `queries`.
+        """Runs one optimizer step per entry of `queries`.
 
         Args:
-            call: What the layer computed for one sequence, `B = 1`.
-            queries: Ascending positions int64 `[updates, Q]`, on the device of the call.
-            step: Number of the sequence, from 0.
+            call: What the layer computed.
+            queries: Ascending positions int64 `[updates, B, Q]`, on the device of the call.
+            step: Number of the step, from 0.
 
         Returns:
             Mean loss over the updates, and a sum over the activations that is finite if they are; fp32 `[2]` on the
@@ -72,17 +82,18 @@ class LayerTrainer:
         return torch.stack((total / len(queries), activations))
 
     def _update(self, call: AttentionCall, hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        sequences = torch.arange(len(rows), device=rows.device)[:, None]
         with torch.enable_grad():
             index = index_some(self.indexer, hidden, call.rope, rows)
             loss = indexer_loss(
                 index.query,
                 index.key,
                 index.weight,
-                call.query[:, rows],
+                call.query[sequences, rows],
                 call.key,
                 attention_scale=call.scale,
-                key_start=call.key_start[:, rows],
-                key_end=call.key_end[:, rows],
+                key_start=call.key_start[sequences, rows],
+                key_end=call.key_end[sequences, rows],
                 sinks=self.sinks,
                 local=self.local,
                 softcap=call.softcap,
@@ -90,7 +101,8 @@ class LayerTrainer:
             )
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(self.parameters.values(), MAX_GRAD_NORM)
+        self.processes.mean_(each.grad for each in self.parameters.values() if each.grad is not None)
+        nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.max_grad_norm)
         self.optimizer.step()
         return loss.detach()
 
@@ -148,23 +160,28 @@ def index_some(indexer: Indexer, hidden: torch.Tensor, rope: Rope | None, rows: 
         indexer: The indexer.
         hidden: `[B, S, hidden_size]`.
         rope: Angles for all tokens, or `None`.
-        rows: Positions `[Q]`.
+        rows: Positions `[B, Q]`.
 
     Returns:
         Queries `[B, Q, Hi, Di]`, keys `[B, S, Di]`, weights `[B, Q, Hi]`.
     """
-    chosen = None if rope is None else (rope[0][:, rows], rope[1][:, rows])
-    some = indexer(hidden[:, rows], chosen)
-    return IndexInputs(some.query, indexer.keys(hidden, rope), some.weight)
+    sequences = torch.arange(len(rows), device=rows.device)[:, None]
+    chosen = None if rope is None else (_rows_of(rope[0], rows), _rows_of(rope[1], rows))
+    query, weight = indexer.queries(hidden[sequences, rows], chosen)
+    return IndexInputs(query, indexer.keys(hidden, rope), weight)
 
 
-def draw_queries(first: int, tokens: int, per_update: int, updates: int, generator: torch.Generator) -> torch.Tensor:
+def _rows_of(table: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Rows `[B, Q]` of a table `[B or 1, S, R]`."""
+    return table[torch.arange(len(rows), device=rows.device)[:, None] if len(table) > 1 else 0, rows]
+
+
+def draw_queries(eligible: torch.Tensor, per_update: int, updates: int, generator: torch.Generator) -> torch.Tensor:
     """Which queries each update learns from: a random order of all, cut into updates, and again when used up.
 
     Args:
-        first: First query that learns something.
-        tokens: Tokens of the sequence.
-        per_update: Queries per update, at most `tokens - first`.
+        eligible: The queries that learn something, int64 `[n]` on the CPU, ascending.
+        per_update: Queries per update, at most `n`.
         updates: Updates.
         generator: Source of the order.
 
@@ -172,8 +189,8 @@ def draw_queries(first: int, tokens: int, per_update: int, updates: int, generat
         int64 `[updates, per_update]` on the CPU, each row ascending and without repetition.
     """
     rows: list[torch.Tensor] = []
-    per_round = (tokens - first) // per_update
+    per_round = len(eligible) // per_update
     while len(rows) < updates:
-        order = first + torch.randperm(tokens - first, generator=generator)
+        order = eligible[torch.randperm(len(eligible), generator=generator)]
         rows.extend(order[: per_round * per_update].view(per_round, per_update).sort(dim=1).values)
     return torch.stack(rows[:updates])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import math
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -22,9 +24,11 @@ class StepRecord:
     Args:
         step: Steps finished.
         tokens: Tokens read so far.
-        lr: Learning rate in the middle of the step.
+        lr: Learning rate in the middle of the step: the model's in the sparse stage, else the indexers'.
         kl: Mean loss of the step's updates by layer, in nats.
         seconds: Time spent in steps so far, earlier parts of a resumed run included.
+        language: Mean negative log-likelihood of the step's tokens, in nats; sparse stage only.
+        distillation: Mean KL divergence from the dense model's predictions, where it is trained on.
     """
 
     step: int
@@ -32,23 +36,71 @@ class StepRecord:
     lr: float
     kl: dict[int, float]
     seconds: float
+    language: float | None = None
+    distillation: float | None = None
 
     @property
     def mean_kl(self) -> float:
         """Mean over the layers."""
         return sum(self.kl.values()) / len(self.kl)
 
+    def describe(self) -> str:
+        """The losses in a few words."""
+        language = "" if self.language is None else f"loss {self.language:.4f}  "
+        return f"{language}KL {self.mean_kl:.4f}"
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
-        kl = {str(layer): value for layer, value in self.kl.items()}
+        others = {"language": self.language, "distillation": self.distillation}
         return {
             "step": self.step,
             "tokens": self.tokens,
             "lr": self.lr,
+            **{name: value for name, value in others.items() if value is not None},
             "kl_mean": self.mean_kl,
-            "kl": kl,
+            "kl": {str(layer): value for layer, value in self.kl.items()},
             "seconds": round(self.seconds, 3),
         }
+
+
+@dataclass(frozen=True)
+class HoldoutRecord:
+    """What held-out text shows after some step; a line of `holdout.jsonl`.
+
+    Args:
+        step: Steps finished.
+        dense: Mean negative log-likelihood with full attention, in nats, over the second halves of the sequences.
+        sparse: The same with the selection.
+        mass: Share of the dense attention mass that the selection keeps, by layer.
+        oracle: The same of the best selection of that size.
+        recall: Share of the best selection that the indexer's selection holds, by layer.
+    """
+
+    step: int
+    dense: float
+    sparse: float
+    mass: dict[int, float]
+    oracle: dict[int, float]
+    recall: dict[int, float]
+
+    @property
+    def ratio(self) -> float:
+        """Perplexity of the sparse over that of the dense pass."""
+        return math.exp(self.sparse - self.dense)
+
+    def describe(self) -> str:
+        """One line."""
+        mass, oracle, recall = (sum(each.values()) / len(each) for each in (self.mass, self.oracle, self.recall))
+        return (
+            f"holdout: perplexity {math.exp(self.sparse):.3f}, {self.ratio:.4f} of dense   "
+            f"mass {mass:.3f} of {oracle:.3f}   recall {recall:.3f}"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        layers = {"mass": self.mass, "oracle": self.oracle, "recall": self.recall}
+        named = {name: {str(layer): value for layer, value in each.items()} for name, each in layers.items()}
+        return {"step": self.step, "dense": self.dense, "sparse": self.sparse, "ratio": self.ratio, **named}
 
 
 class Reporter:
@@ -62,6 +114,36 @@ class Reporter:
 
     def step(self, record: StepRecord) -> None:
         """A step is finished."""
+
+    def holdout(self, record: HoldoutRecord) -> None:
+        """Held-out text was measured."""
+
+
+class Reporters(Reporter):
+    """Several reporters as one.
+
+    Args:
+        reporters: All of them are told everything.
+    """
+
+    def __init__(self, *reporters: Reporter) -> None:
+        self.reporters = reporters
+
+    def begin(self, done: int, steps: int, layers: list[int]) -> None:
+        for reporter in self.reporters:
+            reporter.begin(done, steps, layers)
+
+    def layer(self) -> None:
+        for reporter in self.reporters:
+            reporter.layer()
+
+    def step(self, record: StepRecord) -> None:
+        for reporter in self.reporters:
+            reporter.step(record)
+
+    def holdout(self, record: HoldoutRecord) -> None:
+        for reporter in self.reporters:
+            reporter.holdout(record)
 
 
 class LineReporter(Reporter):
@@ -85,11 +167,22 @@ class LineReporter(Reporter):
             return
         self.last = now
         self.console.print(
-            f"step {record.step}/{self.steps}  KL {record.mean_kl:.4f}  lr {record.lr:.2e}  "
-            f"{_speed(self.first, record, now - self.started)}",
+            f"step {record.step}/{self.steps}  {record.describe()}  lr {record.lr:.2e}  "
+            f"{_speed(self.first, record, now - self.started)}{self._left(record, now)}",
             markup=False,
             soft_wrap=True,
         )
+
+    def holdout(self, record: HoldoutRecord) -> None:
+        self.console.print(f"step {record.step}/{self.steps}  {record.describe()}", markup=False, soft_wrap=True)
+
+    def _left(self, record: StepRecord, now: float) -> str:
+        assert self.first is not None
+        done = record.step - self.first.step
+        if not done or record.step == self.steps:
+            return ""
+        seconds = round((now - self.started) / done * (self.steps - record.step))
+        return f"  {datetime.timedelta(seconds=seconds)} left"
 
 
 class LiveReporter(Reporter):
@@ -107,8 +200,9 @@ class LiveReporter(Reporter):
         )
         self.task = self.bar.add_task("training", steps="")
         self.status = Text()
+        self.measured = Text()
         # Drawing takes time from what is being trained.
-        self.live = Live(Group(self.bar, self.status), console=console, refresh_per_second=4)
+        self.live = Live(Group(self.bar, self.status, self.measured), console=console, refresh_per_second=4)
         self.steps = 0
         self.started = 0.0
         self.first: StepRecord | None = None
@@ -135,9 +229,12 @@ class LiveReporter(Reporter):
             self.first, self.started = record, now
         self.bar.update(self.task, steps=f"{record.step}/{self.steps} steps")
         self.status.plain = (
-            f"KL {self.first.mean_kl:.4f} → {record.mean_kl:.4f}   lr {record.lr:.2e}   "
+            f"{self.first.describe()} → {record.describe()}   lr {record.lr:.2e}   "
             f"{_speed(self.first, record, now - self.started)}\n{sparkline(record.kl)}"
         )
+
+    def holdout(self, record: HoldoutRecord) -> None:
+        self.measured.plain = f"step {record.step}  {record.describe()}"
 
 
 def sparkline(kl: dict[int, float]) -> str:

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from dsa.config import DSAConfig
+from dsa.train.schedule import (
+    Schedule,
+    check_schedule,
+    default_decay,
+    default_warmup,
+    factor_at,
+    require_int,
+    require_positive,
+)
 
 Target = Literal["far", "paper"]
 
@@ -21,18 +29,25 @@ class WarmupSettings:
     """How the indexers are trained. The same settings, model and data give the same losses.
 
     Args:
-        steps: Sequences that the frozen model reads. Every sequence trains all layers.
+        steps: Steps; in each the frozen model reads `sequences` sequences, which train all layers.
         seq_len: Tokens per sequence.
-        lr: Peak learning rate of AdamW (betas 0.9 and 0.95, no weight decay, gradients clipped to norm 1).
-        warmup_steps: Steps of linear warm-up before the cosine decay to zero; `None` means a fiftieth of all.
+        lr: Peak learning rate of AdamW (betas 0.9 and 0.95, no weight decay).
+        warmup_steps: Steps of linear warm-up; `None` means a fiftieth of all.
+        schedule: What follows the warm-up: `"cosine"` falls to zero, `"wsd"` stays and falls linearly to zero in
+            the last `decay_steps`, `"constant"` stays.
+        decay_steps: `None` means a fifth of all; for `"wsd"` only.
+        max_grad_norm: Each layer's gradients are clipped to this norm.
+        sequences: Sequences per step, shared by the processes of a run; each update learns from all of them.
         queries_per_update: Queries that one optimizer step of a layer learns from, drawn without replacement
             from the sequence; `None` means 64, or all of a shorter sequence. Many small updates learn more from
             the same tokens than few large ones. A GPU is hardly busy with 64; there 512 with more updates pays.
-        updates_per_sequence: Optimizer steps per layer and sequence; `None` means as many as use every query
-            of the sequence about once.
+        updates_per_sequence: Optimizer steps per layer and step; `None` means as many as use every query
+            of a sequence about once.
         seed: Of the order of the windows and of the draws of queries.
         target: `"far"` learns only what has to be selected: sinks and local window are left out of both
             distributions. `"paper"` learns all causal positions (arXiv 2512.02556, eq. 3).
+        boundaries: Tokens attend within their own document, and positions begin anew with each; otherwise a
+            sequence is read as one text.
 
     Raises:
         ValueError: A value is out of range.
@@ -42,27 +57,26 @@ class WarmupSettings:
     seq_len: int
     lr: float = 1e-2
     warmup_steps: int | None = None
+    schedule: Schedule = "cosine"
+    decay_steps: int | None = None
+    max_grad_norm: float = MAX_GRAD_NORM
+    sequences: int = 1
     queries_per_update: int | None = None
     updates_per_sequence: int | None = None
     seed: int = 0
     target: Target = "far"
+    boundaries: bool = True
 
     def __post_init__(self) -> None:
-        _require_int("steps", self.steps, 1)
-        _require_int("seq_len", self.seq_len, 2)
-        _require_int("seed", self.seed, 0)
+        require_int("steps", self.steps, 1)
+        require_int("seq_len", self.seq_len, 2)
+        require_int("seed", self.seed, 0)
+        require_int("sequences", self.sequences, 1)
+        require_positive("max_grad_norm", self.max_grad_norm)
         for name in ("queries_per_update", "updates_per_sequence"):
             if getattr(self, name) is not None:
-                _require_int(name, getattr(self, name), 1)
-        if isinstance(self.lr, bool) or not isinstance(self.lr, (int, float)) or not 0 < self.lr < 1:
-            raise ValueError(f"lr must lie between 0 and 1, got {self.lr!r}; 0.01 is a good start")
-        if self.warmup_steps is not None:
-            _require_int("warmup_steps", self.warmup_steps, 0)
-            if self.warmup_steps >= self.steps:
-                raise ValueError(
-                    f"warmup_steps must be less than steps ({self.steps}), got {self.warmup_steps}: the learning "
-                    "rate would never reach its peak"
-                )
+                require_int(name, getattr(self, name), 1)
+        check_schedule(self.schedule, self.lr, self.steps, self.warmup_steps, self.decay_steps)
         if self.target not in get_args(Target):
             raise ValueError(f"target must be one of {', '.join(get_args(Target))}, got {self.target!r}")
 
@@ -88,12 +102,11 @@ class WarmupSettings:
                 f"queries_per_update={queries} is more than the {fewest} queries of a sequence that learn something in "
                 f"layer {layer}; use at most {fewest}, or a longer seq_len"
             )
-        warmup = self.warmup_steps
-        if warmup is None:
-            warmup = min(math.ceil(self.steps / 50), self.steps - 1)
+        warmup = default_warmup(self.steps) if self.warmup_steps is None else self.warmup_steps
         return dataclasses.replace(
             self,
             warmup_steps=warmup,
+            decay_steps=self.decay_steps or default_decay(self.schedule, self.steps, warmup),
             queries_per_update=queries,
             updates_per_sequence=self.updates_per_sequence or max(1, round(fewest / queries)),
         )
@@ -108,18 +121,10 @@ class WarmupSettings:
         return (config.sinks, config.layer_local(layer)) if self.target == "far" else (0, 0)
 
     def lr_at(self, step: float) -> float:
-        """Learning rate at a step, fractions of a step included: linear warm-up, then a cosine to zero."""
+        """Learning rate at a step, fractions of a step included."""
         assert self.warmup_steps is not None, "resolved() comes first"
-        if step < self.warmup_steps:
-            return self.lr * step / self.warmup_steps
-        progress = (step - self.warmup_steps) / (self.steps - self.warmup_steps)
-        return self.lr * 0.5 * (1 + math.cos(math.pi * progress))
+        return self.lr * factor_at(step, self.schedule, self.steps, self.warmup_steps, self.decay_steps)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
         return dataclasses.asdict(self)
-
-
-def _require_int(name: str, value: object, minimum: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise ValueError(f"{name} must be a whole number of at least {minimum}, got {value!r}")

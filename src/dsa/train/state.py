@@ -3,6 +3,7 @@
     indexers.safetensors   the result so far, for `dsa.attach`
     state.safetensors      weights, AdamW moments, step, and what the run was told: all that a resume needs
     log.jsonl              one line per step
+    holdout.jsonl          one line per measurement on held-out text
 
 The state is a single file replaced as a whole, so it is consistent whenever the run dies. The indexers are written
 after it; a resume writes them again.
@@ -10,6 +11,7 @@ after it; a resume writes them again.
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Iterator
@@ -19,18 +21,19 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 
-from dsa.train.files import write_atomically
-from dsa.train.progress import StepRecord
+from dsa.train.files import replace_atomically, write_atomically
 
 STATE = "state.safetensors"
 INDEXERS = "indexers.safetensors"
 LOG = "log.jsonl"
-FORMAT = "dsa-warmup-state"
-VERSION = "1"
+HOLDOUT = "holdout.jsonl"
+FORMAT = "dsa-training-state"
+VERSION = "2"
 # The file that is being replaced and its successor exist at the same time.
 COPIES = 2
+PART_END = ":"
 
 
 @dataclass(frozen=True)
@@ -41,13 +44,13 @@ class TrainingState:
         step: Steps finished.
         seconds: Time spent in them.
         identity: What must be the same for the losses to continue.
-        tensors: By layer, what `LayerTrainer.state` returned.
+        tensors: Weights and moments by part (`"layers.3"`, say) and name.
     """
 
     step: int
     seconds: float
     identity: dict[str, Any]
-    tensors: dict[int, dict[str, torch.Tensor]]
+    tensors: dict[str, dict[str, torch.Tensor]]
 
 
 class RunFolder:
@@ -62,6 +65,7 @@ class RunFolder:
         self.state_file = self.path / STATE
         self.indexers_file = self.path / INDEXERS
         self.log_file = self.path / LOG
+        self.holdout_file = self.path / HOLDOUT
 
     def open_new(self) -> None:
         """Makes the folder for a new run.
@@ -105,7 +109,9 @@ class RunFolder:
             OSError: It cannot be written; the previous state is intact.
         """
         tensors = {
-            f"layers.{layer}.{name}": tensor for layer, parts in state.tensors.items() for name, tensor in parts.items()
+            f"{part}{PART_END}{name}": tensor.contiguous()
+            for part, named in state.tensors.items()
+            for name, tensor in named.items()
         }
         metadata = {
             "format": FORMAT,
@@ -114,10 +120,18 @@ class RunFolder:
             "seconds": repr(state.seconds),
             "identity": json.dumps(state.identity),
         }
-        write_atomically(self.state_file, save(tensors, metadata=metadata))
+
+        def write(file: Path) -> None:
+            try:
+                save_file(tensors, file, metadata=metadata)
+            except SafetensorError as error:
+                code = errno.ENOSPC if "space" in str(error) else errno.EIO
+                raise OSError(code, str(error)) from error
+
+        replace_atomically(self.state_file, write)
 
     def load(self) -> TrainingState:
-        """Reads the state, and removes what a killed writer left behind.
+        """Reads the state.
 
         Raises:
             FileNotFoundError: There is no state here.
@@ -127,8 +141,6 @@ class RunFolder:
             raise FileNotFoundError(
                 f"resume: {self.path} holds no training run ({STATE} is missing); start one without --resume"
             )
-        for leftover in _leftovers(self.path):
-            leftover.unlink(missing_ok=True)
         try:
             with safe_open(self.state_file, framework="pt") as opened:
                 metadata = opened.metadata() or {}
@@ -137,10 +149,10 @@ class RunFolder:
                         f"resume: {self.state_file} is not a training state of this version of dsa (its format is "
                         f"{metadata.get('format')!r}, version {metadata.get('version')!r})"
                     )
-                tensors: dict[int, dict[str, torch.Tensor]] = {}
-                for name in opened.keys():  # noqa: SIM118
-                    _, layer, part = name.split(".", 2)
-                    tensors.setdefault(int(layer), {})[part] = opened.get_tensor(name)
+                tensors: dict[str, dict[str, torch.Tensor]] = {}
+                for key in opened.keys():  # noqa: SIM118
+                    part, _, name = key.partition(PART_END)
+                    tensors.setdefault(part, {})[name] = opened.get_tensor(key)
             return TrainingState(
                 step=int(metadata["step"]),
                 seconds=float(metadata["seconds"]),
@@ -153,30 +165,37 @@ class RunFolder:
                 f"The indexers of the last checkpoint, without the optimizer, are in {self.indexers_file}"
             ) from error
 
-    def cut_log(self, step: int) -> None:
+    def clean(self) -> None:
+        """Removes what a killed writer left behind."""
+        for leftover in _leftovers(self.path):
+            leftover.unlink(missing_ok=True)
+
+    def cut_logs(self, step: int) -> None:
         """Drops what was logged after the step that a resumed run starts from."""
-        kept = []
-        if self.log_file.is_file():
-            for line in self.log_file.read_bytes().splitlines(keepends=True):
+        for file in (self.log_file, self.holdout_file):
+            if not file.is_file():
+                continue
+            kept = []
+            for line in file.read_bytes().splitlines(keepends=True):
                 # The last line of a killed run may be half a line.
                 if not line.endswith(b"\n") or json.loads(line)["step"] > step:
                     break
                 kept.append(line)
-        write_atomically(self.log_file, b"".join(kept))
+            write_atomically(file, b"".join(kept))
 
-    def log(self, record: StepRecord) -> None:
-        """Appends a line.
+    def log(self, file: Path, record: dict[str, Any]) -> None:
+        """Appends a line to `log_file` or `holdout_file`.
 
         Raises:
             OSError: It cannot be written.
         """
         try:
-            with self.log_file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record.to_dict()) + "\n")
+            with file.open("a", encoding="utf-8") as opened:
+                opened.write(json.dumps(record) + "\n")
         except OSError as error:
             raise OSError(
                 error.errno,
-                f"cannot write {self.log_file}: {error.strerror or error}; the last checkpoint is intact, continue "
+                f"cannot write {file}: {error.strerror or error}; the last checkpoint is intact, continue "
                 "with --resume",
             ) from error
 
@@ -193,10 +212,10 @@ def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -
 
 
 def _leftovers(folder: Path) -> Iterator[Path]:
-    for name in (STATE, INDEXERS, LOG):
+    for name in (STATE, INDEXERS, LOG, HOLDOUT):
         yield from folder.glob(f".{name}.*")
 
 
-def state_bytes(tensors: dict[int, dict[str, torch.Tensor]]) -> int:
+def state_bytes(tensors: dict[str, dict[str, torch.Tensor]]) -> int:
     """Size of the tensors of a state."""
-    return sum(tensor.numel() * tensor.itemsize for parts in tensors.values() for tensor in parts.values())
+    return sum(tensor.numel() * tensor.itemsize for named in tensors.values() for tensor in named.values())

@@ -1,0 +1,262 @@
+"""What every stage of training has in common: steps, checkpoints, resuming, measuring on held-out text.
+
+A stage says what one step does and what its state is. All files are the main process's business; an error there is
+raised in every process, so that none waits for one that has ended.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from dsa.config import DSAConfig
+from dsa.models import config_of
+from dsa.models.checkpoint import describe_base_model
+from dsa.train.data import Windows
+from dsa.train.holdout import Holdout
+from dsa.train.processes import Processes
+from dsa.train.progress import Reporter, StepRecord
+from dsa.train.state import RunFolder, TrainingState, differences, state_bytes
+
+
+class NotFiniteError(ValueError):
+    """A loss or an activation became NaN or infinite. The last checkpoint is intact."""
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a run came to.
+
+    Args:
+        step: Steps finished; fewer than asked for where the run was stopped.
+        kl: Loss of the last step by layer, in nats; empty if no step ran.
+        indexers: The file for `dsa.attach(model, indexers=...)`.
+        language: Language-modelling loss of the last step, in nats; sparse stage only.
+        model: The folder with what the sparse stage made of the model: its adapter, or all of it.
+    """
+
+    step: int
+    kl: dict[int, float]
+    indexers: Path
+    language: float | None = None
+    model: Path | None = None
+
+
+@dataclass
+class Surroundings:
+    """What a run is given besides model, data and settings.
+
+    Args:
+        folder: Where it writes.
+        reporter: Told how it goes.
+        processes: Those that share its sequences.
+        checkpoint_every: Steps between checkpoints.
+        holdout: Held-out text, measured before the first and after the last step.
+        holdout_every: Steps between measurements in between.
+        should_stop: Asked after every step.
+    """
+
+    folder: RunFolder
+    reporter: Reporter = field(default_factory=Reporter)
+    processes: Processes = field(default_factory=Processes)
+    checkpoint_every: int = 50
+    holdout: Holdout | None = None
+    holdout_every: int | None = None
+    should_stop: Callable[[], bool] = lambda: False
+
+    def __post_init__(self) -> None:
+        for name in ("checkpoint_every", "holdout_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+class Stage(ABC):
+    """One run of one stage.
+
+    Args:
+        model: An attached model.
+        windows: What it reads.
+        steps: How many steps it has.
+        sequences: Sequences per step, over all processes.
+        around: Everything else.
+    """
+
+    name: str
+
+    def __init__(
+        self, model: PreTrainedModel, windows: Windows, steps: int, sequences: int, around: Surroundings
+    ) -> None:
+        size = around.processes.size
+        if sequences % size:
+            raise ValueError(
+                f"sequences={sequences} per step cannot be shared by {size} processes; use a multiple of {size}"
+            )
+        self.model = model
+        self.config: DSAConfig = config_of(model)
+        self.windows = windows
+        self.steps = steps
+        self.sequences = sequences
+        self.around = around
+        self.processes = around.processes
+        self.step = 0
+        self.seconds = 0.0
+        self.record: StepRecord | None = None
+
+    @abstractmethod
+    def train_step(self, first: int, count: int) -> StepRecord:
+        """Does step `self.step` on the windows `first` to `first + count - 1`; losses are means over processes.
+
+        Raises:
+            NotFiniteError: A loss or an activation became NaN or infinite.
+        """
+
+    @abstractmethod
+    def state(self) -> dict[str, dict[str, torch.Tensor]]:
+        """Everything that the next step depends on, on the CPU, by part and name."""
+
+    @abstractmethod
+    def load_state(self, tensors: dict[str, dict[str, torch.Tensor]]) -> None:
+        """Takes what `state` returned; `ValueError` where it does not fit."""
+
+    @abstractmethod
+    def give_back(self) -> None:
+        """Puts the weights learnt into the model."""
+
+    @abstractmethod
+    def publish(self, finished: bool) -> None:
+        """Writes the result so far; `finished` when the run ends here. Called in the main process only."""
+
+    @abstractmethod
+    def expected_bytes(self) -> int:
+        """Size of a checkpoint once every moment exists."""
+
+    @abstractmethod
+    def layers(self) -> list[int]:
+        """The layers that are trained."""
+
+    @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """What decides the losses and belongs to the stage: its settings."""
+
+    def go(self, resume: bool) -> None:
+        """Runs the steps that are left."""
+        around, folder = self.around, self.around.folder
+        if resume:
+            self._resume()
+        else:
+            self.processes.on_main(self._open_new)
+            self._checkpoint()
+        around.reporter.begin(self.step, self.steps, self.layers())
+        if self.step == 0:
+            self._measure()
+        stopping = False
+        while self.step < self.steps and not stopping:
+            began = time.perf_counter()
+            mine = self.sequences // self.processes.size
+            first = self.step * self.sequences + self.processes.rank * mine
+            self.record = record = self.train_step(first, mine)
+            self.step += 1
+            self.seconds += time.perf_counter() - began
+            self.processes.on_main(lambda: folder.log(folder.log_file, record.to_dict()))  # noqa: B023
+            around.reporter.step(record)
+            stopping = self.processes.any(around.should_stop())
+            last = self.step == self.steps
+            if last or (around.holdout_every is not None and self.step % around.holdout_every == 0):
+                self._measure()
+            if stopping or last or self.step % around.checkpoint_every == 0:
+                self._checkpoint(finished=stopping or last)
+
+    def seconds_since(self, began: float) -> float:
+        """Time spent in steps so far, the running one included."""
+        return self.seconds + time.perf_counter() - began
+
+    def _open_new(self) -> None:
+        self.around.folder.open_new()
+        self.around.folder.check_space(self.expected_bytes())
+
+    def _measure(self) -> None:
+        holdout = self.around.holdout
+        if holdout is None:
+            return
+        self.give_back()
+
+        def measure() -> None:
+            record = holdout.measure(self.model, self.config, self.step)
+            self.around.folder.log(self.around.folder.holdout_file, record.to_dict())
+            self.around.reporter.holdout(record)
+
+        self.processes.on_main(measure)
+
+    def _checkpoint(self, finished: bool = False) -> None:
+        """The state first: the results can always be made again from it."""
+        self.give_back()
+
+        def write() -> None:
+            self.around.folder.save(TrainingState(self.step, self.seconds, self._identity(), self.state()))
+            self.publish(finished)
+
+        self.processes.on_main(write)
+
+    def _resume(self) -> None:
+        folder = self.around.folder
+        state = folder.load()
+        changed = list(differences(state.identity, self._identity()))
+        if changed:
+            raise ValueError(
+                f"resume: the run in {folder.path} was another one: {'; '.join(changed)}. Give it what it was "
+                "started with, or start a new run in another folder"
+            )
+        expected = set(self.state())
+        if set(state.tensors) != expected:
+            raise ValueError(
+                f"resume: {folder.state_file} is corrupt: it has {sorted(state.tensors)}, the model trains "
+                f"{sorted(expected)}; start a new run in another folder"
+            )
+        self.load_state(state.tensors)
+        self.step, self.seconds = state.step, state.seconds
+        self.give_back()
+
+        def clean() -> None:
+            folder.clean()
+            folder.cut_logs(state.step)
+            self.publish(self.step == self.steps)
+
+        self.processes.on_main(clean)
+
+    def _identity(self) -> dict[str, Any]:
+        """What decides the losses. The folder a model was loaded from does not."""
+        model = self.described_model()
+        del model["name"]
+        config = self.config
+        return {
+            "stage": self.name,
+            **self.identity(),
+            "config": {
+                "index_heads": config.index_heads,
+                "index_head_dim": config.index_head_dim,
+                "rope_dim": config.rope_dim,
+                "sinks": config.sinks,
+                "local": {str(layer): config.layer_local(layer) for layer in self.layers()},
+            },
+            "data": self.windows.stream.fingerprint,
+            "model": model,
+        }
+
+    def described_model(self) -> dict[str, Any]:
+        """What identifies the model that the run began with."""
+        model = describe_base_model(self.model)
+        model["dtype"] = str(self.model.dtype).removeprefix("torch.")
+        return model
+
+
+def expected_state_bytes(parameters: dict[str, dict[str, torch.Tensor]]) -> int:
+    """Size of weights with both moments of AdamW in fp32."""
+    return 3 * state_bytes(parameters)

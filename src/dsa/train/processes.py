@@ -1,0 +1,101 @@
+"""The processes of a run: one, or as many as `torchrun` or `accelerate launch` started.
+
+Every process holds the whole frozen model and the same weights to train, reads other sequences of each step, and
+averages gradients with the others before each update. The weights therefore stay equal without being sent, and a
+step's losses do not depend on how many processes share its sequences, up to rounding.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+import torch
+
+from dsa.train.extras import needed
+
+Result = TypeVar("Result")
+
+
+class Processes:
+    """One process alone: nothing to agree on."""
+
+    rank = 0
+    size = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that writes files and reports."""
+        return self.rank == 0
+
+    def mean_(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Replaces every tensor by its mean over the processes, in place."""
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is true in some process."""
+        return flag
+
+    def on_main(self, action: Callable[[], Result]) -> Result:
+        """What `action` returns in the main process, which alone runs it; an error of its is raised in all."""
+        return action()
+
+
+class ManyProcesses(Processes):
+    """Processes joined by `torch.distributed`, which has been initialised.
+
+    Args:
+        device: Where tensors that travel must lie: the GPU with NCCL, the CPU with gloo.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.rank = torch.distributed.get_rank()
+        self.size = torch.distributed.get_world_size()
+        self.device = device
+
+    def mean_(self, tensors: Iterable[torch.Tensor]) -> None:
+        by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
+        for tensor in tensors:
+            by_dtype.setdefault(tensor.dtype, []).append(tensor)
+        # One message for all: their number costs more than their size.
+        for together in by_dtype.values():
+            flat = torch.cat([tensor.detach().flatten() for tensor in together]).to(self.device)
+            torch.distributed.all_reduce(flat)
+            flat /= self.size
+            for tensor, part in zip(together, flat.split([tensor.numel() for tensor in together])):
+                tensor.detach().copy_(part.view_as(tensor))
+
+    def any(self, flag: bool) -> bool:
+        told = torch.tensor(float(flag), device=self.device)
+        torch.distributed.all_reduce(told)
+        return bool(told > 0)
+
+    def on_main(self, action: Callable[[], Result]) -> Result:
+        answer: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                answer[0] = action()
+            except Exception as error:
+                answer[1] = error
+        torch.distributed.broadcast_object_list(answer, device=self.device)
+        if answer[1] is not None:
+            raise answer[1]
+        return answer[0]
+
+
+def start_processes(device: str | None = None) -> tuple[Processes, str | None]:
+    """Joins the processes that a launcher started; without one there is this process alone.
+
+    Args:
+        device: What the user asked for: `"cpu"`, `"cuda"`, or `None`.
+
+    Returns:
+        The processes, and the device of this one: each takes the GPU of its local rank.
+
+    Raises:
+        ImportError: There are several, and `accelerate` is not installed.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return Processes(), device
+    state = needed("accelerate", "training in several processes").PartialState(cpu=device == "cpu")
+    return ManyProcesses(state.device), str(state.device)
