@@ -19,7 +19,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt $(wildcard csrc/CMakeLists.tx
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(PIP) --editable '.[gguf,dev,triton,plot]'
+	$(PIP) --editable '.[gguf,train,dev,triton,plot]'
 	@touch $@
 
 demo: install

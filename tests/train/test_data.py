@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -128,3 +130,133 @@ def test_epochs_and_seeds_differ() -> None:
 
     assert starts(0, 0) != starts(0, 1)
     assert starts(0, 0) != starts(1, 0)
+
+
+def write_rows(path: Path, rows: list[dict[str, object]]) -> Path:
+    if path.suffix == ".parquet":
+        arrow = pytest.importorskip("pyarrow")
+        pytest.importorskip("datasets")
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(arrow.Table.from_pylist(rows), path)
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows) + "\n")
+    return path
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet"])
+def test_rows_are_documents(tmp_path: Path, name: str) -> None:
+    rows = [{"title": "x", "body": text} for text in ("abc", " ", "defg")]
+    path = write_rows(tmp_path / name, rows)
+    tokenizer = tiny_tokenizer()
+    stream = read_data([path], tokenizer, BYTE_VOCABULARY, column="body")
+    expected = [*tokenizer("abc")["input_ids"], EOS, *tokenizer("defg")["input_ids"], EOS]
+    assert stream.ids.tolist() == expected
+    assert stream.starts.tolist() == [0, 4]
+    with pytest.raises(
+        ValueError, match=r"1 of .*rows\..* has no column 'text'; it has 'title', 'body': choose one with"
+    ):
+        read_data([path], tokenizer, BYTE_VOCABULARY)
+    numbers = write_rows(tmp_path / f"numbers{path.suffix}", [{"text": 3}])
+    with pytest.raises(ValueError, match=r"column 'text' of .* holds int, expected text"):
+        read_data([numbers], tokenizer, BYTE_VOCABULARY)
+    empty = write_rows(tmp_path / f"empty{path.suffix}", [{"text": ""}])
+    with pytest.raises(ValueError, match="is empty: none of its documents holds text"):
+        read_data([empty], tokenizer, BYTE_VOCABULARY)
+
+
+def test_json_lines_that_are_none(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"text": "abc"}\n{"text": "caf\xe9"}\n')
+    with pytest.raises(ValueError, match=r"line 2 of .*rows.jsonl is not UTF-8 .byte 13 is 0xe9"):
+        read_data([path], tiny_tokenizer(), BYTE_VOCABULARY)
+    path.write_text("{'text': 'abc'}\n")
+    with pytest.raises(ValueError, match=r"line 1 of .*rows.jsonl is not JSON"):
+        read_data([path], tiny_tokenizer(), BYTE_VOCABULARY)
+    path.write_text('"abc"\n')
+    with pytest.raises(ValueError, match="no columns, it is str"):
+        read_data([path], tiny_tokenizer(), BYTE_VOCABULARY)
+
+
+def test_parquet_that_is_none(tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    path = tmp_path / "rows.parquet"
+    path.write_bytes(b"no parquet")
+    with pytest.raises(ValueError, match=r"rows.parquet cannot be read as parquet"):
+        read_data([path], tiny_tokenizer(), BYTE_VOCABULARY)
+
+
+def test_datasets_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    asked: list[tuple[object, ...]] = []
+
+    def load(name: str, configuration: str | None, *, split: str, streaming: bool) -> object:
+        asked.append((name, configuration, split, streaming))
+        return ({"text": "abc" * number} for number in range(1, 10_000))
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    stream = read_data(["hub:owner/name:part:test"], tiny_tokenizer(), BYTE_VOCABULARY, remote_tokens=50)
+    assert asked == [("owner/name", "part", "test", True)]
+    # 4 + 7 + 10 + 13 + 16 tokens: the document that reaches 50 is the last.
+    assert len(stream) == 50
+    assert len(read_data(["hub:owner/name"], tiny_tokenizer(), BYTE_VOCABULARY, max_tokens=12, remote_tokens=50)) == 21
+    assert asked[-1] == ("owner/name", None, "train", True)
+
+    def gone(*args: object, **kwargs: object) -> object:
+        raise ConnectionError("no route to the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", gone)
+    with pytest.raises(OSError, match=r"hub:owner/name cannot be read from the Hugging Face Hub .*no route"):
+        read_data(["hub:owner/name"], tiny_tokenizer(), BYTE_VOCABULARY)
+    with pytest.raises(ValueError, match="must look like hub:OWNER/NAME"):
+        read_data(["hub:"], tiny_tokenizer(), BYTE_VOCABULARY)
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "a.parquet").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ImportError, match=r"reading a.parquet needs the package datasets: pip install 'dsa-attention"):
+        read_data([tmp_path / "a.parquet"], tiny_tokenizer(), BYTE_VOCABULARY)
+
+
+def test_reading_stops_at_max_tokens(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text("x" * 20)
+    stream = read_data([tmp_path / "a.txt", tmp_path / "b.txt"], tiny_tokenizer(), BYTE_VOCABULARY, max_tokens=10)
+    assert len(stream) == 21
+    path = write_tokens(tmp_path / "t.safetensors", TokenStream.of(torch.arange(9), torch.tensor([0, 4, 7])))
+    cut = read_data([path], None, 10, max_tokens=6)
+    assert (cut.ids.tolist(), cut.starts.tolist()) == (list(range(6)), [0, 4])
+
+
+def test_document_starts_survive_a_token_file(tmp_path: Path) -> None:
+    stream = TokenStream.of(torch.arange(9), torch.tensor([0, 4]))
+    again = read_data([write_tokens(tmp_path / "t.safetensors", stream)], None, 10)
+    assert again.starts.tolist() == [0, 4]
+    assert again.fingerprint == stream.fingerprint
+    assert again.fingerprint != TokenStream.of(torch.arange(9)).fingerprint
+    starts = torch.tensor([0, 9])
+    save_file({"input_ids": torch.arange(9), "document_starts": starts}, tmp_path / "t.safetensors")
+    with pytest.raises(ValueError, match=r"document_starts in .* must be ascending int64"):
+        read_data([tmp_path / "t.safetensors"], None, 10)
+
+
+def test_positions_begin_anew_with_each_document() -> None:
+    stream = TokenStream.of(torch.arange(12), torch.tensor([0, 5, 8]))
+    windows = Windows(stream, 12, 0)
+    assert windows(0).positions.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 0, 1, 2, 3]]
+    assert windows(0).eligible(0, 2).tolist() == [2, 3, 4, 7, 10, 11]
+    assert Windows(stream, 12, 0, boundaries=False)(0).positions is None
+    assert Windows(TokenStream.of(torch.arange(12)), 12, 0)(0).eligible(0, 9).tolist() == [9, 10, 11]
+    two = Windows(TokenStream.of(torch.arange(40), torch.tensor([0, 33])), 10, 0)(0, 3)
+    assert two.ids.shape == (3, 10)
+
+
+def test_windows_that_teach_nothing_are_left_out() -> None:
+    starts = torch.cat((torch.arange(0, 60, 6), torch.tensor([60])))
+    stream = TokenStream.of(torch.arange(100), starts)
+    windows = Windows(stream, 12, 0, first=6, at_least=3)
+    for number in range(20):
+        assert len(windows(number).eligible(0, 6)) >= 3
+    with pytest.raises(ValueError, match=r"no window of 12 tokens has 3 tokens with 11 .*longest document has 40"):
+        Windows(stream, 12, 0, first=11, at_least=3)

@@ -369,7 +369,8 @@ def _run_indexer(
     context: DSAContext,
 ) -> None:
     """Stores the index keys of these tokens and fills `index`; queries and weights only where they will be used."""
-    plan, hidden_states = index.plan, index.hidden_states
+    # The indexer learns from its own loss only (arXiv 2512.02556, section 2): nothing flows back into the model.
+    plan, hidden_states = index.plan, index.hidden_states.detach()
     if plan.family.applies_rope(module, angles):
         index.rope = context.once("rope", angles[0], lambda: plan.family.rope_of(angles, indexer.rope_dim))
     key = indexer.keys(hidden_states, index.rope)

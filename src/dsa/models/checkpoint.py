@@ -197,7 +197,12 @@ def _sample(model: PreTrainedModel) -> list[float]:
     """Evenly spaced entries of the decoder's largest weights, half of them embeddings."""
     decoder = decoder_of(model)
     embeddings = cast(torch.Tensor, model.get_input_embeddings().weight)
-    others = [p for n, p in decoder.named_parameters() if ".indexer." not in n and p.ndim == 2 and p is not embeddings]
+    # Adapters of PEFT stand beside the base weights.
+    others = [
+        p
+        for n, p in decoder.named_parameters()
+        if ".indexer." not in n and ".lora_" not in n and p.ndim == 2 and p is not embeddings
+    ]
     middle = others[len(others) // 2]
     return [round(x, 6) for weight in (embeddings, middle) for x in _spread(weight, _SAMPLES // 2)]
 

@@ -34,6 +34,13 @@ def random_tokens(count: int = 20_000, seed: int = 0) -> TokenStream:
     return TokenStream.of(torch.randint(3, VOCABULARY, (count,), generator=generator))
 
 
+def document_tokens(documents: int = 200, seed: int = 0) -> TokenStream:
+    """The same in documents of 20 to 179 tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(20, 180, (documents,), generator=generator)
+    return TokenStream.of(random_tokens(int(lengths.sum()), seed).ids, lengths.cumsum(0) - lengths)
+
+
 def read_log(folder: Path) -> list[dict[str, Any]]:
     """The log without the times, which differ from run to run."""
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]

@@ -5,7 +5,8 @@ from dsa.train.holdout import Holdout
 from dsa.train.loop import NotFiniteError, TrainingResult
 from dsa.train.processes import Processes, start_processes
 from dsa.train.progress import HoldoutRecord, LineReporter, LiveReporter, Reporter, Reporters, StepRecord
-from dsa.train.settings import WarmupSettings
+from dsa.train.settings import SparseSettings, WarmupSettings
+from dsa.train.sparse import train_sparse
 from dsa.train.warmup import train_indexers
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "Processes",
     "Reporter",
     "Reporters",
+    "SparseSettings",
     "StepRecord",
     "TokenStream",
     "TrainingResult",
@@ -26,5 +28,6 @@ __all__ = [
     "read_data",
     "start_processes",
     "train_indexers",
+    "train_sparse",
     "write_tokens",
 ]

@@ -17,6 +17,7 @@ from dsa.config import DSAConfig
 from dsa.models.context import AttentionCall
 from dsa.modules.indexer import Indexer, IndexInputs, Rope
 from dsa.ops import indexer_loss
+from dsa.train.adam import load_state, state_of
 from dsa.train.processes import Processes
 from dsa.train.settings import BETAS, WarmupSettings
 
@@ -106,6 +107,51 @@ class LayerTrainer:
         self.optimizer.step()
         return loss.detach()
 
+    def accumulate(self, call: AttentionCall, rows: torch.Tensor, share: float) -> torch.Tensor:
+        """Adds the gradients of `share` times the loss over what was selected (arXiv 2512.02556, eq. 4).
+
+        Nothing of it reaches the model: hidden states are detached, queries and keys are constants of the loss.
+
+        Args:
+            call: What the layer computed with its selection; a layer that saw no more than it may select from all.
+            rows: Ascending positions int64 `[B, Q]`, on the device of the call.
+            share: What the loss is multiplied with.
+
+        Returns:
+            The loss, detached.
+        """
+        sequences = torch.arange(len(rows), device=rows.device)[:, None]
+        hidden = call.hidden_states.detach().float()
+        with torch.enable_grad(), torch.autocast(hidden.device.type, enabled=False):
+            index = index_some(self.indexer, hidden, call.rope, rows)
+            loss = indexer_loss(
+                index.query,
+                index.key,
+                index.weight,
+                call.query.detach()[sequences, rows],
+                call.key.detach(),
+                indices=None if call.indices is None else call.indices[sequences, rows],
+                attention_scale=call.scale,
+                key_start=call.key_start[sequences, rows],
+                key_end=call.key_end[sequences, rows],
+                sinks=self.sinks,
+                local=self.local,
+                softcap=call.softcap,
+                sink_logits=call.sink_logits,
+            )
+            (loss * share).backward()
+        return loss.detach()
+
+    def update(self, lr: float) -> None:
+        """One optimizer step with the gradients accumulated, averaged over the processes."""
+        grads = [each.grad for each in self.parameters.values() if each.grad is not None]
+        self.processes.mean_(grads)
+        nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.max_grad_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
     @torch.no_grad()
     def write_back(self) -> None:
         """Gives the model's indexer the weights learnt, in its own dtype."""
@@ -114,12 +160,7 @@ class LayerTrainer:
 
     def state(self) -> dict[str, torch.Tensor]:
         """Everything that the next update depends on, by name: weights, and both moments and count of AdamW."""
-        tensors = {}
-        for name, parameter in self.parameters.items():
-            tensors[f"weight.{name}"] = parameter.detach()
-            for key, value in self.optimizer.state[parameter].items():
-                tensors[f"{key}.{name}"] = value
-        return {name: tensor.cpu().clone() for name, tensor in tensors.items()}
+        return state_of(self.parameters, self.optimizer)
 
     def load_state(self, tensors: dict[str, torch.Tensor]) -> None:
         """Takes what `state` returned.
@@ -127,28 +168,7 @@ class LayerTrainer:
         Raises:
             ValueError: A tensor is missing, left over, or has another shape.
         """
-        # AdamW has no moments before its first step.
-        kinds = _MOMENTS if any(not name.startswith("weight.") for name in tensors) else ()
-        names = [f"{kind}.{name}" for name in self.parameters for kind in ("weight", *kinds)]
-        if sorted(names) != sorted(tensors):
-            raise ValueError(f"layer {self.layer}: expected the tensors {sorted(names)}, found {sorted(tensors)}")
-        moments = {}
-        for number, (name, parameter) in enumerate(self.parameters.items()):
-            weight = tensors[f"weight.{name}"]
-            if weight.shape != parameter.shape:
-                raise ValueError(
-                    f"layer {self.layer}: {name} must be {list(parameter.shape)}, found {list(weight.shape)}"
-                )
-            with torch.no_grad():
-                parameter.copy_(weight)
-            moments[number] = {kind: tensors[f"{kind}.{name}"].clone() for kind in kinds}
-        if not kinds:
-            return
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
-
-
-_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+        load_state(self.parameters, self.optimizer, tensors, f"layer {self.layer}")
 
 
 def index_some(indexer: Indexer, hidden: torch.Tensor, rope: Rope | None, rows: torch.Tensor) -> IndexInputs:

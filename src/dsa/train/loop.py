@@ -20,10 +20,11 @@ from dsa.config import DSAConfig
 from dsa.models import config_of
 from dsa.models.checkpoint import describe_base_model
 from dsa.train.data import Windows
+from dsa.train.files import write_atomically
 from dsa.train.holdout import Holdout
 from dsa.train.processes import Processes
 from dsa.train.progress import Reporter, StepRecord
-from dsa.train.state import RunFolder, TrainingState, differences, state_bytes
+from dsa.train.state import RECIPE, RunFolder, TrainingState, differences, state_bytes
 
 
 class NotFiniteError(ValueError):
@@ -61,6 +62,7 @@ class Surroundings:
         holdout: Held-out text, measured before the first and after the last step.
         holdout_every: Steps between measurements in between.
         should_stop: Asked after every step.
+        recipe: What the user asked for, kept beside the results as `run.yaml`.
     """
 
     folder: RunFolder
@@ -70,6 +72,7 @@ class Surroundings:
     holdout: Holdout | None = None
     holdout_every: int | None = None
     should_stop: Callable[[], bool] = lambda: False
+    recipe: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("checkpoint_every", "holdout_every"):
@@ -181,6 +184,8 @@ class Stage(ABC):
     def _open_new(self) -> None:
         self.around.folder.open_new()
         self.around.folder.check_space(self.expected_bytes())
+        if self.around.recipe is not None:
+            write_atomically(self.around.folder.path / RECIPE, self.around.recipe.encode())
 
     def _measure(self) -> None:
         holdout = self.around.holdout

@@ -7,6 +7,7 @@ step's losses do not depend on how many processes share its sequences, up to rou
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
@@ -98,4 +99,6 @@ def start_processes(device: str | None = None) -> tuple[Processes, str | None]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return Processes(), device
     state = needed("accelerate", "training in several processes").PartialState(cpu=device == "cpu")
+    # Left to the interpreter's end, gloo's threads would abort the process.
+    atexit.register(state.destroy_process_group)
     return ManyProcesses(state.device), str(state.device)

@@ -128,3 +128,115 @@ class WarmupSettings:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
         return dataclasses.asdict(self)
+
+
+Precision = Literal["no", "bf16"]
+LORA_LR = 1e-4
+PARAMETERS_LR = 1e-5
+
+
+@dataclass(frozen=True)
+class SparseSettings:
+    """How a model is trained to live with its selection, and its indexers with it.
+
+    Exactly one of `lora`, `all_parameters` and `parameters` says what learns from the language-modelling loss.
+
+    Args:
+        steps: Optimizer steps.
+        seq_len: Tokens per sequence.
+        lora: Rank of low-rank adapters (PEFT) on every linear layer of the decoder.
+        all_parameters: Train every parameter of the model.
+        parameters: Train the parameters whose names this regular expression finds.
+        lora_alpha: The adapters' output is scaled by this over the rank; `None` means twice the rank.
+        lr: Peak learning rate of the model's AdamW; `None` means 1e-4 for adapters, 1e-5 for parameters.
+        indexer_lr: Peak learning rate of the indexers.
+        warmup_steps, schedule, decay_steps, max_grad_norm, target, boundaries, seed: As in `WarmupSettings`.
+        sequences: Sequences per step, shared by the processes of a run, read one at a time.
+        index_queries: Queries of each sequence that the indexers learn from, drawn at random; `None` means all.
+        distill: Weight of the divergence from the dense model's predictions, added to the language-modelling loss.
+        mixed_precision: `"bf16"` computes in bf16 with the parameters as they are.
+        gradient_checkpointing: Keep no activations within layers and compute them again in the backward pass.
+
+    Raises:
+        ValueError: A value is out of range, or not exactly one of the three is given.
+    """
+
+    steps: int
+    seq_len: int
+    lora: int | None = None
+    all_parameters: bool = False
+    parameters: str | None = None
+    lora_alpha: float | None = None
+    lr: float | None = None
+    indexer_lr: float = 1e-3
+    warmup_steps: int | None = None
+    schedule: Schedule = "cosine"
+    decay_steps: int | None = None
+    max_grad_norm: float = MAX_GRAD_NORM
+    sequences: int = 1
+    index_queries: int | None = None
+    distill: float = 0.0
+    mixed_precision: Precision = "no"
+    gradient_checkpointing: bool = False
+    seed: int = 0
+    target: Target = "far"
+    boundaries: bool = True
+
+    def __post_init__(self) -> None:
+        chosen = [self.lora is not None, self.all_parameters, self.parameters is not None]
+        if sum(chosen) != 1:
+            raise ValueError(
+                "the sparse stage trains one of: --lora RANK, --all-parameters, --parameters PATTERN; "
+                f"got {sum(chosen)} of them"
+            )
+        if self.lora is not None:
+            require_int("lora", self.lora, 1)
+        if self.lora_alpha is not None:
+            require_positive("lora_alpha", self.lora_alpha)
+            if self.lora is None:
+                raise ValueError(f"lora_alpha={self.lora_alpha} has no meaning without lora")
+        if self.index_queries is not None:
+            require_int("index_queries", self.index_queries, 1)
+        if isinstance(self.distill, bool) or not isinstance(self.distill, (int, float)) or not 0 <= self.distill < 1e6:
+            raise ValueError(f"distill must be a number of at least 0, got {self.distill!r}")
+        if self.mixed_precision not in get_args(Precision):
+            raise ValueError(
+                f"mixed_precision must be one of {', '.join(get_args(Precision))}, got {self.mixed_precision!r}"
+            )
+        self.indexer_settings()
+        check_schedule(self.schedule, self.peak_lr, self.steps, self.warmup_steps, self.decay_steps)
+
+    @property
+    def peak_lr(self) -> float:
+        """The model's peak learning rate."""
+        if self.lr is not None:
+            return self.lr
+        return LORA_LR if self.lora is not None else PARAMETERS_LR
+
+    def indexer_settings(self) -> WarmupSettings:
+        """The part that concerns the indexers, with what follows from `None` filled in."""
+        check_schedule(
+            self.schedule, self.indexer_lr, self.steps, self.warmup_steps, self.decay_steps, name="indexer_lr"
+        )
+        given = WarmupSettings(
+            steps=self.steps,
+            seq_len=self.seq_len,
+            lr=self.indexer_lr,
+            warmup_steps=self.warmup_steps,
+            schedule=self.schedule,
+            decay_steps=self.decay_steps,
+            max_grad_norm=self.max_grad_norm,
+            sequences=self.sequences,
+            seed=self.seed,
+            target=self.target,
+            boundaries=self.boundaries,
+        )
+        warmup = default_warmup(self.steps) if self.warmup_steps is None else self.warmup_steps
+        decay = self.decay_steps or default_decay(self.schedule, self.steps, warmup)
+        return dataclasses.replace(given, warmup_steps=warmup, decay_steps=decay)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types of what decides the losses; recomputing activations does not."""
+        plain = dataclasses.asdict(self)
+        del plain["gradient_checkpointing"]
+        return plain

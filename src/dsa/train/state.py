@@ -4,6 +4,7 @@
     state.safetensors      weights, AdamW moments, step, and what the run was told: all that a resume needs
     log.jsonl              one line per step
     holdout.jsonl          one line per measurement on held-out text
+    run.yaml               what `dsa train` was told, for `--config`
 
 The state is a single file replaced as a whole, so it is consistent whenever the run dies. The indexers are written
 after it; a resume writes them again.
@@ -29,6 +30,7 @@ STATE = "state.safetensors"
 INDEXERS = "indexers.safetensors"
 LOG = "log.jsonl"
 HOLDOUT = "holdout.jsonl"
+RECIPE = "run.yaml"
 FORMAT = "dsa-training-state"
 VERSION = "2"
 # The file that is being replaced and its successor exist at the same time.
@@ -212,7 +214,7 @@ def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -
 
 
 def _leftovers(folder: Path) -> Iterator[Path]:
-    for name in (STATE, INDEXERS, LOG, HOLDOUT):
+    for name in (STATE, INDEXERS, LOG, HOLDOUT, RECIPE):
         yield from folder.glob(f".{name}.*")
 
 

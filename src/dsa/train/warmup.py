@@ -45,6 +45,7 @@ def train_indexers(
     processes: Processes | None = None,
     holdout: Holdout | None = None,
     holdout_every: int | None = None,
+    recipe: str | None = None,
 ) -> TrainingResult:
     """Trains the indexers of an attached model, on the model's device.
 
@@ -65,6 +66,7 @@ def train_indexers(
             this function with equal arguments.
         holdout: Text to measure before the first and after the last step.
         holdout_every: Steps between measurements in between; `None` means none.
+        recipe: Kept in the folder as `run.yaml`.
 
     Raises:
         ValueError: The model is not attached or has no indexer, a setting or the data does not fit, the state is
@@ -80,6 +82,7 @@ def train_indexers(
         holdout,
         holdout_every,
         should_stop,
+        recipe,
     )
     run = Warmup(model, stream, settings, around)
     was_training = model.training

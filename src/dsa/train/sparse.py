@@ -1,0 +1,349 @@
+"""Sparse stage: the model reads with its selection on, and learns to live with it.
+
+Two losses, which never mix (arXiv 2512.02556, section 2): the chosen parameters of the model learn from language
+modelling; the indexers learn from the divergence between attention and index scores over what was selected. The
+indexers learn while the forward pass goes by, from detached tensors, in copies that stand outside the model; the
+selection has no gradient. So no gradient of either loss has a way to the other's parameters.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from dsa.models import config_of
+from dsa.models.checkpoint import save_indexers
+from dsa.models.context import AttentionCall, DSAContext
+from dsa.train.adam import load_state, state_of
+from dsa.train.chosen import Chosen
+from dsa.train.data import TokenStream, Window, Windows, seeded
+from dsa.train.holdout import Holdout
+from dsa.train.language import language_losses, predicted, read_window
+from dsa.train.layer import LayerTrainer, draw_queries
+from dsa.train.loop import NotFiniteError, Stage, Surroundings, TrainingResult, expected_state_bytes
+from dsa.train.processes import Processes
+from dsa.train.progress import Reporter, StepRecord
+from dsa.train.settings import BETAS, SparseSettings
+from dsa.train.state import RunFolder
+from dsa.train.warmup import layer_states, load_layer_states, trainable_indexers
+
+MODEL = "model"
+ADAPTER = "adapter"
+
+
+def train_sparse(
+    model: PreTrainedModel,
+    stream: TokenStream,
+    out: str | Path,
+    settings: SparseSettings,
+    *,
+    tokenizer: Any = None,
+    merge: bool = False,
+    checkpoint_every: int = 50,
+    resume: bool = False,
+    reporter: Reporter | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+    processes: Processes | None = None,
+    holdout: Holdout | None = None,
+    holdout_every: int | None = None,
+    recipe: str | None = None,
+) -> TrainingResult:
+    """Trains an attached model with its selection on, on the model's device.
+
+    `out` gets, beside what `train_indexers` writes: `adapter`, a PEFT adapter, at every checkpoint of a run with
+    `lora`; or `model`, which `from_pretrained` loads sparse, at the end. The model keeps what it learnt; adapters stay
+    in it unless they are merged.
+
+    Args:
+        model: An attached model with trained indexers.
+        stream: The training tokens.
+        out: Folder of the run.
+        settings: What to do.
+        tokenizer: Saved with the model.
+        merge: Write `model` for a run with `lora` too, with the adapters merged into the weights.
+        checkpoint_every, resume, reporter, should_stop, processes, holdout, holdout_every, recipe: As
+            `train_indexers`.
+
+    Raises:
+        ValueError, NotFiniteError, OSError: As `train_indexers`.
+        ImportError: Adapters need the package `peft`.
+    """
+    around = Surroundings(
+        RunFolder(out),
+        reporter or Reporter(),
+        processes or Processes(),
+        checkpoint_every,
+        holdout,
+        holdout_every,
+        should_stop,
+        recipe,
+    )
+    was_training = model.training
+    run = SparseStage(model, stream, settings, around, tokenizer, merge)
+    recomputes = model.is_activation_checkpointing
+    if settings.gradient_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    try:
+        run.go(resume)
+    finally:
+        if settings.gradient_checkpointing and not recomputes:
+            model.activation_checkpointing_disable()
+        model.train(was_training)
+        run.chosen.unfreeze()
+    record = run.record
+    return TrainingResult(
+        run.step,
+        record.kl if record else {},
+        around.folder.indexers_file,
+        record.language if record else None,
+        run.result_folder(),
+    )
+
+
+class SparseStage(Stage):
+    """One run: the model's optimizer and its layers' trainers."""
+
+    name = "sparse"
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        stream: TokenStream,
+        settings: SparseSettings,
+        around: Surroundings,
+        tokenizer: Any = None,
+        merge: bool = False,
+    ) -> None:
+        indexers = trainable_indexers(model)
+        config = config_of(model)
+        self.settings = settings
+        self.indexer_settings = settings.indexer_settings()
+        self.tokenizer = tokenizer
+        self.merge = merge
+        windows = Windows(stream, settings.seq_len, settings.seed, boundaries=settings.boundaries)
+        super().__init__(model, windows, settings.steps, settings.sequences, around)
+        # Taken before anything is changed: what the run began with.
+        self.described = super().described_model()
+        self.trainers = {
+            layer: LayerTrainer(layer, indexer, config, self.indexer_settings, self.processes)
+            for layer, indexer in indexers.items()
+        }
+        self.chosen = Chosen(model, settings)
+        self.optimizer = torch.optim.AdamW(
+            self.chosen.parameters.values(), lr=settings.peak_lr, betas=BETAS, weight_decay=0.0
+        )
+        self.dense_weights = self.chosen.clone() if settings.distill else {}
+
+    def train_step(self, first: int, count: int) -> StepRecord:
+        began = time.perf_counter()
+        step_first = self.step * self.sequences
+        # Dropout, where a model has it, depends on the step alone, so that a resumed run repeats it.
+        torch.manual_seed(int(seeded(self.settings.seed, self.step, first).initial_seed()))
+        predictions = sum(int(predicted(self.windows(step_first + each)).sum()) for each in range(self.sequences))
+        share = self.processes.size / max(1, predictions)
+        losses = torch.zeros(2, device=self.model.device)
+        kl = {layer: torch.zeros((), device=self.model.device) for layer in self.trainers}
+        for number in range(first, first + count):
+            losses += self._backward(self.windows(number), number, share, 1 / count, kl)
+        together = torch.cat((losses, torch.stack(list(kl.values()))))
+        self.processes.mean_([together])
+        language, distillation, *by_layer = together.tolist()
+        by_number = dict(zip(kl, by_layer))
+        self._check_finite(language + distillation, by_number)
+        self._update()
+        return StepRecord(
+            self.step + 1,
+            (self.step + 1) * self.sequences * self.settings.seq_len,
+            self._lr(self.settings.peak_lr),
+            by_number,
+            self.seconds_since(began),
+            language,
+            distillation if self.settings.distill else None,
+        )
+
+    def _backward(
+        self, window: Window, number: int, share: float, layer_share: float, kl: dict[int, torch.Tensor]
+    ) -> torch.Tensor:
+        """Adds one sequence's gradients everywhere; its losses times `share`, fp32 `[2]`."""
+        dense = self._read_dense(window)
+        learning = _IndexersLearn(self.trainers, self._draw(window, number), layer_share, kl, self.around.reporter)
+        with self._precision():
+            output = read_window(self.model, window, DSAContext(observer=learning))
+            learning.closed = True
+            language, distillation = language_losses(
+                self.model,
+                output,
+                window,
+                teacher_hidden=None if dense is None else dense.last_hidden_state,
+                teacher=None if dense is None else lambda hidden, ids: self._dense_logits(dense, hidden, ids),
+            )
+        ((language + self.settings.distill * distillation) * share).backward()
+        return torch.stack((language, distillation)).detach() * share
+
+    def _precision(self) -> Any:
+        if self.settings.mixed_precision == "no":
+            return nullcontext()
+        return torch.autocast(self.model.device.type, torch.bfloat16)
+
+    @torch.no_grad()
+    def _read_dense(self, window: Window) -> Any:
+        """What the model that the run began with makes of a window with full attention."""
+        if not self.settings.distill:
+            return None
+        self.model.eval()
+        try:
+            with self.chosen.replaced_by(self.dense_weights), self._precision():
+                return read_window(self.model, window, DSAContext(mode="dense"))
+        finally:
+            self.model.train()
+
+    def _dense_logits(self, dense: Any, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        from dsa.eval.reading import head_logits
+
+        with self.chosen.replaced_by(self.dense_weights):
+            return head_logits(self.model, dense, hidden, ids)[0]
+
+    def _draw(self, window: Window, number: int) -> torch.Tensor:
+        """Queries `[1, Q]` that the indexers learn from."""
+        tokens = self.settings.seq_len
+        wanted = self.settings.index_queries
+        if wanted is None or wanted >= tokens:
+            return torch.arange(tokens, device=self.model.device)[None]
+        generator = seeded(self.settings.seed, number, 0)
+        return draw_queries(torch.arange(tokens), wanted, 1, generator).to(self.model.device)
+
+    def _update(self) -> None:
+        parameters = self.chosen.parameters.values()
+        self.processes.mean_(each.grad for each in parameters if each.grad is not None)
+        nn.utils.clip_grad_norm_(parameters, self.settings.max_grad_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._lr(self.settings.peak_lr)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        for trainer in self.trainers.values():
+            trainer.update(self._lr(self.settings.indexer_lr))
+        # The next step selects with what was just learnt.
+        self.give_back()
+
+    def _lr(self, peak: float) -> float:
+        indexers = self.indexer_settings
+        return peak / indexers.lr * indexers.lr_at(self.step + 0.5)
+
+    def _check_finite(self, language: float, kl: dict[int, float]) -> None:
+        wrong = [layer for layer, value in kl.items() if not math.isfinite(value)]
+        if math.isfinite(language) and not wrong:
+            return
+        if wrong:
+            reason = f"the indexer loss of layer {wrong[0]} became {kl[wrong[0]]}: lower --indexer-lr"
+            reason += f" ({self.settings.indexer_lr}) or --lr ({self.settings.peak_lr})"
+        else:
+            reason = f"the language-modelling loss became {language}: lower --lr ({self.settings.peak_lr})"
+        raise NotFiniteError(
+            f"training stopped in step {self.step + 1}: {reason}. The checkpoint in {self.around.folder.path} is from "
+            "before it"
+        )
+
+    def layers(self) -> list[int]:
+        return list(self.trainers)
+
+    def identity(self) -> dict[str, Any]:
+        budget = {str(layer): self.config.layer_top_k(layer) for layer in self.trainers}
+        return {"settings": self.settings.to_dict(), "top_k": budget}
+
+    def described_model(self) -> dict[str, Any]:
+        return dict(self.described)
+
+    def state(self) -> dict[str, dict[str, torch.Tensor]]:
+        return {MODEL: state_of(dict(self.chosen.parameters), self.optimizer), **layer_states(self.trainers)}
+
+    def load_state(self, tensors: dict[str, dict[str, torch.Tensor]]) -> None:
+        load_state(dict(self.chosen.parameters), self.optimizer, tensors[MODEL], "the model")
+        load_layer_states(self.trainers, tensors)
+
+    def give_back(self) -> None:
+        for trainer in self.trainers.values():
+            trainer.write_back()
+
+    def expected_bytes(self) -> int:
+        parts: dict[str, dict[str, torch.Tensor]] = {f"{n}": dict(t.parameters) for n, t in self.trainers.items()}
+        return expected_state_bytes({**parts, MODEL: dict(self.chosen.parameters)})
+
+    def result_folder(self) -> Path:
+        """Where the model, or its adapter, is written."""
+        adapter = self.settings.lora is not None and not self.merge
+        return self.around.folder.path / (ADAPTER if adapter else MODEL)
+
+    def publish(self, finished: bool) -> None:
+        folder = self.around.folder
+        save_indexers(self.model, folder.indexers_file)
+        if self.chosen.adapter is not None:
+            _replace_folder(folder.path / ADAPTER, self.chosen.adapter.save_pretrained)
+        if not finished or (self.settings.lora is not None and not self.merge):
+            return
+        self.chosen.merge()
+
+        def save(path: Path) -> None:
+            self.model.save_pretrained(path)
+            if self.tokenizer is not None:
+                self.tokenizer.save_pretrained(path)
+
+        _replace_folder(folder.path / MODEL, save)
+
+
+class _IndexersLearn:
+    """The observer of one forward: every indexer learns from its layer's selection as the pass goes by.
+
+    Under gradient checkpointing the layers run again in the backward pass; by then the observer is closed, so nothing
+    is counted twice.
+    """
+
+    def __init__(
+        self,
+        trainers: dict[int, LayerTrainer],
+        rows: torch.Tensor,
+        share: float,
+        kl: dict[int, torch.Tensor],
+        reporter: Reporter,
+    ) -> None:
+        self.trainers = trainers
+        self.rows = rows
+        self.share = share
+        self.kl = kl
+        self.reporter = reporter
+        self.closed = False
+
+    def __call__(self, call: AttentionCall) -> None:
+        if self.closed:
+            return
+        # Checkpointing has hooks on what autograd saves; this graph is used up before the layer ends.
+        with torch.autograd.graph.saved_tensors_hooks(_same, _same):
+            loss = self.trainers[call.layer].accumulate(call, self.rows, self.share)
+        self.kl[call.layer] += loss * self.share
+        self.reporter.layer()
+
+
+def _same(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+def _replace_folder(folder: Path, write: Callable[[Path], Any]) -> None:
+    """Writes a folder beside its place, then puts it there."""
+    part = folder.with_name(f".{folder.name}.part")
+    old = folder.with_name(f".{folder.name}.old")
+    for leftover in (part, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    write(part)
+    if folder.exists():
+        folder.rename(old)
+    part.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
