@@ -81,7 +81,7 @@ def test_configurations_that_are_none(tmp_path: Path, text: str, message: str) -
 def test_what_is_written_is_read_again(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(
-        write_config({"data": ["a"], "steps": 3, "lora": None, "resume": True, "out": Path("x"), "m": False})
+        write_config({"data": ["a"], "steps": 3, "lora": None, "resume": True, "out": Path("x"), "boundaries": False})
     )
     expected = {"data": ["a"], "steps": 3, "out": "x", "boundaries": False}
     assert read_config(path, list(expected), {"data"}) == expected
