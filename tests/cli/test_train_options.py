@@ -156,3 +156,20 @@ def test_options_without_effect_are_refused(
     result = dsa("train", tiny, "--data", rows, "--out", str(tmp_path / "a"), *SHORT, *option)
     assert result.exit_code == 2
     assert f"{option[0]} belongs to the sparse stage; add --stage sparse" in result.stderr
+
+
+def test_sequences_beyond_the_model_s_positions(
+    dsa: Callable[..., Result], tiny: str, rows: str, tmp_path: Path
+) -> None:
+    long = ("--column", "body", "--seq-len", "400", "--steps", "1", "--device", "cpu", "--threads", "1")
+    args = ("train", tiny, "--data", rows, "--out", str(tmp_path / "a"), "--no-boundaries", *long, *SIZES)
+    result = fine(dsa(*args, "--rope-scaling", "yarn:2"))
+    assert "extrapolated" not in result.stderr
+    assert read_indexers(tmp_path / "a").base_model["rope_scaling"]["factor"] == 2.0
+    other = dsa(*args, "--rope-scaling", "yarn:4", "--resume")
+    assert other.exit_code == 2
+    assert "model.rope_scaling.factor was 2.0, is now 4.0" in other.stderr
+    (tmp_path / "text.txt").write_text(WORDS * 8)
+    common = ("eval", tiny, "--file", str(tmp_path / "text.txt"), "--tokens", "400", "--threads", "1")
+    measured = fine(dsa(*common, "--indexers", str(tmp_path / "a")))
+    assert "extrapolated" not in measured.stderr

@@ -55,6 +55,7 @@ def compare(
     json: Path | None,
     threads: int | None,
     device: str | None,
+    rope_scaling: str | None = None,
 ) -> None:
     """Evaluates, prints the table and writes the JSON. What can be refused is refused before the model loads."""
     from dsa.eval.documents import read_document
@@ -67,12 +68,13 @@ def compare(
 
     from dsa.cli.table import show
     from dsa.eval.evaluation import evaluate
-    from dsa.models.loading import load_model
+    from dsa.models.loading import load_model, scaling_wanted
 
     if threads is not None:
         torch.set_num_threads(threads)
     with notes(), Steps() as steps:
-        loaded = load_model(model, device=device, status=steps.status)
+        scaling = scaling_wanted(rope_scaling, indexers)
+        loaded = load_model(model, device=device, status=steps.status, rope_scaling=scaling)
         evaluation = evaluate(
             loaded,
             document,

@@ -26,6 +26,7 @@ def evaluate(
     json: options.Json = None,
     threads: options.Threads = None,
     device: options.Device = None,
+    rope_scaling: options.RopeScaling = None,
 ) -> None:
     """Measure a model on a text: dense attention beside DSA beside a sliding window of the same size.
 
@@ -36,5 +37,6 @@ def evaluate(
 
       dsa eval default --file thesis.txt --tokens 8192 --json figures.json
       dsa eval Qwen/Qwen3-0.6B --file thesis.txt --indexers runs/qwen
+      dsa eval default --file thesis.txt --tokens 32768 --rope-scaling yarn:4
     """
-    compare(model, file, tokens, top_k, local, indexers, json, threads, device)
+    compare(model, file, tokens, top_k, local, indexers, json, threads, device, rope_scaling)

@@ -52,6 +52,7 @@ def generate(
     seed: Annotated[int | None, typer.Option(metavar="N", help="Make sampling repeatable.")] = None,
     threads: options.Threads = None,
     device: options.Device = None,
+    rope_scaling: options.RopeScaling = None,
 ) -> None:
     """Continue a prompt with sparse attention, streaming to stdout.
 
@@ -66,14 +67,15 @@ def generate(
     text = prompt_text(prompt, file)
     import torch
 
-    from dsa.models.loading import attach_indexers, load_model
+    from dsa.models.loading import attach_indexers, load_model, scaling_wanted
 
     if threads is not None:
         torch.set_num_threads(threads)
     if seed is not None:
         torch.manual_seed(seed)
     with notes(), Steps() as steps:
-        loaded = load_model(model, device=device, status=steps.status)
+        scaling = scaling_wanted(rope_scaling, indexers)
+        loaded = load_model(model, device=device, status=steps.status, rope_scaling=scaling)
         ids = prompt_ids(loaded, text, chat)
         _note_positions(loaded, ids.shape[1], max_new_tokens)
         report, _ = attach_indexers(loaded, indexers, **options.overrides(top_k, local))

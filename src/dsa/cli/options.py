@@ -20,6 +20,14 @@ Indexers = Annotated[
 ]
 TopK = Annotated[int | None, typer.Option("--top-k", metavar="K", help="Tokens each query reads.")]
 Local = Annotated[int | None, typer.Option(metavar="N", help="How many of the K are always the most recent tokens.")]
+RopeScaling = Annotated[
+    str | None,
+    typer.Option(
+        metavar="KIND:X",
+        help="For texts longer than the model's positions: `yarn:4`, `linear:2`, or JSON as transformers takes it; by "
+        "default what the indexers were trained with",
+    ),
+]
 Tokens = Annotated[
     int | None,
     typer.Option(

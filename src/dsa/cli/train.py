@@ -335,6 +335,14 @@ def train(
             "checkpoint's own"
         ),
     ] = None,
+    rope_scaling: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KIND:X",
+            help="For sequences longer than the model's positions: `yarn:4`, `linear:2`, or JSON as transformers takes "
+            "it; saved with the indexers. By default that of --indexers",
+        ),
+    ] = None,
     device: options.Device = None,
     threads: options.Threads = None,
 ) -> None:
@@ -362,7 +370,7 @@ def train(
     """
     import torch
 
-    from dsa.models.loading import load_model
+    from dsa.models.loading import load_model, scaling_wanted
     from dsa.train import Holdout, read_data, start_processes
 
     if stage is Stage.warmup:
@@ -377,7 +385,8 @@ def train(
     with notes() if processes.is_main else silent():
         with Steps() as progress:
             status = progress.status if processes.is_main else None
-            loaded = load_model(model, dtype=precision, device=own_device, status=status)
+            scaling = scaling_wanted(rope_scaling, indexers)
+            loaded = load_model(model, dtype=precision, device=own_device, status=status, rope_scaling=scaling)
             vocabulary = loaded.model.get_input_embeddings().num_embeddings
             stream = read_data(
                 data,

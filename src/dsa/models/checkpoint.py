@@ -6,6 +6,7 @@ Weights are named `layers.<layer>.<parameter of Indexer>`.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import tempfile
 from dataclasses import dataclass
@@ -20,6 +21,10 @@ from transformers import PreTrainedModel
 from dsa.config import DSAConfig
 from dsa.models.attachment import config_of, indexers_of
 from dsa.models.families import decoder_of
+from dsa.models.rope import RopeScaling, scaling_of
+from dsa.models.rope import describe as describe_scaling
+
+logger = logging.getLogger("dsa")
 
 FORMAT = "dsa-indexers"
 VERSION = 1
@@ -136,6 +141,7 @@ def check_indexers(stored: StoredIndexers, model: PreTrainedModel, config: DSACo
             f"({theirs.get('name') or 'unnamed'}): sampled base weights differ by {distance:.0%}; "
             "train indexers for this model"
         )
+    _check_scaling(stored, ours["rope_scaling"])
     for name in ("index_heads", "index_head_dim", "rope_dim"):
         if getattr(config, name) != getattr(stored.config, name):
             raise ValueError(
@@ -149,6 +155,24 @@ def check_indexers(stored: StoredIndexers, model: PreTrainedModel, config: DSACo
         raise ValueError(
             f"indexers: {stored.path} has none for layer {missing[0]}, which the config makes sparse; "
             "leave the layer dense, or train it"
+        )
+
+
+def _check_scaling(stored: StoredIndexers, ours: RopeScaling | None) -> None:
+    """Indexers follow the model's angles: those trained with scaled RoPE are refused without it."""
+    theirs = stored.base_model.get("rope_scaling")
+    if theirs == ours:
+        return
+    if theirs is not None:
+        raise ValueError(
+            f"indexers: {stored.path} was trained with {describe_scaling(theirs)}, the model has "
+            f"{describe_scaling(ours)}; load the model with rope_scaling={json.dumps(theirs)}"
+        )
+    if "rope_scaling" in stored.base_model or stored.path == SHIPPED:
+        logger.warning(
+            "dsa: %s was trained with plain RoPE, the model has %s: the indexers are extrapolated too",
+            stored.path.name,
+            describe_scaling(ours),
         )
 
 
@@ -189,6 +213,7 @@ def describe_base_model(model: PreTrainedModel) -> dict[str, Any]:
         "num_hidden_layers": config.num_hidden_layers,
         "num_attention_heads": heads,
         "num_key_value_heads": getattr(config, "num_key_value_heads", None) or heads,
+        "rope_scaling": scaling_of(config),
         "sample": _sample(model),
     }
 

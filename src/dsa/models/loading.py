@@ -21,7 +21,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dsa.models.rope import RopeScaling, extend_positions, parse_scaling
+
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
     from dsa.models import AttachReport
 
 DEFAULT_MODEL = "default"
@@ -61,6 +65,7 @@ def load_model(
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
     status: Status | None = None,
+    rope_scaling: RopeScaling | None = None,
 ) -> LoadedModel:
     """Loads a causal language model. Weights are read from safetensors only.
 
@@ -70,6 +75,7 @@ def load_model(
             AMX or AVX512-BF16, and the checkpoint's own dtype elsewhere.
         device: `None` means CUDA where there is one, else the CPU.
         status: Told what takes long: converting the default model, or reading a checkpoint.
+        rope_scaling: For texts longer than the model's positions, as `dsa.models.rope.parse_scaling` returns it.
 
     Raises:
         OSError: No such directory or Hub id, no network, no safetensors, or the cache cannot be written.
@@ -82,10 +88,12 @@ def load_model(
     source = default_model_dir(tell) if is_default else _resolve(name)
     tell(f"Loading {name}")
     with quiet_transformers():
-        _check_causal(name, source)
+        config = _check_causal(name, source)
+        if rope_scaling is not None:
+            extend_positions(config, rope_scaling)
         if dtype is None:
             dtype = torch.float32 if target.type == "cpu" else None
-        model = _read_weights(name, source, dtype)
+        model = _read_weights(name, source, dtype, config if rope_scaling is not None else None)
         tokenizer = _read_tokenizer(name, source)
     return LoadedModel(model.to(target).eval(), tokenizer, name, is_default)
 
@@ -125,6 +133,24 @@ def attach_indexers(
         detach(model)
     source = DEFAULT_MODEL if indexers is None and loaded.is_default else indexers
     return attach(model, indexers=source, **overrides), None if source is None else str(source)
+
+
+def scaling_wanted(text: str | None, indexers: str | Path | None) -> RopeScaling | None:
+    """The RoPE scaling that a user asks for, or else the one that the indexers named were trained with.
+
+    Args:
+        text: As `dsa.models.rope.parse_scaling` takes it.
+        indexers: As in `dsa.attach`.
+
+    Raises:
+        ValueError: The text is no scaling, or the indexers cannot be read.
+        OSError: There are no such indexers.
+    """
+    from dsa.models.checkpoint import read_indexers
+
+    if text is not None:
+        return parse_scaling(text)
+    return None if indexers is None else read_indexers(indexers).base_model.get("rope_scaling")
 
 
 def cache_dir() -> Path:
@@ -311,7 +337,8 @@ def _resolve(name: str) -> str:
     return name
 
 
-def _check_causal(name: str, source: str | Path) -> None:
+def _check_causal(name: str, source: str | Path) -> PreTrainedConfig:
+    """The model's configuration, if it is a causal language model's."""
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -327,7 +354,7 @@ def _check_causal(name: str, source: str | Path) -> None:
         saved = config.architectures or []
         causal = {cls.__name__ for cls in classes if cls is not None}
         if not saved or any(each in causal or each.endswith(CAUSAL_SUFFIXES) for each in saved):
-            return
+            return config
     found = ", ".join(config.architectures or [type(config).__name__])
     raise ValueError(
         f"model: {name} is not a causal language model (it is {found}, model type {config.model_type!r}); "
@@ -335,12 +362,15 @@ def _check_causal(name: str, source: str | Path) -> None:
     )
 
 
-def _read_weights(name: str, source: str | Path, dtype: torch.dtype | None) -> Any:
+def _read_weights(
+    name: str, source: str | Path, dtype: torch.dtype | None, config: PreTrainedConfig | None = None
+) -> Any:
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     try:
-        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype or "auto", use_safetensors=True)
+        given = {} if config is None else {"config": config}
+        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype or "auto", use_safetensors=True, **given)
     except SafetensorError as error:
         raise OSError(f"model: the weights of {name} are damaged ({error}); copy or download them again") from error
     except OSError as error:
