@@ -83,6 +83,16 @@ def test_a_proposal_only(dsa: Run, tiny: str, indexers: str, short: str) -> None
     assert "2 layers select, 0 share, 0 are dense" in flat(result.stdout)
 
 
+def test_texts_beyond_the_models_positions(dsa: Run, tiny: str, indexers: str, text: str, tmp_path: Path) -> None:
+    options = ("--indexers", indexers, "--data", text, "--mass", "0.1", "--rope-scaling", "linear:2")
+    result = dsa("calibrate", tiny, *options, "--out", str(tmp_path / "tuned"))
+    assert result.exit_code == 0, result.output
+    assert "324 tokens are more than" not in result.stderr
+    evaluated = dsa("eval", tiny, "--indexers", str(tmp_path / "tuned"), "--file", text)
+    assert evaluated.exit_code == 0, evaluated.output
+    assert "324 tokens are more than" not in evaluated.stderr
+
+
 def test_budgets() -> None:
     assert parse_budgets(None) is None
     assert parse_budgets("256, 1_024") == (256, 1024)

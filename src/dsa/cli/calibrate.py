@@ -88,6 +88,7 @@ def calibrate(
     compare_uniform: Annotated[
         bool, typer.Option("--compare-uniform", help="Find the one K for all layers that is as good, too.")
     ] = False,
+    rope_scaling: options.RopeScaling = None,
     json: options.Json = None,
     threads: options.Threads = None,
     device: options.Device = None,
@@ -130,12 +131,13 @@ def calibrate(
     import torch
 
     from dsa.calibrate.calibration import calibrate as run
-    from dsa.models.loading import load_model
+    from dsa.models.loading import load_model, scaling_wanted
 
     if threads is not None:
         torch.set_num_threads(threads)
     with notes(), Steps() as steps:
-        loaded = load_model(model, device=device, status=steps.status)
+        scaling = scaling_wanted(rope_scaling, indexers)
+        loaded = load_model(model, device=device, status=steps.status, rope_scaling=scaling)
         found = run(
             loaded,
             documents,
