@@ -9,9 +9,12 @@ Shapes: `B` sequences, `S` tokens, `Q` queries of one update, `Hi`/`Di` index he
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from dsa.config import DSAConfig
 from dsa.models.context import AttentionCall
@@ -20,6 +23,8 @@ from dsa.ops import indexer_loss
 from dsa.train.adam import load_state, state_of
 from dsa.train.processes import Processes
 from dsa.train.settings import BETAS, WarmupSettings
+
+TOKENS_AT_ONCE = 8192
 
 
 class LayerTrainer:
@@ -60,29 +65,43 @@ class LayerTrainer:
             fused=device.type == "cuda",
         )
 
-    def train(self, call: AttentionCall, queries: torch.Tensor, step: int) -> torch.Tensor:
+    def train(
+        self,
+        call: AttentionCall,
+        queries: torch.Tensor,
+        step: int,
+        query_of: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> torch.Tensor:
         """Runs one optimizer step per entry of `queries`.
 
         Args:
             call: What the layer computed.
             queries: Ascending positions int64 `[updates, B, Q]`, on the device of the call.
             step: Number of the step, from 0.
+            query_of: Main queries `[B, Q, H, D]` of some positions, where the call has none (`dsa.train.chunked`).
 
         Returns:
             Mean loss over the updates, and a sum over the activations that is finite if they are; fp32 `[2]` on the
             device, because reading it would make the device wait.
         """
-        hidden = call.hidden_states.detach().float()
-        activations = hidden.sum() + call.query.float().sum() + call.key.float().sum()
+        hidden = call.hidden_states.detach()
+        sums = [each.sum(dtype=torch.float32) for each in (hidden, call.query, call.key)]
+        activations = torch.stack(sums).sum()
         total = torch.zeros((), device=hidden.device)
         for update, rows in enumerate(queries):
             lr = self.settings.lr_at(step + (update + 0.5) / len(queries))
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
-            total += self._update(call, hidden, rows)
+            total += self._update(call, hidden, rows, query_of)
         return torch.stack((total / len(queries), activations))
 
-    def _update(self, call: AttentionCall, hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    def _update(
+        self,
+        call: AttentionCall,
+        hidden: torch.Tensor,
+        rows: torch.Tensor,
+        query_of: Callable[[torch.Tensor], torch.Tensor] | None,
+    ) -> torch.Tensor:
         sequences = torch.arange(len(rows), device=rows.device)[:, None]
         with torch.enable_grad():
             index = index_some(self.indexer, hidden, call.rope, rows)
@@ -90,7 +109,7 @@ class LayerTrainer:
                 index.query,
                 index.key,
                 index.weight,
-                call.query[sequences, rows],
+                call.query[sequences, rows] if query_of is None else query_of(rows),
                 call.key,
                 attention_scale=call.scale,
                 key_start=call.key_start[sequences, rows],
@@ -121,7 +140,7 @@ class LayerTrainer:
             The loss, detached.
         """
         sequences = torch.arange(len(rows), device=rows.device)[:, None]
-        hidden = call.hidden_states.detach().float()
+        hidden = call.hidden_states.detach()
         with torch.enable_grad(), torch.autocast(hidden.device.type, enabled=False):
             index = index_some(self.indexer, hidden, call.rope, rows)
             loss = indexer_loss(
@@ -187,8 +206,24 @@ def index_some(indexer: Indexer, hidden: torch.Tensor, rope: Rope | None, rows: 
     """
     sequences = torch.arange(len(rows), device=rows.device)[:, None]
     chosen = None if rope is None else (_rows_of(rope[0], rows), _rows_of(rope[1], rows))
-    query, weight = indexer.queries(hidden[sequences, rows], chosen)
-    return IndexInputs(query, indexer.keys(hidden, rope), weight)
+    query, weight = indexer.queries(hidden[sequences, rows].float(), chosen)
+    return IndexInputs(query, _keys(indexer, hidden, rope), weight)
+
+
+def _keys(indexer: Indexer, hidden: torch.Tensor, rope: Rope | None) -> torch.Tensor:
+    """Index keys `[B, S, Di]` of an fp32 indexer; narrower hidden states are never held in fp32 as a whole."""
+    if hidden.dtype == torch.float32:
+        return indexer.keys(hidden, rope)
+
+    def widened(part: torch.Tensor, angles: Rope | None) -> torch.Tensor:
+        return indexer.keys(part.float(), angles)
+
+    keys = []
+    for begin in range(0, hidden.shape[1], TOKENS_AT_ONCE):
+        part = slice(begin, begin + TOKENS_AT_ONCE)
+        angles = None if rope is None else (rope[0][:, part], rope[1][:, part])
+        keys.append(cast(torch.Tensor, checkpoint(widened, hidden[:, part], angles, use_reentrant=False)))
+    return torch.cat(keys, dim=1)
 
 
 def _rows_of(table: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

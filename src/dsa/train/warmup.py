@@ -19,6 +19,7 @@ from dsa.models import config_of, indexers_of
 from dsa.models.checkpoint import save_indexers
 from dsa.models.context import AttentionCall, DSAContext
 from dsa.modules.indexer import Indexer
+from dsa.train.chunked import chunked
 from dsa.train.data import TokenStream, Window, Windows, seeded
 from dsa.train.holdout import Holdout
 from dsa.train.language import read_window
@@ -30,6 +31,10 @@ from dsa.train.settings import WarmupSettings
 from dsa.train.state import RunFolder
 
 LAYERS = "layers."
+WHOLE = 16384
+"""Sequences up to this length are read as a whole, """
+CHUNK = 4096
+"""longer ones in chunks of so many tokens."""
 
 
 def train_indexers(
@@ -133,14 +138,18 @@ class Warmup(Stage):
         queries: dict[int, torch.Tensor] = {}
         figures: dict[int, torch.Tensor] = {}
 
-        def observe(call: AttentionCall) -> None:
+        def observe(call: AttentionCall, query_of: Callable[[torch.Tensor], torch.Tensor] | None = None) -> None:
             first = self.settings.first_query(self.config, call.layer)
             if first not in queries:
                 queries[first] = self._draw(window, number, first).to(call.query.device)
-            figures[call.layer] = self.trainers[call.layer].train(call, queries[first], self.step)
+            figures[call.layer] = self.trainers[call.layer].train(call, queries[first], self.step, query_of)
             self.around.reporter.layer()
 
-        read_window(self.model, window, DSAContext(mode="dense", observer=observe))
+        if self.settings.seq_len <= WHOLE:
+            read_window(self.model, window, DSAContext(mode="dense", observer=observe))
+            return figures
+        with chunked(self.model, CHUNK, observe):
+            read_window(self.model, window, DSAContext(mode="dense"))
         return figures
 
     def _draw(self, window: Window, number: int, first: int) -> torch.Tensor:
