@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 import dsa
 from dsa.cli import train as command
 from dsa.cli.main import Commands
+from dsa.cli.training import parse_layers
 from dsa.testing.tiny_models import tiny_model
 from dsa.testing.tiny_tokenizer import BYTE_VOCABULARY, tiny_tokenizer
 
@@ -70,7 +71,7 @@ def test_several_files_after_one_option(given: str, expected: str) -> None:
 
 @pytest.mark.parametrize(("text", "layers"), [("none", []), ("0", [0]), ("0,5-7", [0, 5, 6, 7]), (" 1 , 2-2", [1, 2])])
 def test_layer_lists(text: str, layers: list[int]) -> None:
-    assert command.parse_layers(text) == layers
+    assert parse_layers(text) == layers
 
 
 def test_a_run_and_its_result(app: typer.Typer, model: Path, texts: list[str], tmp_path: Path) -> None:

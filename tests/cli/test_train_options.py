@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -173,3 +175,25 @@ def test_sequences_beyond_the_model_s_positions(
     common = ("eval", tiny, "--file", str(tmp_path / "text.txt"), "--tokens", "400", "--threads", "1")
     measured = fine(dsa(*common, "--indexers", str(tmp_path / "a")))
     assert "extrapolated" not in measured.stderr
+
+
+def test_the_warm_up_needs_base_dependencies_only(tiny: str, rows: str, tmp_path: Path) -> None:
+    script = (
+        "import sys\n"
+        "for name in ('accelerate', 'datasets', 'peft', 'tensorboard', 'pyarrow', 'pandas'): sys.modules[name] = None\n"
+        "from dsa.cli.main import run\n"
+        "run()\n"
+    )
+    args = ["train", tiny, "--data", rows, "--column", "body", "--holdout", rows, *SIZES, *SHORT]
+    finished = subprocess.run(
+        [sys.executable, "-c", script, *args, "--out", str(tmp_path / "a")], capture_output=True, text=True, check=False
+    )
+    assert finished.returncode == 0, finished.stderr
+    board = subprocess.run(
+        [sys.executable, "-c", script, *args, "--tensorboard", "--out", str(tmp_path / "b")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert board.returncode == 2
+    assert "for TensorBoard needs the package tensorboard: pip install 'dsa-attention[train]'" in board.stderr

@@ -14,6 +14,7 @@ import pytest
 pytest.importorskip("accelerate")
 
 from dsa.testing.training import read_log
+from dsa.train import start_processes
 
 SCRIPT = """
 import sys
@@ -74,3 +75,16 @@ def test_an_error_of_the_main_process_ends_all(tmp_path: Path) -> None:
     for code, output in start(2, "warmup", str(tmp_path)):
         assert code == 3, output
         assert "is not empty; choose another one" in output
+
+
+def test_models_split_over_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(NotImplementedError, match="does not split a model over devices with FSDP"):
+        start_processes()
+
+
+def test_several_processes_need_accelerate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    with pytest.raises(ImportError, match="training in several processes needs the package accelerate"):
+        start_processes()

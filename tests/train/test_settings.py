@@ -28,6 +28,15 @@ CONFIG = DSAConfig(top_k=64, sinks=4, local=16, layers={1: LayerConfig(local=32)
         ({"lr": 3.0}, "lr must lie between"),
         ({"warmup_steps": 10}, "warmup_steps must be less than steps .10., got 10"),
         ({"warmup_steps": -1}, "warmup_steps must be"),
+        ({"schedule": "linear"}, "schedule must be one of cosine, wsd, constant, got 'linear'"),
+        ({"decay_steps": 3}, "decay_steps=3 has no meaning with schedule=cosine; use schedule=wsd"),
+        ({"schedule": "wsd", "decay_steps": 0}, "decay_steps must be a whole number of at least 1"),
+        (
+            {"schedule": "wsd", "decay_steps": 8, "warmup_steps": 3},
+            r"warmup_steps .3. and decay_steps .8. are more than the 10 steps",
+        ),
+        ({"max_grad_norm": 0.0}, "max_grad_norm must be a number above 0"),
+        ({"sequences": 0}, "sequences must be a whole number of at least 1"),
         ({"target": "near"}, "target must be one of far, paper, got 'near'"),
     ],
 )
@@ -61,3 +70,14 @@ def test_schedule_rises_to_the_peak_and_falls_to_zero() -> None:
     assert settings.lr_at(60) == pytest.approx(0.005)
     assert settings.lr_at(110) == pytest.approx(0)
     assert WarmupSettings(steps=4, seq_len=128, warmup_steps=0).resolved(CONFIG, [0]).lr_at(0) == pytest.approx(1e-2)
+
+
+def test_wsd_stays_and_falls_at_the_end() -> None:
+    settings = WarmupSettings(steps=100, seq_len=128, lr=0.01, warmup_steps=10, schedule="wsd").resolved(CONFIG, [0])
+    assert settings.decay_steps == 20
+    assert settings.lr_at(5) == pytest.approx(0.005)
+    assert settings.lr_at(10) == settings.lr_at(80) == 0.01
+    assert settings.lr_at(90) == pytest.approx(0.005)
+    assert settings.lr_at(100) == 0
+    constant = dataclasses.replace(settings, schedule="constant", decay_steps=None)
+    assert constant.lr_at(99.5) == 0.01

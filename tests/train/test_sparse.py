@@ -291,3 +291,30 @@ def test_indexers_of_the_model_are_frozen_for_the_model_s_optimizer(tmp_path: Pa
     run = stage(tmp_path)
     own = {id(p) for indexer in indexers_of(run.model).values() for p in indexer.parameters()}
     assert not own & {id(p) for p in run.chosen.parameters.values()}
+
+
+def test_a_device_out_of_memory_is_told_what_helps(tmp_path: Path) -> None:
+    def exhaust(count: int) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    settings = replace(SETTINGS, distill=1.0)
+    with pytest.raises(MemoryError, match=r"--gradient-checkpointing keeps .*--lora 16 takes .* no --distill"):
+        train_sparse(attached(), random_tokens(), tmp_path, settings, reporter=Recorder(at_layer=exhaust))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lr": 2e-3}, "settings.lr was 0.001, is now 0.002"),
+        ({"seed": 1}, "settings.seed was 0, is now 1"),
+        ({"sequences": 1}, "settings.sequences was 2, is now 1"),
+        ({"all_parameters": False, "parameters": "mlp"}, "settings.all_parameters was True, is now False"),
+    ],
+)
+def test_another_run_is_not_resumed(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    train_sparse(attached(), random_tokens(), tmp_path, replace(SETTINGS, steps=2))
+    with pytest.raises(ValueError, match=message):
+        train_sparse(attached(), random_tokens(), tmp_path, replace(SETTINGS, steps=2, **changes), resume=True)
+    model = attached(config=CONFIG.replace(top_k=12))
+    with pytest.raises(ValueError, match=r"top_k.0 was 16, is now 12"):
+        train_sparse(model, random_tokens(), tmp_path, replace(SETTINGS, steps=2), resume=True)

@@ -215,3 +215,29 @@ def test_reporters_draw_what_happened(tmp_path: Path) -> None:
         train_indexers(attached(), random_tokens(), tmp_path / "b", SETTINGS, reporter=live)
     assert "9/9 steps" in drawn.getvalue()
     assert "KL by layer 0-1: " in drawn.getvalue()
+
+
+def test_too_little_disk_before_a_later_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dsa.train import state
+
+    def fill(record: StepRecord) -> None:
+        if record.step == 3:
+            monkeypatch.setattr(state.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+
+    with pytest.raises(OSError, match=r"0 MB free, checkpoints need .*What was written before is intact"):
+        train_indexers(
+            attached(), random_tokens(), tmp_path, SETTINGS, checkpoint_every=2, reporter=Recorder(at_step=fill)
+        )
+    monkeypatch.undo()
+    recorder = Recorder()
+    train_indexers(attached(), random_tokens(), tmp_path, SETTINGS, resume=True, reporter=recorder)
+    assert recorder.begun == (2, 9, [0, 1])
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried 9 GiB"), MemoryError()])
+def test_a_device_out_of_memory_is_told_what_helps(tmp_path: Path, error: Exception) -> None:
+    def exhaust(count: int) -> None:
+        raise error
+
+    with pytest.raises(MemoryError, match=r"cpu ran out of memory in step 1 .*--seq-len 32 halves the act.*; --dt"):
+        train_indexers(attached(), random_tokens(), tmp_path, SETTINGS, reporter=Recorder(at_layer=exhaust))

@@ -1,73 +1,38 @@
-"""`dsa train`: teach a model's indexers what its dense attention reads."""
+"""`dsa train`: teach a model's indexers what its dense attention reads, or a model to live with them."""
 
 from __future__ import annotations
 
-import dataclasses
-import logging
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextlib import nullcontext as silent
-from enum import StrEnum
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand
 
 from dsa.cli import options
 from dsa.cli.configuration import read_config, write_config
-from dsa.cli.console import Steps, err, note, notes
-from dsa.config import DSAConfig, LayerConfig
+from dsa.cli.console import Steps, err
+from dsa.cli.training import (
+    SPARSE,
+    Dtype,
+    LearningRate,
+    Precision,
+    Stage,
+    Target,
+    attach_existing,
+    attach_fresh,
+    attach_trained,
+    fresh_config,
+    heard,
+    indexer_options,
+    interruptible,
+    refuse_sparse_options,
+    run,
+    settings_of,
+)
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from dsa.models import AttachReport
-    from dsa.models.loading import LoadedModel
-    from dsa.train import SparseSettings, TokenStream, TrainingResult, WarmupSettings
-
-NO_LAYERS = "none"
 LISTS = ("data", "holdout")
-DATA, SCHEDULE, SPARSE, INDEXERS = "Data", "Learning", "Sparse stage", "Indexers"
-
-
-class Dtype(StrEnum):
-    """Precision of the frozen model."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-class Target(StrEnum):
-    """What the indexers learn."""
-
-    far = "far"
-    paper = "paper"
-
-
-class Stage(StrEnum):
-    """What is trained."""
-
-    warmup = "warmup"
-    sparse = "sparse"
-
-
-class LearningRate(StrEnum):
-    """What follows the warm-up of the learning rate."""
-
-    cosine = "cosine"
-    wsd = "wsd"
-    constant = "constant"
-
-
-class Precision(StrEnum):
-    """What the sparse stage computes in."""
-
-    no = "no"
-    bf16 = "bf16"
+DATA, SCHEDULE, INDEXERS = "Data", "Learning", "Indexers"
 
 
 class TrainCommand(TyperCommand):
@@ -382,9 +347,9 @@ def train(
     if dtype is None and (all_parameters or parameters is not None):
         dtype = Dtype.float32
     precision = None if dtype is None else getattr(torch, dtype.value)
-    with notes() if processes.is_main else silent():
+    with heard(processes.is_main):
         with Steps() as progress:
-            status = progress.status if processes.is_main else None
+            status = progress.status
             scaling = scaling_wanted(rope_scaling, indexers)
             loaded = load_model(model, dtype=precision, device=own_device, status=status, rope_scaling=scaling)
             vocabulary = loaded.model.get_input_embeddings().num_embeddings
@@ -409,8 +374,7 @@ def train(
             attach_existing(loaded.model, indexers, changes)
         else:
             attach_fresh(loaded.model, fresh_config(changes), seed)
-        if processes.is_main:
-            err.print(f"{len(stream):,} tokens of training data", markup=False)
+        err.print(f"{len(stream):,} tokens of training data", markup=False)
         with interruptible() as interruption:
             result = run(
                 loaded,
@@ -438,196 +402,3 @@ def train(
     typer.echo(result.indexers)
     if result.model is not None:
         typer.echo(result.model)
-
-
-def settings_of(given: dict[str, Any], processes: int) -> WarmupSettings | SparseSettings:
-    """The stage's settings out of the command's options."""
-    from dsa.train import SparseSettings, WarmupSettings
-
-    plain: dict[str, Any] = {
-        name: value.value if isinstance(value, StrEnum) else value for name, value in given.items()
-    }
-    plain["sequences"] = plain["sequences"] or processes
-    kind = SparseSettings if plain["stage"] == Stage.sparse.value else WarmupSettings
-    if kind is SparseSettings:
-        plain["index_queries"] = plain["queries_per_update"]
-    elif plain["lr"] is None:
-        del plain["lr"]
-    names = {each.name for each in dataclasses.fields(kind)}
-    return kind(**{name: value for name, value in plain.items() if name in names})
-
-
-def refuse_sparse_options(ctx: typer.Context) -> None:
-    """Options that the warm-up would silently ignore end the command."""
-    for parameter in ctx.command.params:
-        panel = getattr(parameter, "rich_help_panel", None)
-        if panel == SPARSE and ctx.params[str(parameter.name)] != parameter.default:
-            name = str(parameter.name).replace("_", "-")
-            raise ValueError(f"--{name} belongs to the sparse stage; add --stage sparse, or leave it out")
-
-
-def indexer_options(
-    top_k: int | None,
-    local: int | None,
-    sinks: int | None,
-    index_heads: int | None,
-    index_head_dim: int | None,
-    dense_layers: str | None,
-) -> dict[str, Any]:
-    """The fields of `DSAConfig` that the options set."""
-    sizes: dict[str, Any] = dict(options.overrides(top_k, local))
-    others = {"sinks": sinks, "index_heads": index_heads, "index_head_dim": index_head_dim}
-    sizes |= {name: given for name, given in others.items() if given is not None}
-    if dense_layers is not None:
-        sizes["layers"] = {layer: LayerConfig(dense=True) for layer in parse_layers(dense_layers)}
-    return sizes
-
-
-def fresh_config(changes: dict[str, Any]) -> DSAConfig:
-    """The configuration of new indexers; what was not given is `DSAConfig`'s default, and layer 0 stays dense."""
-    return DSAConfig(**{"layers": {0: LayerConfig(dense=True)}, **changes})
-
-
-def parse_layers(text: str) -> list[int]:
-    """`"0,5-7"` as `[0, 5, 6, 7]`; `"none"` as `[]`.
-
-    Raises:
-        ValueError: Anything else.
-    """
-    if text.strip().lower() == NO_LAYERS:
-        return []
-    layers: list[int] = []
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise ValueError(f"dense-layers must be layer numbers like 0,1,5-7, or {NO_LAYERS}, got {text!r}")
-        layers.extend(range(int(first), int(last if dash else first) + 1))
-    return layers
-
-
-def attach_fresh(model: PreTrainedModel, config: DSAConfig, seed: int) -> None:
-    """Attaches untrained indexers whose weights depend on the seed; a model saved with indexers loses those."""
-    import torch
-
-    import dsa
-
-    if dsa.is_attached(model):
-        note("the model was saved with indexers; new ones are trained in their place")
-        dsa.detach(model)
-    torch.manual_seed(seed)
-    logger = logging.getLogger("dsa")
-    level = logger.level
-    # That the indexers are untrained is what the command is about to change.
-    logger.setLevel(logging.ERROR)
-    try:
-        report = dsa.attach(model, config)
-    finally:
-        logger.setLevel(level)
-    tell(report)
-
-
-def attach_existing(model: PreTrainedModel, indexers: str, changes: dict[str, Any]) -> None:
-    """Attaches trained indexers, to train them on; a model saved with indexers loses those."""
-    import dsa
-
-    if dsa.is_attached(model):
-        note("the model was saved with indexers; those of --indexers take their place")
-        dsa.detach(model)
-    tell(dsa.attach(model, indexers=indexers, **changes))
-
-
-def attach_trained(loaded: LoadedModel, indexers: str | None, changes: dict[str, Any]) -> None:
-    """Attaches the indexers that the sparse stage starts from.
-
-    Raises:
-        ValueError: There are none.
-    """
-    from dsa.models.attachment import is_attached
-    from dsa.models.loading import attach_indexers
-
-    if indexers is None and not loaded.is_default and not is_attached(loaded.model):
-        raise ValueError(
-            f"the sparse stage needs trained indexers: train some with `dsa train {loaded.name} --out DIR`, then name "
-            "them with --indexers DIR"
-        )
-    report, _ = attach_indexers(loaded, indexers, **changes)
-    tell(report)
-
-
-def tell(report: AttachReport) -> None:
-    """Says what is trained."""
-    err.print(f"{report.model}: {report.count('sparse')} indexers, {report.parameters:,} weights", markup=False)
-
-
-class Interruption:
-    """Whether the user asked to stop, and through which signal."""
-
-    def __init__(self) -> None:
-        self.signal = 0
-
-    def __call__(self) -> bool:
-        return bool(self.signal)
-
-    def handle(self, number: int, frame: FrameType | None) -> None:
-        """The first signal lets the running step finish, the second ends at once."""
-        if self.signal:
-            raise KeyboardInterrupt
-        self.signal = number
-        note("stopping after this step, with a checkpoint; press Ctrl-C again to stop at once, without one")
-
-
-@contextmanager
-def interruptible() -> Iterator[Interruption]:
-    """Turns Ctrl-C and SIGTERM into a request while the context is open."""
-    interruption = Interruption()
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, interruption.handle) for number in numbers]
-    try:
-        yield interruption
-    finally:
-        for number, handler in zip(numbers, before):
-            signal.signal(number, handler)
-
-
-def run(
-    loaded: LoadedModel,
-    stream: TokenStream,
-    out: Path,
-    settings: WarmupSettings | SparseSettings,
-    interruption: Interruption,
-    *,
-    merge: bool,
-    tensorboard: bool,
-    **others: Any,
-) -> TrainingResult:
-    """Trains with progress on stderr: drawn on a terminal, lines elsewhere."""
-    from dsa.train import LineReporter, LiveReporter, Reporter, Reporters, WarmupSettings, train_indexers, train_sparse
-    from dsa.train.tensorboard import TensorBoardReporter
-
-    is_main = others["processes"].is_main
-    boards = [TensorBoardReporter(out / "tensorboard", loaded.model.device)] if tensorboard and is_main else []
-
-    def with_reporter(*reporters: Reporter) -> TrainingResult:
-        told = Reporters(*reporters, *boards)
-        if isinstance(settings, WarmupSettings):
-            return train_indexers(
-                loaded.model, stream, out, settings, reporter=told, should_stop=interruption, **others
-            )
-        return train_sparse(
-            loaded.model,
-            stream,
-            out,
-            settings,
-            tokenizer=loaded.tokenizer,
-            merge=merge,
-            reporter=told,
-            should_stop=interruption,
-            **others,
-        )
-
-    if not is_main:
-        return with_reporter()
-    if not err.is_terminal:
-        return with_reporter(LineReporter(err))
-    with LiveReporter(err) as live:
-        return with_reporter(live)

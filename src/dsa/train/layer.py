@@ -85,8 +85,9 @@ class LayerTrainer:
             device, because reading it would make the device wait.
         """
         hidden = call.hidden_states.detach()
-        sums = [each.sum(dtype=torch.float32) for each in (hidden, call.query, call.key)]
-        activations = torch.stack(sums).sum()
+        # In parts: on a CPU torch sums narrow tensors in a copy that is as wide as the sum.
+        parts = [part for each in (hidden, call.query, call.key) for part in each.split(TOKENS_AT_ONCE, dim=1)]
+        activations = torch.stack([part.sum(dtype=torch.float32) for part in parts]).sum()
         total = torch.zeros((), device=hidden.device)
         for update, rows in enumerate(queries):
             lr = self.settings.lr_at(step + (update + 0.5) / len(queries))

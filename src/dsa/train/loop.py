@@ -149,8 +149,28 @@ class Stage(ABC):
     def identity(self) -> dict[str, Any]:
         """What decides the losses and belongs to the stage: its settings."""
 
+    @abstractmethod
+    def savings(self) -> list[str]:
+        """Settings that lower the memory needed, each with by how much."""
+
     def go(self, resume: bool) -> None:
-        """Runs the steps that are left."""
+        """Runs the steps that are left.
+
+        Raises:
+            MemoryError: The device ran out of memory; the message says which settings lower what is needed.
+        """
+        try:
+            self._go(resume)
+        except (MemoryError, RuntimeError) as error:
+            if not isinstance(error, MemoryError) and not any(words in str(error).lower() for words in OUT_OF_MEMORY):
+                raise
+            reason = [*str(error).strip().splitlines(), "no reason given"][0]
+            raise MemoryError(
+                f"{self.model.device} ran out of memory in step {self.step + 1} ({reason}). What lowers it: "
+                f"{'; '.join(self.savings())}"
+            ) from error
+
+    def _go(self, resume: bool) -> None:
         around, folder = self.around, self.around.folder
         if resume:
             self._resume()
@@ -205,6 +225,7 @@ class Stage(ABC):
         self.give_back()
 
         def write() -> None:
+            self.around.folder.check_space(self.expected_bytes(), copies=1)
             self.around.folder.save(TrainingState(self.step, self.seconds, self._identity(), self.state()))
             self.publish(finished)
 
@@ -260,6 +281,22 @@ class Stage(ABC):
         model = describe_base_model(self.model)
         model["dtype"] = str(self.model.dtype).removeprefix("torch.")
         return model
+
+
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
+
+
+def sequence_savings(settings: Any, where: str = "activations") -> str:
+    """What a shorter sequence saves."""
+    return f"--seq-len {settings.seq_len // 2} halves the {where}"
+
+
+def narrower_weights(model: PreTrainedModel) -> list[str]:
+    """What narrower weights of a frozen model save."""
+    if model.dtype != torch.float32:
+        return []
+    size = sum(each.numel() * each.itemsize for each in model.parameters())
+    return [f"--dtype bfloat16 takes {size / 2e6:,.0f} MB less for the model's weights"]
 
 
 def expected_state_bytes(parameters: dict[str, dict[str, torch.Tensor]]) -> int:

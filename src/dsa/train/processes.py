@@ -18,6 +18,8 @@ from dsa.train.extras import needed
 
 Result = TypeVar("Result")
 
+UNSUPPORTED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
+
 
 class Processes:
     """One process alone: nothing to agree on."""
@@ -95,7 +97,14 @@ def start_processes(device: str | None = None) -> tuple[Processes, str | None]:
 
     Raises:
         ImportError: There are several, and `accelerate` is not installed.
+        NotImplementedError: The launcher was told to split the model over devices.
     """
+    for name in UNSUPPORTED:
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("1", "true"):
+            raise NotImplementedError(
+                f"dsa train does not split a model over devices with {name}: every process holds the whole model. "
+                "Launch it without, and lower what one device holds with --dtype bfloat16 or --lora"
+            )
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return Processes(), device
     state = needed("accelerate", "training in several processes").PartialState(cpu=device == "cpu")

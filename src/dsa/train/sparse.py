@@ -13,6 +13,7 @@ import shutil
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,15 @@ from dsa.train.data import TokenStream, Window, Windows, seeded
 from dsa.train.holdout import Holdout
 from dsa.train.language import language_losses, predicted, read_window
 from dsa.train.layer import LayerTrainer, draw_queries
-from dsa.train.loop import NotFiniteError, Stage, Surroundings, TrainingResult, expected_state_bytes
+from dsa.train.loop import (
+    NotFiniteError,
+    Stage,
+    Surroundings,
+    TrainingResult,
+    expected_state_bytes,
+    narrower_weights,
+    sequence_savings,
+)
 from dsa.train.processes import Processes
 from dsa.train.progress import Reporter, StepRecord
 from dsa.train.settings import BETAS, SparseSettings
@@ -274,6 +283,24 @@ class SparseStage(Stage):
         for trainer in self.trainers.values():
             trainer.write_back()
 
+    def savings(self) -> list[str]:
+        settings = self.settings
+        trained = sum(each.numel() * each.itemsize for each in self.chosen.parameters.values()) / 1e6
+        found = []
+        if not settings.gradient_checkpointing:
+            layers = self.model.config.get_text_config().num_hidden_layers
+            found.append(f"--gradient-checkpointing keeps about 1/{layers} of the layers' activations")
+        found.append(sequence_savings(settings, "rest of them" if found else "activations"))
+        if settings.lora is None:
+            found.append(f"--lora 16 takes nearly all of the {3 * trained:,.0f} MB of gradients and moments away")
+        else:
+            found += narrower_weights(self.model)
+        if settings.distill:
+            found.append(f"no --distill takes {trained:,.0f} MB and the dense pass away")
+        if settings.index_queries is None:
+            found.append("--queries-per-update 1024 limits what the indexers' loss holds")
+        return found
+
     def expected_bytes(self) -> int:
         parts: dict[str, dict[str, torch.Tensor]] = {f"{n}": dict(t.parameters) for n, t in self.trainers.items()}
         return expected_state_bytes({**parts, MODEL: dict(self.chosen.parameters)})
@@ -287,7 +314,9 @@ class SparseStage(Stage):
         folder = self.around.folder
         save_indexers(self.model, folder.indexers_file)
         if self.chosen.adapter is not None:
-            _replace_folder(folder.path / ADAPTER, self.chosen.adapter.save_pretrained)
+            # No embedding is trained; PEFT would ask the Hub for the base model's vocabulary to find out.
+            save_adapter = partial(self.chosen.adapter.save_pretrained, save_embedding_layers=False)
+            _replace_folder(folder.path / ADAPTER, save_adapter)
         if not finished or (self.settings.lora is not None and not self.merge):
             return
         self.chosen.merge()

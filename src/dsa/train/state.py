@@ -91,17 +91,18 @@ class RunFolder:
         except OSError as error:
             raise OSError(f"out: the folder {self.path} cannot be made: {error.strerror or error}") from error
 
-    def check_space(self, state_bytes: int) -> None:
-        """Refuses to begin where two states of that size would not fit.
+    def check_space(self, state_bytes: int, copies: int = COPIES) -> None:
+        """Refuses to begin a run, or a checkpoint, where so many states of that size would not fit.
 
         Raises:
             OSError: Too little disk.
         """
         free = shutil.disk_usage(self.path).free
-        if free < COPIES * state_bytes:
+        if free < copies * state_bytes:
             raise OSError(
-                f"out: {self.path} has {free / 1e6:.0f} MB free, checkpoints need {COPIES * state_bytes / 1e6:.0f} MB; "
-                "free some, or choose a folder on another disk"
+                f"out: {self.path} has {free / 1e6:.0f} MB free, checkpoints need {copies * state_bytes / 1e6:.0f} MB; "
+                "free some and continue with --resume, or choose a folder on another disk. What was written before is "
+                "intact"
             )
 
     def save(self, state: TrainingState) -> None:

@@ -24,7 +24,15 @@ from dsa.train.data import TokenStream, Window, Windows, seeded
 from dsa.train.holdout import Holdout
 from dsa.train.language import read_window
 from dsa.train.layer import LayerTrainer, draw_queries
-from dsa.train.loop import NotFiniteError, Stage, Surroundings, TrainingResult, expected_state_bytes
+from dsa.train.loop import (
+    NotFiniteError,
+    Stage,
+    Surroundings,
+    TrainingResult,
+    expected_state_bytes,
+    narrower_weights,
+    sequence_savings,
+)
 from dsa.train.processes import Processes
 from dsa.train.progress import Reporter, StepRecord
 from dsa.train.settings import WarmupSettings
@@ -206,6 +214,9 @@ class Warmup(Stage):
 
     def publish(self, finished: bool) -> None:
         save_indexers(self.model, self.around.folder.indexers_file)
+
+    def savings(self) -> list[str]:
+        return [sequence_savings(self.settings), *narrower_weights(self.model)]
 
     def expected_bytes(self) -> int:
         return expected_state_bytes({f"{n}": dict(trainer.parameters) for n, trainer in self.trainers.items()})
