@@ -18,6 +18,7 @@ from dsa.cli.training import (
     LearningRate,
     Precision,
     Stage,
+    Start,
     Target,
     attach_existing,
     attach_fresh,
@@ -206,6 +207,14 @@ def train(
             rich_help_panel=SCHEDULE,
         ),
     ] = Target.far,
+    start: Annotated[
+        Start,
+        typer.Option(
+            help="New indexers begin with random weights, or `fitted` in closed form to what each layer attends to in "
+            "the first sequence.",
+            rich_help_panel=SCHEDULE,
+        ),
+    ] = Start.random,
     seed: Annotated[
         int,
         typer.Option(metavar="N", help="Of the first weights and of the order of the data.", rich_help_panel=SCHEDULE),
@@ -340,6 +349,8 @@ def train(
 
     if stage is Stage.warmup:
         refuse_sparse_options(ctx)
+    if start is Start.fitted and (indexers is not None or stage is Stage.sparse):
+        raise ValueError("--start fitted sets new indexers; leave it out where training goes on with --indexers")
     processes, own_device = start_processes(device)
     settings = settings_of(ctx.params, processes.size)
     if threads is not None:

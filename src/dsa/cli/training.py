@@ -44,6 +44,13 @@ class Target(StrEnum):
     paper = "paper"
 
 
+class Start(StrEnum):
+    """What new indexers begin with."""
+
+    random = "random"
+    fitted = "fitted"
+
+
 class Stage(StrEnum):
     """What is trained."""
 

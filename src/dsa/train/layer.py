@@ -23,6 +23,7 @@ from dsa.ops import indexer_loss
 from dsa.train.adam import load_state, state_of
 from dsa.train.processes import Processes
 from dsa.train.settings import BETAS, WarmupSettings
+from dsa.train.start import fit_indexer
 
 TOKENS_AT_ONCE = 8192
 
@@ -64,6 +65,24 @@ class LayerTrainer:
             weight_decay=0.0,
             fused=device.type == "cuda",
         )
+
+    @torch.no_grad()
+    def fit(
+        self,
+        call: AttentionCall,
+        queries: torch.Tensor,
+        query_of: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> None:
+        """Sets the indexer in closed form from the queries of the first sequence; arguments as in `train`.
+
+        Of several processes the first one's weights are everybody's.
+        """
+        if self.processes.rank == 0:
+            fit_indexer(self.indexer, call, queries[:, 0].flatten().unique(), self.sinks, self.local, query_of)
+        if self.processes.size > 1:
+            for parameter in self.parameters.values():
+                parameter.mul_(self.processes.size if self.processes.rank == 0 else 0)
+            self.processes.mean_(self.parameters.values())
 
     def train(
         self,

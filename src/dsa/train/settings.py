@@ -18,10 +18,14 @@ from dsa.train.schedule import (
 )
 
 Target = Literal["far", "paper"]
+Start = Literal["random", "fitted"]
 
 BETAS = (0.9, 0.95)
 MAX_GRAD_NORM = 1.0
 QUERIES_PER_UPDATE = 64
+
+LEAST_HEADS, LEAST_HEAD_DIM = 2, 4
+"""What a fitted start needs: a ReLU and its negative make a score, and two dims of a key hold its length."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,8 @@ class WarmupSettings:
             distributions. `"paper"` learns all causal positions (arXiv 2512.02556, eq. 3).
         boundaries: Tokens attend within their own document, and positions begin anew with each; otherwise a
             sequence is read as one text.
+        start: `"random"` begins with the weights that the indexers have, `"fitted"` sets them first, in closed form,
+            from the attention that the first sequence has in each layer (`dsa.train.start`).
 
     Raises:
         ValueError: A value is out of range.
@@ -66,6 +72,7 @@ class WarmupSettings:
     seed: int = 0
     target: Target = "far"
     boundaries: bool = True
+    start: Start = "random"
 
     def __post_init__(self) -> None:
         require_int("steps", self.steps, 1)
@@ -73,6 +80,8 @@ class WarmupSettings:
         require_int("seed", self.seed, 0)
         require_int("sequences", self.sequences, 1)
         require_positive("max_grad_norm", self.max_grad_norm)
+        if self.start not in get_args(Start):
+            raise ValueError(f"start must be one of {', '.join(get_args(Start))}, got {self.start!r}")
         for name in ("queries_per_update", "updates_per_sequence"):
             if getattr(self, name) is not None:
                 require_int(name, getattr(self, name), 1)
@@ -87,6 +96,11 @@ class WarmupSettings:
             ValueError: The sequences are so short that a layer would have nothing to learn from, or an update
                 asks for more queries than a sequence has.
         """
+        if self.start == "fitted" and (config.index_heads < LEAST_HEADS or config.index_head_dim < LEAST_HEAD_DIM):
+            raise ValueError(
+                f"start='fitted' needs at least {LEAST_HEADS} index heads of {LEAST_HEAD_DIM} dims, got "
+                f"{config.index_heads} of {config.index_head_dim}; use start='random' or larger indexers"
+            )
         eligible = {layer: self.seq_len - self.first_query(config, layer) for layer in layers}
         layer, fewest = min(eligible.items(), key=lambda item: item[1])
         if fewest < 1:

@@ -150,6 +150,8 @@ class Warmup(Stage):
             first = self.settings.first_query(self.config, call.layer)
             if first not in queries:
                 queries[first] = self._draw(window, number, first).to(call.query.device)
+            if self.settings.start == "fitted" and self.step == 0:
+                self.trainers[call.layer].fit(call, queries[first], query_of)
             figures[call.layer] = self.trainers[call.layer].train(call, queries[first], self.step, query_of)
             self.around.reporter.layer()
 
