@@ -141,7 +141,16 @@ def gap(*tensors: Tensor | None) -> str | None:
             return f"the kernels run on the CPU, and the tensors are on {tensor.device}"
         if tensor.dtype not in DTYPES:
             return f"{tensor.dtype} has no CPU kernel"
+    return _constant_missing()
+
+
+def _constant_missing() -> str | None:
+    """`missing()`, which torch.compile need not look into."""
     return missing()
+
+
+# What torch.compiler.assume_constant_result does, which would import the whole compiler first.
+_constant_missing.__dict__["_dynamo_marked_constant"] = True
 
 
 def isas() -> tuple[str, ...]:

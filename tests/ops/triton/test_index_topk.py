@@ -238,7 +238,7 @@ def test_a_wrong_range_is_refused(device: str) -> None:
 
 def test_what_the_kernels_lack_is_said(device: str) -> None:
     q, k, w = make_index(1, 2, 5, device, dim=300)
-    with pytest.raises(NotImplementedError, match=r"at most 256 dims, got 300.*Use reference"):
+    with pytest.raises(NotImplementedError, match=r"at most 256 dims, got 300.*Use .*reference"):
         index_topk(q, k, w, 2, impl="triton")
     with pytest.raises(NotImplementedError, match="fp64"):
         index_topk(q.double(), k.double(), w.double(), 2, impl="triton")
