@@ -85,7 +85,7 @@ DSA_INLINE void narrow(float value, F16* out) {
     } else if (magnitude >= 65520.0f) {
         half = 0x7c00;
     } else if (magnitude < 0x1p-14f) {
-        // Adding 2^-1 * 2^-1... aligns the last place of a subnormal with the last bit of the sum, which rounds.
+        // The last bit of a float between 0.5 and 1 is 2^-24, a subnormal's last place: the sum rounds to it.
         half = to_bits(magnitude + 0x1p-1f) - to_bits(0x1p-1f);
     } else {
         const uint32_t m = bits & 0x7fffffff;
