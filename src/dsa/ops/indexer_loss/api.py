@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -105,33 +107,21 @@ def indexer_loss(
     floating = (q, k, sink_logits, q_index, k_index, w_index)
     gaps = triton_support.beside({"native": native_support.gap(*floating), "reference": None}, *floating)
     chosen = resolve_impl(_OP, impl, gaps)
+    constants: dict[str, Any] = {
+        "q": q.detach(),
+        "k": k.detach(),
+        "sink_logits": None if sink_logits is None else sink_logits.detach(),
+        "indices": indices,
+        "index_scale": index_scale,
+        "attention_scale": attention_scale,
+        "softcap": softcap,
+        "visible": visible,
+    }
     if chosen == "native":
         from dsa.ops.indexer_loss import native
 
-        constants = native.Constants(
-            q=q.detach(),
-            k=k.detach(),
-            sink_logits=None if sink_logits is None else sink_logits.detach(),
-            indices=indices,
-            index_scale=index_scale,
-            attention_scale=attention_scale,
-            softcap=softcap,
-            visible=visible,
-            sinks=sinks,
-            local=local,
-        )
-        return native.indexer_loss(q_index, k_index, w_index, constants)
-    inputs = reference.LossInputs(
-        q=q.detach(),
-        k=k.detach(),
-        sink_logits=None if sink_logits is None else sink_logits.detach(),
-        indices=indices,
-        index_scale=index_scale,
-        attention_scale=attention_scale,
-        softcap=softcap,
-        visible=visible,
-        kept=visible.shrink(sinks, local),
-    )
+        return native.indexer_loss(q_index, k_index, w_index, native.Constants(**constants, sinks=sinks, local=local))
+    inputs = reference.LossInputs(**constants, kept=visible.shrink(sinks, local))
     if chosen == "triton":
         from dsa.ops.indexer_loss import triton
 
