@@ -1,7 +1,5 @@
 """What only the compiled `index_topk` has to show: long rows, guessed thresholds, packed tiles, any strides."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import given
@@ -13,7 +11,13 @@ pytestmark = pytest.mark.skipif(native_support.missing() is not None, reason="th
 
 KEYS = 12_000
 
-on_every_isa = pytest.mark.parametrize("isa", () if native_support.missing() else native_support.isas(), indirect=True)
+on_every_isa = pytest.mark.parametrize(
+    "isa",
+    [
+        pytest.param(isa, marks=pytest.mark.isa(isa))
+        for isa in (() if native_support.missing() else native_support.isas())
+    ],
+)
 
 
 def both(*arguments: object, **options: object) -> tuple[torch.Tensor, torch.Tensor]:
@@ -29,18 +33,10 @@ def make(tokens: int, keys: int, dim: int = 32, seed: int = 0) -> tuple[torch.Te
     return q, k, w
 
 
-@pytest.fixture
-def isa(request: pytest.FixtureRequest) -> Iterator[None]:
-    before = native_support.isa()
-    native_support.set_isa(request.param)
-    yield
-    native_support.set_isa(before)
-
-
 @on_every_isa
 @pytest.mark.parametrize("tokens", [1, 40])
 @pytest.mark.parametrize("top_k", [40, 900, 5000])
-def test_long_rows(isa: None, tokens: int, top_k: int) -> None:
+def test_long_rows(isa: str, tokens: int, top_k: int) -> None:
     q, k, w = make(tokens, KEYS)
     native, reference = both(q, quantize_index_keys(k), w, top_k, sinks=4, local=16)
     assert torch.equal(native, reference)
@@ -48,7 +44,7 @@ def test_long_rows(isa: None, tokens: int, top_k: int) -> None:
 
 @on_every_isa
 @pytest.mark.parametrize("spacing", range(8, 14))
-def test_a_sample_that_misleads(isa: None, spacing: int) -> None:
+def test_a_sample_that_misleads(isa: str, spacing: int) -> None:
     """Every `spacing`-th key is far better than the rest: a sample at that distance sees only such keys."""
     q, k, w = make(40, KEYS)
     q, w = q.abs(), w.abs()
