@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import struct
 import time
 from dataclasses import asdict, dataclass
 
 import torch
 
 from dsa.ops import native_support
-from dsa.ops.native_support import TensorArg
 
 BUFFER_FLOATS = 1 << 28
 """1 GiB, more than any cache holds."""
@@ -22,18 +22,8 @@ _STREAMS = (1, 2)
 _THOUSANDS = 2000
 
 
-class _Arguments(ctypes.Structure):
-    """`dsa_probe_args` of `csrc/include/dsa/probe.h`."""
-
-    _fields_ = (
-        ("buffer", TensorArg),
-        ("sink", TensorArg),
-        ("repeats", ctypes.c_int64),
-        ("amount", ctypes.POINTER(ctypes.c_int64)),
-        ("kind", ctypes.c_int32),
-        ("streams", ctypes.c_int32),
-        ("threads", ctypes.c_int32),
-    )
+_pack_scalars = struct.Struct("=qQ3i4x").pack
+"""What follows the tensors in `dsa_probe_args`: repeats, where the amount goes, kind, streams, threads."""
 
 
 @dataclass(frozen=True)
@@ -96,9 +86,8 @@ def _rate(kind: int, repeats: int, buffer: torch.Tensor | None = None, streams: 
     threads = torch.get_num_threads()
     sink = torch.empty(threads)
     amount = ctypes.c_int64()
-    arguments = _Arguments(
-        TensorArg.of(buffer), TensorArg.of(sink), repeats, ctypes.pointer(amount), kind, streams, threads
-    )
+    scalars = _pack_scalars(repeats, ctypes.addressof(amount), kind, streams, threads)
+    arguments = native_support.pack(buffer, sink) + scalars
     best = float("inf")
     for _ in range(_ROUNDS):
         began = time.perf_counter()

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
+
+_LARGEST_FP32 = torch.finfo(torch.float32).max
 
 
 def describe(value: object) -> str:
@@ -65,8 +65,10 @@ def check_scale(op: str, name: str, value: float | None, default: float) -> floa
         return default
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{op}: {name} must be a number or None, got {describe(value)}; pass a Python float")
-    if not math.isfinite(value):
-        raise ValueError(f"{op}: {name} must be finite, got {value}; leave it out for the default {default:.6g}")
+    if not abs(value) <= _LARGEST_FP32:
+        raise ValueError(
+            f"{op}: {name} must be finite in fp32, got {value}; leave it out for the default {default:.6g}"
+        )
     return float(value)
 
 

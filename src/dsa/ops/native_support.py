@@ -19,6 +19,7 @@ import os
 import struct
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -35,37 +36,26 @@ HOW_TO_BUILD = "install a C++ compiler (g++ or clang) and install dsa-attention 
 _FILE_NAMES = {"darwin": "libdsa_native.dylib", "win32": "dsa_native.dll"}
 _OPENMP_NAMES = ("libgomp", "libiomp5", "libomp")
 
-_Sizes = ctypes.c_int64 * 4
-
-
-class TensorArg(ctypes.Structure):
-    """`dsa_tensor`: where a tensor lies, its sizes, its strides in elements and its dtype.
-
-    The caller keeps the tensor alive until the kernel has returned.
-    """
-
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("size", _Sizes),
-        ("stride", _Sizes),
-        ("dtype", ctypes.c_int32),
-        ("dims", ctypes.c_int32),
-    )
-
-    @classmethod
-    def of(cls, tensor: Tensor | None) -> TensorArg:
-        """The description of a tensor of at most four dims, or of an absent argument."""
-        if tensor is None:
-            return _ABSENT
-        dims = tensor.ndim
-        # Packed bytes take half the time of nested structures; a decoding step makes a dozen of these a layer.
-        packed = _PACK[dims](tensor.data_ptr(), *tensor.shape, *tensor.stride(), DTYPES[tensor.dtype], dims)
-        return cls.from_buffer_copy(packed)
-
-
-_ABSENT = TensorArg()
 _PACK = [struct.Struct(f"=Q{dims}q{8 * (4 - dims)}x{dims}q{8 * (4 - dims)}x2i").pack for dims in range(5)]
-"""By number of dims, the bytes of a `TensorArg`."""
+"""By number of dims, the bytes of a `dsa_tensor`: where it lies, its sizes, its strides in elements, dtype and dims."""
+
+_ABSENT = _PACK[0](0, 0, 0)
+
+
+def pack(*tensors: Tensor | None) -> bytes:
+    """The beginning of an operation's argument structure: a `dsa_tensor` for each tensor, of at most four dims.
+
+    `None` is an absent argument. The caller keeps the tensors alive until the kernel has returned. Bytes take a third
+    of the time of nested ctypes structures, and a decoding step describes some twenty tensors a layer.
+    """
+    parts = []
+    for tensor in tensors:
+        if tensor is None:
+            parts.append(_ABSENT)
+        else:
+            dims = tensor.ndim
+            parts.append(_PACK[dims](tensor.data_ptr(), *tensor.shape, *tensor.stride(), DTYPES[tensor.dtype], dims))
+    return b"".join(parts)
 
 
 class Unavailable(Exception):
@@ -177,18 +167,25 @@ class OutOfRange(Exception):
     """A kernel met a position outside the keys, and read nothing through it; the caller words it for the user."""
 
 
-def call(name: str, arguments: ctypes.Structure) -> None:
-    """Runs `dsa_<name>` on its argument structure.
+def call(name: str, arguments: bytes) -> None:
+    """Runs `dsa_<name>` on its argument structure, as `pack` and `struct` make it.
 
     Raises:
         MemoryError: The kernel could not get its scratch memory.
         OutOfRange: From the operations that check positions themselves.
     """
-    status = getattr(library(), f"dsa_{name}")(ctypes.byref(arguments))
+    status = _operation(name)(arguments)
     if status == 2:
         raise OutOfRange(name)
     if status != 0:
         raise MemoryError(f"{name}: not enough memory for the kernel's scratch buffers")
+
+
+@functools.cache
+def _operation(name: str) -> Callable[[bytes], int]:
+    function = getattr(library(), f"dsa_{name}")
+    function.argtypes = (ctypes.c_char_p,)
+    return function
 
 
 def threads() -> int:

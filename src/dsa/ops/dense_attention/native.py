@@ -5,7 +5,7 @@ Shapes: `B` batch, `T` query tokens, `S` key tokens, `H`/`G` query / KV heads, `
 
 from __future__ import annotations
 
-import ctypes
+import struct
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dsa.ops import native_support
-from dsa.ops.native_support import TensorArg
 
 
 class Options(NamedTuple):
@@ -28,48 +27,16 @@ class Options(NamedTuple):
     key_end: Tensor | None
 
 
-class _Arguments(ctypes.Structure):
-    """`dsa_dense_attention_args` of `csrc/include/dsa/dense_attention.h`."""
-
-    _fields_ = (
-        ("q", TensorArg),
-        ("k", TensorArg),
-        ("v", TensorArg),
-        ("sink_logits", TensorArg),
-        ("key_start", TensorArg),
-        ("key_end", TensorArg),
-        ("out", TensorArg),
-        ("lse", TensorArg),
-        ("scale", ctypes.c_float),
-        ("softcap", ctypes.c_float),
-        ("threads", ctypes.c_int32),
-    )
-
-    @classmethod
-    def of(
-        cls, q: Tensor, k: Tensor, v: Tensor, sink_logits: Tensor | None, out: Tensor, lse: Tensor, options: Options
-    ) -> _Arguments:
-        tensors = (q, k, v, sink_logits, options.key_start, options.key_end, out, lse)
-        return cls(
-            *(TensorArg.of(tensor) for tensor in tensors),
-            options.scale,
-            options.softcap or 0.0,
-            native_support.threads(),
-        )
+_pack_scalars = struct.Struct("=2fi4x").pack
+"""What follows the tensors in `dsa_dense_attention_args`: scale, softcap, threads."""
 
 
-class _BackwardArguments(ctypes.Structure):
-    """`dsa_dense_attention_backward_args` of `csrc/include/dsa/dense_attention.h`."""
-
-    _fields_ = (
-        ("forward", _Arguments),
-        ("grad_out", TensorArg),
-        ("normaliser", TensorArg),
-        ("mean", TensorArg),
-        ("grad_q", TensorArg),
-        ("grad_k", TensorArg),
-        ("grad_v", TensorArg),
-    )
+def _arguments(
+    q: Tensor, k: Tensor, v: Tensor, sink_logits: Tensor | None, out: Tensor, lse: Tensor, options: Options
+) -> bytes:
+    """`dsa_dense_attention_args`, with which `dsa_dense_attention_backward_args` begins too."""
+    tensors = native_support.pack(q, k, v, sink_logits, options.key_start, options.key_end, out, lse)
+    return tensors + _pack_scalars(options.scale, options.softcap or 0.0, native_support.threads())
 
 
 class DenseAttention(torch.autograd.Function):
@@ -97,11 +64,10 @@ class DenseAttention(torch.autograd.Function):
             torch.empty(x.shape, dtype=x.dtype) if wanted else None
             for x, wanted in zip((q, k, v), (for_q, for_k, for_v))
         ]
-        arguments = _BackwardArguments(
-            _Arguments.of(q, k, v, sink, out, lse, ctx.options),
-            *(TensorArg.of(tensor) for tensor in (grad_out, normaliser, mean, *grads)),
+        forward = _arguments(q, k, v, sink, out, lse, ctx.options)
+        native_support.call(
+            "dense_attention_backward", forward + native_support.pack(grad_out, normaliser, mean, *grads)
         )
-        native_support.call("dense_attention_backward", arguments)
         grad_sink = None
         if for_sink and sink is not None:
             share = (sink - normaliser.masked_fill(normaliser == -torch.inf, 0.0)).exp()
@@ -123,5 +89,5 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, sink_logits: Tensor | None, option
     out = torch.empty((batch, tokens, heads, v.shape[-1]), dtype=q.dtype)
     lse = torch.empty((batch, tokens, heads), dtype=torch.float32)
     sink = None if sink_logits is None else sink_logits.detach().float()
-    native_support.call("dense_attention", _Arguments.of(q, k, v, sink, out, lse, options))
+    native_support.call("dense_attention", _arguments(q, k, v, sink, out, lse, options))
     return out, lse

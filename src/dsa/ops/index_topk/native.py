@@ -5,36 +5,21 @@ Shapes: `B` batch, `T` query tokens, `S` key tokens, `Hi`/`Di` index heads / ind
 
 from __future__ import annotations
 
-import ctypes
+import struct
 
 import torch
 from torch import Tensor
 
 from dsa.ops import native_support
 from dsa.ops.checks import check_tensor
-from dsa.ops.native_support import TensorArg
 from dsa.ops.quantize.types import QuantizedKeys
 from dsa.ops.ranges import resolve_ranges
 
 _OP = "index_topk"
 
 
-class _Arguments(ctypes.Structure):
-    """`dsa_index_topk_args` of `csrc/include/dsa/index_topk.h`."""
-
-    _fields_ = (
-        ("query", TensorArg),
-        ("key", TensorArg),
-        ("key_scale", TensorArg),
-        ("weight", TensorArg),
-        ("key_start", TensorArg),
-        ("key_end", TensorArg),
-        ("selection", TensorArg),
-        ("scale", ctypes.c_float),
-        ("sinks", ctypes.c_int32),
-        ("local", ctypes.c_int32),
-        ("threads", ctypes.c_int32),
-    )
+_pack_scalars = struct.Struct("=f3i").pack
+"""What follows the tensors in `dsa_index_topk_args`: scale, sinks, local, threads."""
 
 
 def index_topk(
@@ -56,19 +41,8 @@ def index_topk(
     start = _range("key_start", key_start, batch, tokens, keys)
     end = _range("key_end", key_end, batch, tokens, keys)
     selection = torch.empty(batch, tokens, top_k, dtype=torch.int32)
-    arguments = _Arguments(
-        TensorArg.of(q),
-        TensorArg.of(key),
-        TensorArg.of(key_scale),
-        TensorArg.of(w),
-        TensorArg.of(start),
-        TensorArg.of(end),
-        TensorArg.of(selection),
-        scale,
-        sinks,
-        local,
-        native_support.threads(),
-    )
+    scalars = _pack_scalars(scale, sinks, local, native_support.threads())
+    arguments = native_support.pack(q, key, key_scale, w, start, end, selection) + scalars
     try:
         native_support.call(_OP, arguments)
     except native_support.OutOfRange:

@@ -6,7 +6,7 @@ Shapes: `B` batch, `T` query tokens, `S` key tokens, `Hi`/`Di` index heads / ind
 
 from __future__ import annotations
 
-import ctypes
+import struct
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dsa.ops import native_support
-from dsa.ops.native_support import TensorArg
 from dsa.ops.ranges import VisibleRanges
 
 
@@ -33,30 +32,8 @@ class Constants(NamedTuple):
     local: int
 
 
-class _Arguments(ctypes.Structure):
-    """`dsa_indexer_loss_args` of `csrc/include/dsa/indexer_loss.h`."""
-
-    _fields_ = (
-        ("q_index", TensorArg),
-        ("k_index", TensorArg),
-        ("w_index", TensorArg),
-        ("q", TensorArg),
-        ("k", TensorArg),
-        ("sink_logits", TensorArg),
-        ("indices", TensorArg),
-        ("key_start", TensorArg),
-        ("key_end", TensorArg),
-        ("loss", TensorArg),
-        ("grad_q", TensorArg),
-        ("grad_k", TensorArg),
-        ("grad_w", TensorArg),
-        ("sinks", ctypes.c_int64),
-        ("local", ctypes.c_int64),
-        ("index_scale", ctypes.c_float),
-        ("attention_scale", ctypes.c_float),
-        ("softcap", ctypes.c_float),
-        ("threads", ctypes.c_int32),
-    )
+_pack_scalars = struct.Struct("=2q3fi").pack
+"""What follows the tensors in `dsa_indexer_loss_args`: sinks, local, index scale, attention scale, softcap, threads."""
 
 
 class IndexerLoss(torch.autograd.Function):
@@ -101,8 +78,7 @@ def loss_and_gradients(
     visible = constants.visible
     key_start, key_end = visible.host_start.int(), visible.host_end.int()
     tensors = (*index, constants.q, constants.k, sinks, indices, key_start, key_end, loss, *grads)
-    arguments = _Arguments(
-        *(TensorArg.of(tensor) for tensor in tensors),
+    scalars = _pack_scalars(
         constants.sinks,
         constants.local,
         constants.index_scale,
@@ -110,5 +86,5 @@ def loss_and_gradients(
         constants.softcap or 0.0,
         native_support.threads(),
     )
-    native_support.call("indexer_loss", arguments)
+    native_support.call("indexer_loss", native_support.pack(*tensors) + scalars)
     return loss[0], tuple(grad.to(x.dtype) for grad, x in zip(grads, index) if grad is not None)

@@ -5,20 +5,16 @@ Shapes: `B` batch, `S` key tokens, `Di` index head dim.
 
 from __future__ import annotations
 
-import ctypes
+import struct
 
 import torch
 from torch import Tensor
 
 from dsa.ops import native_support
-from dsa.ops.native_support import TensorArg
 from dsa.ops.quantize.types import QuantizedKeys
 
-
-class _Arguments(ctypes.Structure):
-    """`dsa_quantize_keys_args` of `csrc/include/dsa/quantize.h`."""
-
-    _fields_ = (("keys", TensorArg), ("data", TensorArg), ("scale", TensorArg), ("threads", ctypes.c_int32))
+_pack_scalars = struct.Struct("=i4x").pack
+"""What follows the tensors in `dsa_quantize_keys_args`: threads."""
 
 
 def quantize_keys_int8(k: Tensor, out: QuantizedKeys | None) -> QuantizedKeys:
@@ -26,7 +22,7 @@ def quantize_keys_int8(k: Tensor, out: QuantizedKeys | None) -> QuantizedKeys:
     if out is None:
         out = QuantizedKeys(torch.empty(k.shape, dtype=torch.int8), torch.empty(k.shape[:2], dtype=torch.float32))
     data = out.data if out.data.stride(-1) == 1 else torch.empty(k.shape, dtype=torch.int8)
-    arguments = _Arguments(TensorArg.of(k), TensorArg.of(data), TensorArg.of(out.scale), native_support.threads())
+    arguments = native_support.pack(k, data, out.scale) + _pack_scalars(native_support.threads())
     native_support.call("quantize_keys", arguments)
     if data is not out.data:
         out.data.copy_(data)

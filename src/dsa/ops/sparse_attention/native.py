@@ -7,6 +7,7 @@ values, `K` selected tokens.
 from __future__ import annotations
 
 import ctypes
+import struct
 from typing import Any
 
 import torch
@@ -15,33 +16,16 @@ from torch.autograd.function import once_differentiable
 
 from dsa.ops import native_support
 from dsa.ops.checks import check_indices
-from dsa.ops.native_support import TensorArg
 
 _OP = "sparse_attention"
 
 
-class _Forward(ctypes.Structure):
-    """`dsa_sparse_attention_args` of `csrc/include/dsa/sparse_attention.h`."""
+_pack_scalars = struct.Struct("=Q2fi4x").pack
+"""What follows the tensors in `dsa_sparse_attention_args`: where to say that an index lies outside, scale, softcap,
+threads."""
 
-    _fields_ = (
-        *((name, TensorArg) for name in ("q", "k", "v", "indices", "sink_logits", "out", "lse")),
-        ("outside", ctypes.POINTER(ctypes.c_int32)),
-        ("scale", ctypes.c_float),
-        ("softcap", ctypes.c_float),
-        ("threads", ctypes.c_int32),
-    )
-
-
-class _Backward(ctypes.Structure):
-    """`dsa_sparse_attention_backward_args` of the same header."""
-
-    _fields_ = (
-        *((name, TensorArg) for name in ("q", "k", "v", "indices", "sink_logits", "lse")),
-        *((name, TensorArg) for name in ("grad_out", "grad_q", "grad_k", "grad_v", "grad_sink")),
-        ("scale", ctypes.c_float),
-        ("softcap", ctypes.c_float),
-        ("threads", ctypes.c_int32),
-    )
+_pack_backward_scalars = struct.Struct("=2fi4x").pack
+"""What follows the tensors in `dsa_sparse_attention_backward_args`: scale, softcap, threads."""
 
 
 def sparse_attention(
@@ -71,16 +55,8 @@ def _forward(
     out = torch.empty((*q.shape[:3], v.shape[3]), dtype=q.dtype)
     lse = torch.empty(q.shape[:3], dtype=torch.float32)
     outside = ctypes.c_int32(0)
-    native_support.call(
-        _OP,
-        _Forward(
-            *(TensorArg.of(x) for x in (q, k, v, indices, sink_logits, out, lse)),
-            ctypes.pointer(outside),
-            scale,
-            softcap,
-            native_support.threads(),
-        ),
-    )
+    scalars = _pack_scalars(ctypes.addressof(outside), scale, softcap, native_support.threads())
+    native_support.call(_OP, native_support.pack(q, k, v, indices, sink_logits, out, lse) + scalars)
     if outside.value:
         # The kernel has read nothing there and seen only that it would have had to: this says what came.
         check_indices(_OP, indices, k.shape[1])
@@ -118,10 +94,8 @@ class _SparseAttention(torch.autograd.Function):
         grad_v = torch.empty(v.shape, dtype=torch.float32) if wanted["v"] else None
         grad_sink = torch.empty(q.shape[2], dtype=torch.float32) if wanted["sink"] else None
         tensors = (q, k, v, indices, sink_logits, lse, grad_out, grad_q, grad_k, grad_v, grad_sink)
-        native_support.call(
-            f"{_OP}_backward",
-            _Backward(*(TensorArg.of(x) for x in tensors), ctx.scale, ctx.softcap, native_support.threads()),
-        )
+        scalars = _pack_backward_scalars(ctx.scale, ctx.softcap, native_support.threads())
+        native_support.call(f"{_OP}_backward", native_support.pack(*tensors) + scalars)
         return (
             grad_q,
             None if grad_k is None else grad_k.to(k.dtype),
