@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import torch
 
+from dsa.eval.interval import NORMAL_95
+
 BLOCK = 64
 """Neighbouring tokens whose losses are taken as one observation: what goes wrong goes wrong in a row."""
-
-NORMAL_95 = 1.959964
 
 
 @dataclass(frozen=True)
