@@ -30,8 +30,8 @@ SELECTIONS = ("window", "blocks", "oracle", "random")
 BLOCK = 32
 """Tokens a block."""
 
-VALUES_AT_ONCE = 1 << 22
-"""Numbers of one chunk of queries held at once, 16 MB in fp32."""
+VALUES_AT_ONCE = 1 << 20
+"""Numbers of one chunk of queries held at once, 4 MB in fp32."""
 
 
 def selection(name: str, config: DSAConfig, seed: int = 0) -> Selection:
@@ -120,16 +120,15 @@ def blocks(call: AttentionCall, top_k: int, block: int = BLOCK) -> Tensor:
         block: Tokens a block.
     """
     largest, smallest = _bounds(call.key, block)
-    count = largest.shape[1]
-    begins = torch.arange(count, dtype=torch.int32, device=call.key.device) * block
     # sum_d max(q * smallest, q * largest) is one product: the query's positive part with the largest values, its
     # negative part with the smallest.
     bounds = torch.cat((largest, smallest), dim=-1).permute(0, 2, 3, 1)
     chosen = _empty(call, top_k)
-    for rows in _chunks(call, VALUES_AT_ONCE // max(count * call.query.shape[2], chosen.shape[2])):
+    for rows in _chunks(call, VALUES_AT_ONCE // max(largest.shape[1] * call.query.shape[2], chosen.shape[2])):
         first, stop = call.key_start[:, rows, None], call.key_end[:, rows, None]
+        begins = torch.arange(0, max(1, int(stop.max())), block, dtype=torch.int32, device=stop.device)
         whole = (begins >= first) & (begins + block <= stop)
-        rank = _block_attention(call, rows, bounds, whole)
+        rank = _block_attention(call, rows, bounds[..., : len(begins)], whole)
         rank.masked_fill_((begins < first + SINKS) & (begins + block > first), 2.0)
         rank.masked_fill_((begins < stop) & (begins + block >= stop), 3.0)
         ends = torch.minimum(begins + block, stop)
