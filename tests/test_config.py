@@ -19,3 +19,9 @@ def test_a_budget_given_with_layers_is_taken_as_it_is() -> None:
     config = DSAConfig(layers=LAYERS)
     assert config.replace(top_k=600, layers=LAYERS).layer_top_k(1) == 512
     assert config.replace(sinks=2).layer_top_k(1) == 512
+
+
+def test_a_quarter_of_the_index_dims_carries_rope() -> None:
+    sizes = {1: 0, 2: 2, 4: 2, 7: 2, 8: 2, 16: 4, 32: 8, 64: 16, 128: 32}
+    assert {dim: DSAConfig(index_head_dim=dim).rope_dim for dim in sizes} == sizes
+    assert DSAConfig(index_head_dim=64, index_rope_dim=0).rope_dim == 0

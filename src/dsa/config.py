@@ -35,8 +35,8 @@ class DSAConfig:
         top_k: Tokens each query reads, the always-read sinks and local window included.
         index_heads: Heads of the lightning indexer (`Hi`).
         index_head_dim: Size of one indexer head (`Di`). A power of two lets int8 keys be Hadamard-rotated.
-        index_rope_dim: How many of the first `Di` dims carry RoPE. `None` means all of them. Ignored on
-            models and layers without RoPE.
+        index_rope_dim: How many of the first `Di` dims carry RoPE. `None` means a quarter: the other dims can
+            tell what a token is however far away it is. Ignored on models and layers without RoPE.
         sinks: The first visible tokens, always read.
         local: The last visible tokens, always read.
         index_dtype: Storage of the index keys: `"int8"` (one scale per token) or `"fp32"`.
@@ -70,11 +70,6 @@ class DSAConfig:
                     f"index_rope_dim must be even and at most index_head_dim ({self.index_head_dim}), "
                     f"got {self.index_rope_dim}"
                 )
-        elif self.index_head_dim % 2:
-            raise ValueError(
-                f"index_head_dim must be even to carry RoPE, got {self.index_head_dim}; "
-                "use an even size, or index_rope_dim=0"
-            )
         if self.index_dtype not in INDEX_DTYPES:
             raise ValueError(f"index_dtype must be one of {INDEX_DTYPES}, got {self.index_dtype!r}")
         layers = {int(number): _as_layer_config(number, layer) for number, layer in self.layers.items()}
@@ -118,7 +113,9 @@ class DSAConfig:
     @property
     def rope_dim(self) -> int:
         """How many of the first index dims carry RoPE."""
-        return self.index_head_dim if self.index_rope_dim is None else self.index_rope_dim
+        if self.index_rope_dim is not None:
+            return self.index_rope_dim
+        return min(max(2, self.index_head_dim // 8 * 2), self.index_head_dim // 2 * 2)
 
     def is_dense(self, layer: int) -> bool:
         """Whether this layer keeps full attention."""

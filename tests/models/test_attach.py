@@ -198,7 +198,7 @@ def test_cache_filled_before_attaching(model: torch.nn.Module) -> None:
         ({"top_k": "many"}, "top_k must be a whole number, got 'many'"),
         ({"index_dtype": "int4"}, "index_dtype must be one of"),
         ({"index_rope_dim": 5}, "even"),
-        ({"index_head_dim": 7}, "index_head_dim must be even"),
+        ({"index_head_dim": 4, "index_rope_dim": 6}, r"at most index_head_dim \(4\)"),
         ({"layers": {1: {"share": 1}}}, "earlier layer"),
         ({"layers": {1: {"share": 0, "dense": True}}}, "cannot be combined"),
         ({"layers": {1: {"budget": 3}}}, "LayerConfig or a mapping"),

@@ -1,15 +1,19 @@
 """Indexer files: written whole, read with every check, never mistaken for another model's."""
 
 import errno
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 import dsa
+from dsa import DSAConfig
 from dsa.models import checkpoint
 from dsa.models.attachment import indexers_of
+from dsa.models.checkpoint import read_indexers
 from dsa.testing.tiny_models import TINY_CONFIG, tiny_model, tiny_tokens
 
 
@@ -26,7 +30,7 @@ def test_round_trip_takes_the_config_along(saved: Path) -> None:
     dsa.attach(first, indexers=saved)
     report = dsa.attach(second, indexers=saved.parent)
     assert report.trained
-    assert report.config == TINY_CONFIG
+    assert report.config == TINY_CONFIG.replace(index_rope_dim=2)
     tokens = tiny_tokens(1, 40)
     assert torch.equal(first(tokens).logits, second(tokens).logits)
     overridden = tiny_model("llama")
@@ -76,10 +80,20 @@ def test_another_models_indexers(saved: Path, other: tuple, message: str) -> Non
     assert not dsa.is_attached(model)
 
 
-@pytest.mark.parametrize("sizes", [{"index_heads": 3}, {"index_head_dim": 16}, {"index_rope_dim": 2}])
+@pytest.mark.parametrize("sizes", [{"index_heads": 3}, {"index_head_dim": 16}, {"index_rope_dim": 4}])
 def test_other_sizes(saved: Path, sizes: dict) -> None:
     with pytest.raises(ValueError, match=r"has \w+=\d+, but the config asks for"):
         dsa.attach(tiny_model("llama"), indexers=saved, **sizes)
+
+
+def test_files_say_how_many_dims_rotate(saved: Path) -> None:
+    assert read_indexers(saved).config.index_rope_dim == DSAConfig(index_head_dim=8).rope_dim == 2
+    with safe_open(saved, framework="pt") as opened:
+        metadata = opened.metadata()
+        weights = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    config = {**json.loads(metadata["config"]), "index_rope_dim": None}
+    save_file(weights, saved, metadata={**metadata, "config": json.dumps(config)})
+    assert read_indexers(saved).config.rope_dim == 8, "the first files meant all dims"
 
 
 @pytest.mark.parametrize("kept", [0, 7, 100, -1])

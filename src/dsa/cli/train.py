@@ -294,6 +294,12 @@ def train(
     index_head_dim: Annotated[
         int | None, typer.Option(metavar="N", help="Indexer head size; by default 32", rich_help_panel=INDEXERS)
     ] = None,
+    index_rope_dim: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", help="Dims of a head that carry RoPE; by default a quarter", rich_help_panel=INDEXERS
+        ),
+    ] = None,
     dense_layers: Annotated[
         str | None,
         typer.Option(
@@ -378,7 +384,7 @@ def train(
                 enough = 4 * holdout_sequences * seq_len
                 other = read_data(holdout, loaded.tokenizer, vocabulary, status, column=column, remote_tokens=enough)
                 held_out = Holdout.of(other, seq_len, holdout_sequences, boundaries=boundaries)
-        changes = indexer_options(top_k, local, sinks, index_heads, index_head_dim, dense_layers)
+        changes = indexer_options(top_k, local, sinks, index_heads, index_head_dim, index_rope_dim, dense_layers)
         if stage is Stage.sparse:
             attach_trained(loaded, indexers, changes)
         elif indexers is not None:

@@ -105,11 +105,17 @@ def indexer_options(
     sinks: int | None,
     index_heads: int | None,
     index_head_dim: int | None,
+    index_rope_dim: int | None,
     dense_layers: str | None,
 ) -> dict[str, Any]:
     """The fields of `DSAConfig` that the options set."""
     sizes: dict[str, Any] = dict(options.overrides(top_k, local))
-    others = {"sinks": sinks, "index_heads": index_heads, "index_head_dim": index_head_dim}
+    others = {
+        "sinks": sinks,
+        "index_heads": index_heads,
+        "index_head_dim": index_head_dim,
+        "index_rope_dim": index_rope_dim,
+    }
     sizes |= {name: given for name, given in others.items() if given is not None}
     if dense_layers is not None:
         sizes["layers"] = {layer: LayerConfig(dense=True) for layer in parse_layers(dense_layers)}

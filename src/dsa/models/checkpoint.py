@@ -75,7 +75,7 @@ def save_indexers(model: PreTrainedModel, path: str | Path, dtype: torch.dtype |
     metadata = {
         "format": FORMAT,
         "version": str(VERSION),
-        "config": json.dumps(config.to_dict()),
+        "config": json.dumps(config.replace(index_rope_dim=config.rope_dim).to_dict()),
         "base_model": json.dumps(describe_base_model(model)),
     }
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -112,7 +112,7 @@ def read_indexers(source: str | Path) -> StoredIndexers:
             metadata = opened.metadata() or {}
             _check_format(file, metadata)
             weights = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        config = DSAConfig.from_dict(json.loads(metadata["config"]))
+        config = DSAConfig.from_dict(_with_rope_dim(json.loads(metadata["config"])))
         base_model = json.loads(metadata["base_model"])
     except (SafetensorError, KeyError, json.JSONDecodeError) as error:
         raise ValueError(
@@ -261,6 +261,13 @@ def _check_format(file: Path, metadata: dict[str, str]) -> None:
             f"indexers: {file} has format version {metadata.get('version')}, this dsa reads version {VERSION}; "
             "update dsa, or train new ones"
         )
+
+
+def _with_rope_dim(config: dict[str, Any]) -> dict[str, Any]:
+    """The first files left `index_rope_dim` open, and all dims were meant; what `None` means may change."""
+    if config.get("index_rope_dim") is None and "index_head_dim" in config:
+        return {**config, "index_rope_dim": config["index_head_dim"]}
+    return config
 
 
 def _indexer_file(path: Path) -> Path:
