@@ -82,7 +82,7 @@ def test_short_contexts_need_no_selection(called: set[str]) -> None:
     model = tiny_model("llama")
     dsa.attach(model, TINY_CONFIG, top_k=TOKENS)
     logits(model, tiny_tokens(1, TOKENS))
-    assert called == {"quantize_keys", "dense_attention"}
+    assert called == {"quantize_keys", "index_projection", "dense_attention"}
 
 
 def allocated(step: Callable[[], object]) -> int:

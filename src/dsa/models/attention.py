@@ -26,7 +26,7 @@ from dsa.models.context import AttentionCall, DSAContext
 from dsa.models.families import Family
 from dsa.models.masks import split_mask, visible_ranges
 from dsa.modules.cache import IndexedLayer, IndexKeys, StaticIndexedLayer, indexed_layer
-from dsa.modules.indexer import Indexer, Rope
+from dsa.modules.indexer import Indexer
 from dsa.ops import (
     QuantizedKeys,
     dense_attention,
@@ -35,6 +35,7 @@ from dsa.ops import (
     quantize_index_keys,
     sparse_attention,
 )
+from dsa.ops.index_projection import FEW_TOKENS, Rope, index_projection
 
 IMPLEMENTATION = "dsa"
 
@@ -373,6 +374,8 @@ def _run_indexer(
     plan, hidden_states = index.plan, index.hidden_states.detach()
     if plan.family.applies_rope(module, angles):
         index.rope = context.once("rope", angles[0], lambda: plan.family.rope_of(angles, indexer.rope_dim))
+    if isinstance(stored, IndexedLayer) and _index_few_tokens(indexer, index, hidden_states, stored, context):
+        return
     key = indexer.keys(hidden_states, index.rope)
     keys = stored.append_index(key.detach()) if stored is not None else key.shape[1]
     if plan.runs_dense(keys, context) and context.observer is None:
@@ -382,6 +385,25 @@ def _run_indexer(
     else:
         index.key = quantize_index_keys(key.detach()) if plan.config.index_dtype == "int8" else key.float()
     index.query, index.weight = indexer.queries(hidden_states, index.rope)
+
+
+def _index_few_tokens(
+    indexer: Indexer, index: LayerIndex, hidden_states: torch.Tensor, stored: IndexedLayer, context: DSAContext
+) -> bool:
+    """What `_run_indexer` does, in one kernel; `False`, and nothing done, where that cannot stand in for torch."""
+    batch, tokens, _ = hidden_states.shape
+    if batch * tokens > FEW_TOKENS or torch.is_grad_enabled() or native_support.gap(hidden_states) is not None:
+        return False
+    weights = indexer.plain_weights()
+    if weights is None:
+        return False
+    room = stored.extend_index((batch, tokens, indexer.head_dim), hidden_states.device)
+    wanted = context.observer is not None or not index.plan.runs_dense(stored.index_length, context)
+    made = index_projection(hidden_states, weights, index.rope, room, queries=wanted)
+    if made is not None:
+        index.key = stored.index_keys()
+        index.query, index.weight = made
+    return True
 
 
 def before_decoder(module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
-from dsa.modules.indexer import Rope
+from dsa.ops.index_projection import Rope
 from dsa.ops.quantize.types import QuantizedKeys
 
 Result = TypeVar("Result")

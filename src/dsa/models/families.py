@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 from torch import nn
 
-from dsa.modules.indexer import Rope, rope_tables
+from dsa.ops.index_projection import Rope, rope_tables
 
 if TYPE_CHECKING:
     # Only for types: this module is imported while transformers itself is (see `dsa._auto_classes`).

@@ -136,20 +136,36 @@ class IndexedLayer(DynamicLayer):
         Raises:
             ValueError: The cache holds tokens that were read without an indexer.
         """
+        room = self.extend_index(index_keys.shape, index_keys.device)
+        if isinstance(room, QuantizedKeys):
+            quantize_index_keys(index_keys, out=room)
+        else:
+            room.copy_(index_keys)
+        return self.index_length
+
+    @property
+    def index_length(self) -> int:
+        """How many index keys there are."""
+        return self._buffers["index"].length
+
+    def extend_index(self, shape: tuple[int, ...], device: torch.device) -> IndexKeys:
+        """Room for index keys `[B, T, Di]`, as views to be written, before `update` appends the same tokens.
+
+        Raises:
+            ValueError: The cache holds tokens that were read without an indexer.
+        """
         index = self._buffers["index"]
         if index.length != self.get_seq_length():
             raise ValueError(
                 f"the cache holds {self.get_seq_length()} tokens but index keys of only {index.length}: it was "
                 "filled before dsa was attached; start from an empty cache"
             )
-        shape, device = index_keys.shape, index_keys.device
         if self.index_dtype == "int8":
             data = index.extend(shape, torch.int8, device, self._reserve)
-            scale = self._buffers["index_scale"].extend(shape[:2], torch.float32, device, self._reserve)
-            quantize_index_keys(index_keys, out=QuantizedKeys(data, scale))
-        else:
-            index.extend(shape, torch.float32, device, self._reserve).copy_(index_keys)
-        return index.length
+            return QuantizedKeys(
+                data, self._buffers["index_scale"].extend(shape[:2], torch.float32, device, self._reserve)
+            )
+        return index.extend(shape, torch.float32, device, self._reserve)
 
     def index_keys(self) -> IndexKeys:
         """The index keys of all cached tokens, `[B, S, Di]`, as views of what is stored."""

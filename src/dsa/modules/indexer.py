@@ -5,16 +5,13 @@ Shapes: `B` batch, `T` tokens, `Hi`/`Di` index heads / index head dim, `R` rotat
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import nn
 
 from dsa.config import DSAConfig
-
-Rope = tuple[torch.Tensor, torch.Tensor]
-"""`cos, sin`, each `[B or 1, T, R]`, ready to be multiplied with: dims `i` and `i + R/2` are the pair that one angle
-turns, and the sines of the first half are negated. `rope_tables` makes them out of angles."""
+from dsa.ops.index_projection import IndexWeights, Rope, rotate_half_split
 
 
 class IndexInputs(NamedTuple):
@@ -72,15 +69,28 @@ class Indexer(nn.Module):
         key = self.k_norm(self.wk(hidden_states))
         return key if rope is None or not self.rope_dim else rotate_half_split(key, *rope)
 
+    def plain_weights(self) -> IndexWeights | None:
+        """The weights, for `index_projection` to compute with; `None` where that would pass over something.
 
-def rope_tables(cos: torch.Tensor, sin: torch.Tensor) -> Rope:
-    """`Rope` out of the cosines and sines `[B or 1, T, R/2]` of one angle per pair."""
-    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+        Such as a hook on one of the projections, a bias, or a module put in the place of one (an adapter).
+        """
+        # Through the dictionaries: `Module.__getattr__` would take most of this method's time, for every token.
+        modules = self._modules
+        norm = modules["k_norm"]
+        if type(norm) is not nn.LayerNorm or _is_watched(norm):
+            return None
+        found: list[torch.Tensor] = []
+        for name in ("wq", "wk", "weights_proj"):
+            projection = modules[name]
+            if type(projection) is not nn.Linear or _is_watched(projection):
+                return None
+            if projection._parameters["bias"] is not None:
+                return None
+            found.append(cast(torch.Tensor, projection._parameters["weight"]))
+        query, key, head = found
+        return IndexWeights(query, key, head, norm.weight, norm.bias)
 
 
-def rotate_half_split(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Applies RoPE, as `Rope` has it, to the first `cos.shape[-1]` dims of `x`."""
-    width = cos.shape[-1]
-    rotated = x if width == x.shape[-1] else x[..., :width]
-    turned = rotated * cos.to(x.dtype) + rotated.roll(width // 2, -1) * sin.to(x.dtype)
-    return turned if width == x.shape[-1] else torch.cat((turned, x[..., width:]), dim=-1)
+def _is_watched(module: nn.Module) -> bool:
+    """Whether calling a module does more than its class says."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)

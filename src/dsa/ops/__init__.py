@@ -1,15 +1,18 @@
 """The operations of sparse attention. They need torch only; DESIGN.md states what they share."""
 
 from dsa.ops.dense_attention import dense_attention
+from dsa.ops.index_projection import IndexWeights, index_projection
 from dsa.ops.index_topk import index_topk
 from dsa.ops.indexer_loss import indexer_loss
 from dsa.ops.quantize import QuantizedKeys, hadamard_transform, quantize_index_keys, quantize_index_queries
 from dsa.ops.sparse_attention import sparse_attention
 
 __all__ = [
+    "IndexWeights",
     "QuantizedKeys",
     "dense_attention",
     "hadamard_transform",
+    "index_projection",
     "index_topk",
     "indexer_loss",
     "quantize_index_keys",

@@ -7,6 +7,8 @@ from typing import Literal, get_args
 
 Impl = Literal["auto", "reference", "native", "triton", "vendor"]
 
+_NAMES = get_args(Impl)
+
 
 def resolve_impl(op: str, impl: str, gaps: Mapping[str, str | None]) -> str:
     """Chooses the implementation that runs.
@@ -23,8 +25,8 @@ def resolve_impl(op: str, impl: str, gaps: Mapping[str, str | None]) -> str:
         ValueError: `impl` is not a name of `Impl`.
         NotImplementedError: `impl` was asked for by name and cannot run this input. Nothing falls back.
     """
-    if impl not in get_args(Impl):
-        raise ValueError(f"{op}: impl must be one of {', '.join(get_args(Impl))}, got {impl!r}")
+    if impl not in _NAMES:
+        raise ValueError(f"{op}: impl must be one of {', '.join(_NAMES)}, got {impl!r}")
     able = [name for name, gap in gaps.items() if gap is None]
     if impl == "auto":
         assert able, f"{op} has no implementation for this input"

@@ -19,6 +19,7 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "sparse_attention": ("reference", "native"),
     "dense_attention": ("reference", "native"),
     "indexer_loss": ("reference", "native"),
+    "index_projection": ("reference", "native"),
 }
 """By operation, what the tests run; a new implementation adds its name here and is held to all cases."""
 

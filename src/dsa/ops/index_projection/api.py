@@ -1,0 +1,100 @@
+"""What an indexer makes of the hidden states of a few tokens. Semantics: README.md."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dsa.ops import native_support
+from dsa.ops.blocks import full_precision
+from dsa.ops.checks import check_tensor, describe
+from dsa.ops.index_projection import reference
+from dsa.ops.index_projection.types import IndexWeights, Rope
+from dsa.ops.quantize.types import QuantizedKeys
+from dsa.ops.types import Impl, resolve_impl
+
+_OP = "index_projection"
+
+FEW_TOKENS = 8
+"""`B * T` up to which `auto` takes the compiled kernel: with more, torch's matrix products are ahead."""
+
+
+def index_projection(
+    hidden: Tensor,
+    weights: IndexWeights,
+    rope: Rope | None,
+    out: Tensor | QuantizedKeys,
+    *,
+    queries: bool = True,
+    impl: Impl = "auto",
+) -> tuple[Tensor, Tensor] | None:
+    """Projects hidden states to index keys, normalises, rotates and stores them; and to queries and head weights.
+
+    No gradient passes. Meant for decoding: a prompt's matrix products are torch's business.
+
+    Shapes: `B` batch, `T` tokens, `C` hidden size, `Hi`/`Di` index heads / index head dim, `R` rotated dims.
+
+    Args:
+        hidden: `[B, T, C]`.
+        weights: The indexer's.
+        rope: Tables for these tokens' positions, each `[B or 1, T, R]`; `None` for layers without RoPE.
+        out: Where the keys go: int8 `QuantizedKeys` or fp32, `[B, T, Di]`; the next tokens of a cache.
+        queries: Whether queries and head weights are wanted.
+        impl: Which implementation runs; an explicit choice never falls back.
+
+    Returns:
+        Index queries `[B, T, Hi, Di]` and fp32 head weights `[B, T, Hi]`, which carry the factor `Hi**-0.5`; or
+        `None` where no queries are wanted.
+
+    Raises:
+        TypeError: `hidden` is not a floating-point tensor.
+        ValueError: Shapes that do not fit together.
+        NotImplementedError: The implementation asked for cannot run this input.
+    """
+    _check(hidden, weights, rope, out)
+    gap = _native_gap(hidden, weights, rope, out)
+    if impl == "auto" and hidden.shape[0] * hidden.shape[1] > FEW_TOKENS:
+        impl = "reference"
+    if resolve_impl(_OP, impl, {"native": gap, "reference": None}) == "native":
+        from dsa.ops.index_projection import native
+
+        return native.index_projection(hidden, weights, rope, out, queries=queries)
+    with torch.no_grad(), full_precision(hidden.device):
+        return reference.index_projection(hidden, weights, rope, out, queries=queries)
+
+
+def _check(hidden: Tensor, weights: IndexWeights, rope: Rope | None, out: Tensor | QuantizedKeys) -> None:
+    check_tensor(_OP, "hidden", hidden, "[B, T, C]", (None, None, None))
+    batch, tokens, width = hidden.shape
+    dim, heads = weights.norm.shape[0], weights.head.shape[0]
+    shapes = tuple(weight.shape for weight in weights)
+    if dim == 0 or heads == 0 or shapes != ((heads * dim, width), (dim, width), (heads, width), (dim,), (dim,)):
+        raise ValueError(
+            f"{_OP}: weights must be [Hi * Di, C], [Di, C], [Hi, C], [Di] and [Di] with C = {width}, "
+            f"got {', '.join(map(describe, weights))}"
+        )
+    if rope is not None:
+        cos, sin = rope
+        rotated = cos.shape[-1]
+        fits = cos.shape[:-1] in ((batch, tokens), (1, tokens)) and rotated % 2 == 0 and rotated <= dim
+        if cos.shape != sin.shape or not fits:
+            raise ValueError(
+                f"{_OP}: rope must be two tables [{batch} or 1, {tokens}, R], R even and at most {dim}, "
+                f"got {describe(cos)} and {describe(sin)}; make them with rope_tables"
+            )
+    if out.shape != (batch, tokens, dim) or out.dtype not in ("int8", torch.float32):
+        raise ValueError(
+            f"{_OP}: out must be int8 QuantizedKeys or fp32 [B, T, Di] = [{batch}, {tokens}, {dim}], "
+            f"got {out.dtype} {list(out.shape)}"
+        )
+
+
+def _native_gap(hidden: Tensor, weights: IndexWeights, rope: Rope | None, out: Tensor | QuantizedKeys) -> str | None:
+    """Why the compiled kernel cannot take these arguments, or `None` where it can."""
+    for tensor in (*weights, *(rope or ())):
+        if tensor.dtype != torch.float32 or not tensor.is_contiguous():
+            return f"the kernel takes weights and tables that are fp32 and dense, got {tensor.dtype}"
+    data = out.data if isinstance(out, QuantizedKeys) else out
+    if hidden.dtype != torch.float32 or hidden.stride(-1) != 1 or data.stride(-1) != 1:
+        return f"the kernel takes fp32 with every row in one piece, got {hidden.dtype}"
+    return native_support.gap(hidden)

@@ -1,0 +1,146 @@
+"""Index queries, weights and keys of a few tokens: the kernel on every instruction set, and the module it replaces."""
+
+import pytest
+import torch
+
+from dsa.config import DSAConfig
+from dsa.modules import Indexer
+from dsa.ops import IndexWeights, QuantizedKeys, index_projection, native_support
+from dsa.ops.index_projection import FEW_TOKENS, Rope, rope_tables
+
+OPERATIONS = ("index_projection",)
+
+Sizes = tuple[int, int, int, int, int, int]
+"""`B, T, C, Hi, Di, R`."""
+
+SIZES: list[Sizes] = [(1, 1, 576, 4, 32, 32), (2, 3, 77, 3, 24, 10), (1, 1, 5, 1, 1, 0), (3, 1, 130, 8, 64, 2)]
+
+
+def indexer_of(sizes: Sizes) -> Indexer:
+    _, _, width, heads, dim, rotated = sizes
+    torch.manual_seed(sum(sizes))
+    indexer = Indexer(width, DSAConfig(index_heads=heads, index_head_dim=dim, index_rope_dim=rotated))
+    torch.nn.init.normal_(indexer.k_norm.weight)
+    torch.nn.init.normal_(indexer.k_norm.bias)
+    return indexer
+
+
+def weights_of(indexer: Indexer) -> IndexWeights:
+    weights = indexer.plain_weights()
+    assert weights is not None
+    return weights
+
+
+def inputs(sizes: Sizes) -> tuple[torch.Tensor, Rope | None]:
+    batch, tokens, width, _, _, rotated = sizes
+    # Every second hidden state: its rows do not follow each other in memory.
+    hidden = torch.randn(batch, 2 * tokens, width)[:, ::2]
+    angles = torch.randn(batch if rotated != 2 else 1, tokens, rotated // 2)
+    return hidden, rope_tables(angles.cos(), angles.sin()) if rotated else None
+
+
+def room(sizes: Sizes, dtype: str) -> torch.Tensor | QuantizedKeys:
+    """Places in the middle of a longer cache, filled with what nobody should read."""
+    batch, tokens, _, _, dim, _ = sizes
+    if dtype == "fp32":
+        return torch.full((batch, tokens + 9, dim), torch.nan)[:, 4 : 4 + tokens]
+    data = torch.full((batch, tokens + 9, dim), 99, dtype=torch.int8)
+    return QuantizedKeys(data, torch.full((batch, tokens + 9), torch.nan))[:, 4 : 4 + tokens]
+
+
+def values(keys: torch.Tensor | QuantizedKeys) -> torch.Tensor:
+    return keys.dequantize() if isinstance(keys, QuantizedKeys) else keys
+
+
+@pytest.mark.parametrize("queries", [True, False])
+@pytest.mark.parametrize("dtype", ["int8", "fp32"])
+@pytest.mark.parametrize("sizes", SIZES)
+def test_is_what_the_module_computes(impl: str, sizes: Sizes, dtype: str, queries: bool) -> None:
+    indexer = indexer_of(sizes)
+    hidden, rope = inputs(sizes)
+    expected = room(sizes, dtype)
+    index_projection(hidden, weights_of(indexer), rope, expected, impl="reference")
+    out = room(sizes, dtype)
+    made = index_projection(hidden, weights_of(indexer), rope, out, queries=queries, impl=impl)
+    with torch.no_grad():
+        query, key, weight = indexer(hidden, rope)
+    if dtype == "fp32":
+        torch.testing.assert_close(values(out), key, atol=2e-5, rtol=0)
+    else:
+        assert isinstance(out, QuantizedKeys)
+        assert isinstance(expected, QuantizedKeys)
+        torch.testing.assert_close(out.scale, expected.scale, atol=0, rtol=2e-6)
+        assert (out.data.int() - expected.data.int()).abs().max() <= 1
+        assert (out.data != expected.data).float().mean() < 0.02
+    assert (made is not None) == queries
+    if made is not None:
+        torch.testing.assert_close(made[0], query, atol=2e-5, rtol=0)
+        torch.testing.assert_close(made[1], weight, atol=2e-5, rtol=0)
+        assert not made[0].requires_grad
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_does_not_depend_on_the_number_of_threads(impl: str, threads: int) -> None:
+    indexer, (hidden, rope) = indexer_of(SIZES[0]), inputs(SIZES[0])
+    results = []
+    for number in (1, threads):
+        torch.set_num_threads(number)
+        out = room(SIZES[0], "fp32")
+        made = index_projection(hidden, weights_of(indexer), rope, out, impl=impl)
+        assert made is not None
+        results.append((out, *made))
+    for one, other in zip(*results):
+        torch.testing.assert_close(one, other, atol=0 if impl == "native" else 1e-5, rtol=0)
+
+
+def test_a_token_that_is_not_finite_harms_no_other(impl: str) -> None:
+    sizes = (1, 3, 20, 2, 8, 8)
+    indexer, (hidden, rope) = indexer_of(sizes), inputs(sizes)
+    clean, spoilt = room(sizes, "int8"), room(sizes, "int8")
+    index_projection(hidden, weights_of(indexer), rope, clean, impl=impl)
+    hidden = hidden.clone()
+    hidden[0, 1, 3] = torch.inf
+    index_projection(hidden, weights_of(indexer), rope, spoilt, impl=impl)
+    assert isinstance(clean, QuantizedKeys)
+    assert isinstance(spoilt, QuantizedKeys)
+    assert spoilt.scale.isnan().tolist() == [[False, True, False]]
+    assert torch.equal(spoilt.data[:, ::2], clean.data[:, ::2])
+    assert (spoilt.data[:, 1] == 0).all()
+
+
+def test_many_tokens_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[str] = []
+    monkeypatch.setattr(native_support, "call", lambda name, arguments: called.append(name))
+    monkeypatch.setattr(native_support, "gap", lambda *tensors: None)
+    sizes = (1, FEW_TOKENS + 1, 16, 2, 8, 8)
+    indexer, (hidden, rope) = indexer_of(sizes), inputs(sizes)
+    index_projection(hidden, weights_of(indexer), rope, room(sizes, "fp32"))
+    assert called == []
+    index_projection(hidden[:, 1:], weights_of(indexer), None, room((1, FEW_TOKENS, *sizes[2:]), "fp32"))
+    assert called == ["index_projection"]
+
+
+def test_names_what_does_not_fit() -> None:
+    sizes = SIZES[1]
+    indexer, (hidden, rope) = indexer_of(sizes), inputs(sizes)
+    weights, out = weights_of(indexer), room(sizes, "fp32")
+    with pytest.raises(ValueError, match="index_projection: weights must be"):
+        index_projection(hidden[..., 1:], weights, rope, out)
+    with pytest.raises(ValueError, match="index_projection: rope must be"):
+        index_projection(hidden, weights, rope_tables(torch.ones(2, 3, 13), torch.ones(2, 3, 13)), out)
+    with pytest.raises(ValueError, match="index_projection: rope must be"):
+        index_projection(hidden[:, 1:], weights, rope, out)
+    with pytest.raises(ValueError, match="index_projection: out must be"):
+        index_projection(hidden, weights, None, out[:, 1:])
+    with pytest.raises(NotImplementedError, match=r"fp32 and dense, got torch.bfloat16. Use reference"):
+        index_projection(hidden.bfloat16(), IndexWeights(*(w.bfloat16() for w in weights)), None, out, impl="native")
+
+
+def test_the_module_is_not_passed_over() -> None:
+    indexer = indexer_of(SIZES[1])
+    assert indexer.plain_weights() is not None
+    handle = indexer.wk.register_forward_hook(lambda *seen: None)
+    assert indexer.plain_weights() is None
+    handle.remove()
+    indexer.wq = torch.nn.Sequential(indexer.wq)
+    assert indexer.plain_weights() is None
