@@ -124,7 +124,9 @@ def test_names_what_does_not_fit() -> None:
     sizes = SIZES[1]
     indexer, (hidden, rope) = indexer_of(sizes), inputs(sizes)
     weights, out = weights_of(indexer), room(sizes, "fp32")
-    with pytest.raises(ValueError, match="index_projection: weights must be"):
+    with pytest.raises(ValueError, match="IndexWeights: they must be"):
+        IndexWeights(*weights.tensors[:3], torch.ones(5), torch.ones(5))
+    with pytest.raises(ValueError, match="index_projection: hidden must be"):
         index_projection(hidden[..., 1:], weights, rope, out)
     with pytest.raises(ValueError, match="index_projection: rope must be"):
         index_projection(hidden, weights, rope_tables(torch.ones(2, 3, 13), torch.ones(2, 3, 13)), out)
@@ -132,8 +134,9 @@ def test_names_what_does_not_fit() -> None:
         index_projection(hidden[:, 1:], weights, rope, out)
     with pytest.raises(ValueError, match="index_projection: out must be"):
         index_projection(hidden, weights, None, out[:, 1:])
-    with pytest.raises(NotImplementedError, match=r"fp32 and dense, got torch.bfloat16. Use reference"):
-        index_projection(hidden.bfloat16(), IndexWeights(*(w.bfloat16() for w in weights)), None, out, impl="native")
+    half = IndexWeights(*(weight.bfloat16() for weight in weights.tensors))
+    with pytest.raises(NotImplementedError, match=r"weights that are fp32 and dense. Use reference"):
+        index_projection(hidden.bfloat16(), half, None, out, impl="native")
 
 
 def test_the_module_is_not_passed_over() -> None:
@@ -144,3 +147,17 @@ def test_the_module_is_not_passed_over() -> None:
     handle.remove()
     indexer.wq = torch.nn.Sequential(indexer.wq)
     assert indexer.plain_weights() is None
+
+
+def test_weights_that_were_exchanged_are_noticed(impl: str) -> None:
+    indexer, (hidden, rope) = indexer_of(SIZES[0]), inputs(SIZES[0])
+    weights = indexer.weights_for(7)
+    assert weights is not None
+    assert indexer.weights_for(7) is weights
+    index_projection(hidden, weights, rope, room(SIZES[0], "fp32"), impl=impl)
+    indexer.to(torch.bfloat16).to(torch.float32)
+    indexer.wk.weight.data = torch.randn_like(indexer.wk.weight)
+    out = room(SIZES[0], "fp32")
+    index_projection(hidden, weights, rope, out, impl=impl)
+    with torch.no_grad():
+        torch.testing.assert_close(out, indexer.keys(hidden, rope), atol=2e-5, rtol=0)

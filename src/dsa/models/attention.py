@@ -394,7 +394,7 @@ def _index_few_tokens(
     batch, tokens, _ = hidden_states.shape
     if batch * tokens > FEW_TOKENS or torch.is_grad_enabled() or native_support.gap(hidden_states) is not None:
         return False
-    weights = indexer.plain_weights()
+    weights = indexer.weights_for(stored.serial)
     if weights is None:
         return False
     room = stored.extend_index((batch, tokens, indexer.head_dim), hidden_states.device)

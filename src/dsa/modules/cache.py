@@ -9,6 +9,7 @@ Shapes: `B` batch, `S` cached tokens, `C` capacity, `G` KV heads, `D` head dim, 
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -23,6 +24,9 @@ RESERVED = "dsa_reserved"
 """Attribute of a cache: the tokens that `reserve` asked room for."""
 
 IndexKeys = torch.Tensor | QuantizedKeys
+
+_SERIALS = itertools.count()
+"""Numbers of the cache layers made in this process."""
 
 
 class TokenBuffer:
@@ -86,6 +90,7 @@ class IndexedLayer(DynamicLayer):
         if index_dtype == "int8":
             self._buffers["index_scale"] = TokenBuffer()
         self._reserve = 0
+        self.serial = next(_SERIALS)
         super().__init__()
 
     @property

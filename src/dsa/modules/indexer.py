@@ -5,7 +5,7 @@ Shapes: `B` batch, `T` tokens, `Hi`/`Di` index heads / index head dim, `R` rotat
 
 from __future__ import annotations
 
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -45,6 +45,7 @@ class Indexer(nn.Module):
         self.wk = nn.Linear(hidden_size, self.head_dim, bias=False)
         self.k_norm = nn.LayerNorm(self.head_dim, eps=1e-6)
         self.weights_proj = nn.Linear(hidden_size, self.heads, bias=False)
+        self._looked: tuple[int, IndexWeights | None] = -1, None
 
     def forward(self, hidden_states: torch.Tensor, rope: Rope | None = None) -> IndexInputs:
         """Computes the index tensors of some tokens.
@@ -69,26 +70,30 @@ class Indexer(nn.Module):
         key = self.k_norm(self.wk(hidden_states))
         return key if rope is None or not self.rope_dim else rotate_half_split(key, *rope)
 
+    def weights_for(self, cache: int) -> IndexWeights | None:
+        """`plain_weights()`, looked at once for each cache: looking takes longer than computing a token's key.
+
+        Args:
+            cache: Number of the cache layer.
+        """
+        looked, weights = self._looked
+        if looked != cache:
+            weights = self.plain_weights()
+            self._looked = cache, weights
+        return weights
+
     def plain_weights(self) -> IndexWeights | None:
         """The weights, for `index_projection` to compute with; `None` where that would pass over something.
 
         Such as a hook on one of the projections, a bias, or a module put in the place of one (an adapter).
         """
-        # Through the dictionaries: `Module.__getattr__` would take most of this method's time, for every token.
-        modules = self._modules
-        norm = modules["k_norm"]
+        query, key, head, norm = self.wq, self.wk, self.weights_proj, self.k_norm
         if type(norm) is not nn.LayerNorm or _is_watched(norm):
             return None
-        found: list[torch.Tensor] = []
-        for name in ("wq", "wk", "weights_proj"):
-            projection = modules[name]
-            if type(projection) is not nn.Linear or _is_watched(projection):
+        for projection in (query, key, head):
+            if type(projection) is not nn.Linear or projection.bias is not None or _is_watched(projection):
                 return None
-            if projection._parameters["bias"] is not None:
-                return None
-            found.append(cast(torch.Tensor, projection._parameters["weight"]))
-        query, key, head = found
-        return IndexWeights(query, key, head, norm.weight, norm.bias)
+        return IndexWeights(query.weight, key.weight, head.weight, norm.weight, norm.bias)
 
 
 def _is_watched(module: nn.Module) -> bool:

@@ -87,6 +87,9 @@ def check_attention(
         TypeError: A tensor of the wrong kind, or keys or values wider than the queries.
         ValueError: Shapes that do not fit together, or another device.
     """
+    check_softcap(op, softcap)
+    if sink_logits is None and _fit_on_cpu(q, k, v):
+        return
     check_tensor(op, "q", q, "[B, T, H, D]", (None,) * 4)
     batch, _, heads, head_dim = q.shape
     check_tensor(op, "k", k, "[B, S, G, D]", (batch, None, None, head_dim), device=q.device)
@@ -105,7 +108,31 @@ def check_attention(
             )
     if sink_logits is not None:
         check_tensor(op, "sink_logits", sink_logits, "[H]", (heads,), device=q.device)
-    check_softcap(op, softcap)
+
+
+_BYTES = {torch.float64: 8, torch.float32: 4, torch.bfloat16: 2, torch.float16: 2}
+
+
+def _fit_on_cpu(q: Tensor, k: Tensor, v: Tensor | None) -> bool:
+    """Whether nothing is wrong with them, without looking for what it is: every decoded token asks, in every layer."""
+    if not type(q) is type(k) is type(v) is Tensor or not (q.ndim == k.ndim == v.ndim == 4):
+        return False
+    batch, _, heads, head_dim = q.shape
+    key_batch, keys, groups, key_dim = k.shape
+    width = _BYTES.get(q.dtype, 0)
+    return (
+        (batch, head_dim) == (key_batch, key_dim)
+        and v.shape[:3] == (batch, keys, groups)
+        and head_dim > 0
+        and groups > 0
+        and heads > 0
+        and heads % groups == 0
+        and _BYTES.get(k.dtype, 99) <= width
+        and _BYTES.get(v.dtype, 99) <= width
+        and q.is_cpu
+        and k.is_cpu
+        and v.is_cpu
+    )
 
 
 def check_indices(op: str, indices: Tensor, keys: int) -> bool:

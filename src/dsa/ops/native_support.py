@@ -127,7 +127,7 @@ def gap(*tensors: Tensor | None) -> str | None:
     for tensor in tensors:
         if tensor is None:
             continue
-        if tensor.device.type != "cpu":
+        if not tensor.is_cpu:
             return f"the kernels run on the CPU, and the tensors are on {tensor.device}"
         if tensor.dtype not in DTYPES:
             return f"{tensor.dtype} has no CPU kernel"

@@ -51,49 +51,48 @@ def index_projection(
         ValueError: Shapes that do not fit together.
         NotImplementedError: The implementation asked for cannot run this input.
     """
-    _check(hidden, weights, rope, out)
-    gap = _native_gap(hidden, weights, rope, out)
-    if impl == "auto" and hidden.shape[0] * hidden.shape[1] > FEW_TOKENS:
+    batch, tokens = _check(hidden, weights, rope, out)
+    if impl == "auto" and batch * tokens > FEW_TOKENS:
         impl = "reference"
+    addresses = weights.addresses()
+    gap = "the kernel takes weights that are fp32 and dense" if addresses is None else _native_gap(hidden, rope, out)
     if resolve_impl(_OP, impl, {"native": gap, "reference": None}) == "native":
         from dsa.ops.index_projection import native
 
-        return native.index_projection(hidden, weights, rope, out, queries=queries)
+        assert addresses is not None
+        return native.index_projection(hidden, weights, addresses, rope, out, queries=queries)
     with torch.no_grad(), full_precision(hidden.device):
         return reference.index_projection(hidden, weights, rope, out, queries=queries)
 
 
-def _check(hidden: Tensor, weights: IndexWeights, rope: Rope | None, out: Tensor | QuantizedKeys) -> None:
-    check_tensor(_OP, "hidden", hidden, "[B, T, C]", (None, None, None))
-    batch, tokens, width = hidden.shape
-    dim, heads = weights.norm.shape[0], weights.head.shape[0]
-    shapes = tuple(weight.shape for weight in weights)
-    if dim == 0 or heads == 0 or shapes != ((heads * dim, width), (dim, width), (heads, width), (dim,), (dim,)):
-        raise ValueError(
-            f"{_OP}: weights must be [Hi * Di, C], [Di, C], [Hi, C], [Di] and [Di] with C = {width}, "
-            f"got {', '.join(map(describe, weights))}"
-        )
+def _check(hidden: Tensor, weights: IndexWeights, rope: Rope | None, out: Tensor | QuantizedKeys) -> tuple[int, int]:
+    """Returns `B` and `T`."""
+    check_tensor(_OP, "hidden", hidden, "[B, T, C]", (None, None, weights.width))
+    batch, tokens, _ = hidden.shape
+    dim = weights.dim
     if rope is not None:
         cos, sin = rope
-        rotated = cos.shape[-1]
-        fits = cos.shape[:-1] in ((batch, tokens), (1, tokens)) and rotated % 2 == 0 and rotated <= dim
-        if cos.shape != sin.shape or not fits:
+        rope_batch, rope_tokens, rotated = cos.shape
+        fits = rope_batch in (1, batch) and rope_tokens == tokens and rotated % 2 == 0 and rotated <= dim
+        if not fits or cos.shape != sin.shape:
             raise ValueError(
                 f"{_OP}: rope must be two tables [{batch} or 1, {tokens}, R], R even and at most {dim}, "
                 f"got {describe(cos)} and {describe(sin)}; make them with rope_tables"
             )
-    if out.shape != (batch, tokens, dim) or out.dtype not in ("int8", torch.float32):
+    data = out.data if isinstance(out, QuantizedKeys) else out
+    if data.shape != (batch, tokens, dim) or data.dtype not in (torch.int8, torch.float32):
         raise ValueError(
             f"{_OP}: out must be int8 QuantizedKeys or fp32 [B, T, Di] = [{batch}, {tokens}, {dim}], "
-            f"got {out.dtype} {list(out.shape)}"
+            f"got {describe(data)}"
         )
+    return batch, tokens
 
 
-def _native_gap(hidden: Tensor, weights: IndexWeights, rope: Rope | None, out: Tensor | QuantizedKeys) -> str | None:
+def _native_gap(hidden: Tensor, rope: Rope | None, out: Tensor | QuantizedKeys) -> str | None:
     """Why the compiled kernel cannot take these arguments, or `None` where it can."""
-    for tensor in (*weights, *(rope or ())):
-        if tensor.dtype != torch.float32 or not tensor.is_contiguous():
-            return f"the kernel takes weights and tables that are fp32 and dense, got {tensor.dtype}"
+    for table in rope or ():
+        if table.dtype != torch.float32 or not table.is_contiguous():
+            return "the kernel takes tables that are fp32 and dense"
     data = out.data if isinstance(out, QuantizedKeys) else out
     if hidden.dtype != torch.float32 or hidden.stride(-1) != 1 or data.stride(-1) != 1:
         return f"the kernel takes fp32 with every row in one piece, got {hidden.dtype}"

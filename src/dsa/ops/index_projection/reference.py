@@ -18,8 +18,8 @@ def index_projection(
     hidden: Tensor, weights: IndexWeights, rope: Rope | None, out: Tensor | QuantizedKeys, *, queries: bool
 ) -> tuple[Tensor, Tensor] | None:
     """Arguments as in `api.index_projection`, validated."""
-    dim, heads = len(weights.key), len(weights.head)
-    key = F.layer_norm(F.linear(hidden, weights.key), (dim,), weights.norm, weights.norm_bias, NORM_EPSILON)
+    to_query, to_key, to_head, norm, norm_bias = weights.tensors
+    key = F.layer_norm(F.linear(hidden, to_key), (weights.dim,), norm, norm_bias, NORM_EPSILON)
     if rope is not None:
         key = rotate_half_split(key, *rope)
     if isinstance(out, QuantizedKeys):
@@ -30,10 +30,10 @@ def index_projection(
         out.copy_(key)
     if not queries:
         return None
-    query = F.linear(hidden, weights.query).unflatten(-1, (heads, dim))
+    query = F.linear(hidden, to_query).unflatten(-1, (weights.heads, weights.dim))
     if rope is not None:
         query = rotate_half_split(query, *(table.unsqueeze(2) for table in rope))
-    return query, F.linear(hidden, weights.head).float() * heads**-0.5
+    return query, F.linear(hidden, to_head).float() * weights.heads**-0.5
 
 
 def rope_tables(cos: Tensor, sin: Tensor) -> Rope:

@@ -84,10 +84,13 @@ def index_topk(
             f"local={local}, top_k={top_k}; raise top_k or lower local"
         )
     scale = check_scale(_OP, "scale", scale, head_dim**-0.5)
-    gaps = triton_support.beside({"native": _native_gap(q, k, w), "reference": None}, *_floating(q, k, w))
-    if gaps["triton"] is None and head_dim > _TRITON_LARGEST_DIM:
-        gaps["triton"] = f"the kernels take index heads of at most {_TRITON_LARGEST_DIM} dims, got {head_dim}"
-    chosen = resolve_impl(_OP, impl, gaps)
+    native_gap = _native_gap(q, k, w)
+    chosen = "native"
+    if impl != "auto" or native_gap is not None:
+        gaps = triton_support.beside({"native": native_gap, "reference": None}, *_floating(q, k, w))
+        if gaps["triton"] is None and head_dim > _TRITON_LARGEST_DIM:
+            gaps["triton"] = f"the kernels take index heads of at most {_TRITON_LARGEST_DIM} dims, got {head_dim}"
+        chosen = resolve_impl(_OP, impl, gaps)
     if chosen == "native":
         from dsa.ops.index_topk import native
 

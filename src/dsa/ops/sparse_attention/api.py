@@ -59,8 +59,11 @@ def sparse_attention(
     batch, tokens, _, head_dim = q.shape
     check_tensor(_OP, "indices", indices, "[B, T, K]", (batch, tokens, None), device=q.device, integer=True)
     scale = check_scale(_OP, "scale", scale, head_dim**-0.5)
-    others = {"native": native_support.gap(q, k, v, sink_logits), "reference": None}
-    chosen = resolve_impl(_OP, impl, triton_support.beside(others, q, k, v, sink_logits))
+    native_gap = native_support.gap(q, k, v, sink_logits)
+    chosen = "native"
+    if impl != "auto" or native_gap is not None:
+        others = {"native": native_gap, "reference": None}
+        chosen = resolve_impl(_OP, impl, triton_support.beside(others, q, k, v, sink_logits))
     if chosen == "native":
         from dsa.ops.sparse_attention import native
 
