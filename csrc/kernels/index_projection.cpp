@@ -105,9 +105,9 @@ int index_projection(const dsa_index_projection_args& args) {
         float* key = projected + at * rows;
         normalise(key, dim, args.norm_weight, args.norm_bias, args.norm_epsilon);
         turn(key, cosine, sine, args.rotated);
-        const int64_t place = b * args.key.stride[0] + t * args.key.stride[1];
+        const int64_t slot = args.begin + t, place = b * args.key.stride[0] + slot * args.key.stride[1];
         if (args.key.dtype == DSA_I8) {
-            const int64_t scale_place = b * args.key_scale.stride[0] + t * args.key_scale.stride[1];
+            const int64_t scale_place = b * args.key_scale.stride[0] + slot * args.key_scale.stride[1];
             static_cast<float*>(args.key_scale.data)[scale_place] =
                 quantize_row(key, dim, kKeyLevels, static_cast<int8_t*>(args.key.data) + place);
         } else {

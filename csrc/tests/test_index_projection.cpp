@@ -7,7 +7,7 @@ using namespace dsa_test;
 
 namespace {
 
-constexpr int64_t kBatch = 2, kTokens = 3, kWidth = 577, kHeads = 3, kDim = 24, kTurned = 10;
+constexpr int64_t kBatch = 2, kTokens = 3, kWidth = 577, kHeads = 3, kDim = 24, kTurned = 10, kBegin = 2, kCapacity = kBegin + kTokens + 1;
 
 std::vector<double> project(const float* hidden, const std::vector<float>& weight, int64_t rows) {
     std::vector<double> out(static_cast<size_t>(rows));
@@ -28,8 +28,8 @@ void agrees_with_the_formulas(int threads, bool rope, bool queries, bool int8) {
     auto norm_weight = normal(kDim, 5), norm_bias = normal(kDim, 6);
     auto cosine = normal(kTokens * kTurned, 7), sine = normal(kTokens * kTurned, 8);
     std::vector<float> query(kBatch * kTokens * kHeads * kDim, NAN), weight(kBatch * kTokens * kHeads, NAN);
-    std::vector<float> key(kBatch * kTokens * kDim, NAN), scale(kBatch * kTokens, NAN);
-    std::vector<int8_t> data(kBatch * kTokens * kDim, 99);
+    std::vector<float> key(kBatch * kCapacity * kDim, NAN), scale(kBatch * kCapacity, NAN);
+    std::vector<int8_t> data(kBatch * kCapacity * kDim, 99);
     dsa_index_projection_args args{};
     args.hidden = tensor(hidden, {kBatch, kTokens, kWidth}, DSA_F32);
     args.query_weight = query_weight.data();
@@ -48,12 +48,19 @@ void agrees_with_the_formulas(int threads, bool rope, bool queries, bool int8) {
         args.query = query.data();
         args.weight = weight.data();
     }
-    args.key = int8 ? tensor(data, {kBatch, kTokens, kDim}, DSA_I8) : tensor(key, {kBatch, kTokens, kDim}, DSA_F32);
-    if (int8) args.key_scale = tensor(scale, {kBatch, kTokens}, DSA_F32);
+    args.key = int8 ? tensor(data, {kBatch, kCapacity, kDim}, DSA_I8) : tensor(key, {kBatch, kCapacity, kDim}, DSA_F32);
+    if (int8) args.key_scale = tensor(scale, {kBatch, kCapacity}, DSA_F32);
+    args.begin = kBegin;
     args.norm_epsilon = 1e-6f;
     args.head_scale = 0.5f;
     args.threads = threads;
     CHECK(dsa_index_projection(&args) == DSA_OK);
+    for (int64_t b = 0; b < kBatch; ++b) {
+        for (int64_t slot : {kBegin - 1, kBegin + kTokens}) {
+            CHECK(data[(b * kCapacity + slot) * kDim] == 99 && std::isnan(key[(b * kCapacity + slot) * kDim]));
+            CHECK(std::isnan(scale[b * kCapacity + slot]));
+        }
+    }
     for (int64_t at = 0; at < kBatch * kTokens; ++at) {
         const float* row = hidden.data() + at * kWidth;
         const float* c = cosine.data() + at % kTokens * kTurned;
@@ -67,8 +74,9 @@ void agrees_with_the_formulas(int threads, bool rope, bool queries, bool int8) {
         if (rope) turn(expected.data(), c, s);
         for (int64_t i = 0; i < kDim; ++i) {
             // 24 is no power of two, so int8 keys are not rotated further.
-            const double got = int8 ? data[at * kDim + i] * static_cast<double>(scale[at]) : key[at * kDim + i];
-            CHECK(std::fabs(got - expected[i]) <= (int8 ? 0.501 * scale[at] : 1e-4));
+            const int64_t slot = at / kTokens * kCapacity + kBegin + at % kTokens;
+            const double got = int8 ? data[slot * kDim + i] * static_cast<double>(scale[slot]) : key[slot * kDim + i];
+            CHECK(std::fabs(got - expected[i]) <= (int8 ? 0.501 * scale[slot] : 1e-4));
         }
         auto asked = project(row, query_weight, kHeads * kDim), weights = project(row, head_weight, kHeads);
         for (int64_t h = 0; h < kHeads; ++h) {

@@ -1,5 +1,7 @@
 """Index queries, weights and keys of a few tokens: the kernel on every instruction set, and the module it replaces."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -39,17 +41,29 @@ def inputs(sizes: Sizes) -> tuple[torch.Tensor, Rope | None]:
     return hidden, rope_tables(angles.cos(), angles.sin()) if rotated else None
 
 
-def room(sizes: Sizes, dtype: str) -> torch.Tensor | QuantizedKeys:
-    """Places in the middle of a longer cache, filled with what nobody should read."""
+BEGIN = 4
+
+
+def storage(sizes: Sizes, dtype: str) -> torch.Tensor | QuantizedKeys:
+    """A cache of some more tokens, filled with what nobody should read."""
     batch, tokens, _, _, dim, _ = sizes
     if dtype == "fp32":
-        return torch.full((batch, tokens + 9, dim), torch.nan)[:, 4 : 4 + tokens]
-    data = torch.full((batch, tokens + 9, dim), 99, dtype=torch.int8)
-    return QuantizedKeys(data, torch.full((batch, tokens + 9), torch.nan))[:, 4 : 4 + tokens]
+        return torch.full((batch, tokens + 9, dim), torch.nan)
+    return QuantizedKeys(
+        torch.full((batch, tokens + 9, dim), 99, dtype=torch.int8), torch.full((batch, tokens + 9), torch.nan)
+    )
 
 
-def values(keys: torch.Tensor | QuantizedKeys) -> torch.Tensor:
-    return keys.dequantize() if isinstance(keys, QuantizedKeys) else keys
+def project(
+    sizes: Sizes, dtype: str, hidden: torch.Tensor, weights: IndexWeights, rope: Rope | None, **options: Any
+) -> tuple[Any, tuple[torch.Tensor, torch.Tensor] | None]:
+    """The keys as they were written into `storage`, and nothing beside them; the queries and head weights."""
+    keys, end = storage(sizes, dtype), BEGIN + sizes[1]
+    made = index_projection(hidden, weights, rope, keys, BEGIN, **options)
+    for beside in (keys[:, :BEGIN], keys[:, end:]):
+        assert bool((beside.scale if isinstance(beside, QuantizedKeys) else beside).isnan().all())
+        assert not isinstance(beside, QuantizedKeys) or bool((beside.data == 99).all())
+    return keys[:, BEGIN:end], made
 
 
 @pytest.mark.parametrize("queries", [True, False])
@@ -58,17 +72,13 @@ def values(keys: torch.Tensor | QuantizedKeys) -> torch.Tensor:
 def test_is_what_the_module_computes(impl: str, sizes: Sizes, dtype: str, queries: bool) -> None:
     indexer = indexer_of(sizes)
     hidden, rope = inputs(sizes)
-    expected = room(sizes, dtype)
-    index_projection(hidden, weights_of(indexer), rope, expected, impl="reference")
-    out = room(sizes, dtype)
-    made = index_projection(hidden, weights_of(indexer), rope, out, queries=queries, impl=impl)
+    expected, _ = project(sizes, dtype, hidden, weights_of(indexer), rope, impl="reference")
+    out, made = project(sizes, dtype, hidden, weights_of(indexer), rope, queries=queries, impl=impl)
     with torch.no_grad():
         query, key, weight = indexer(hidden, rope)
     if dtype == "fp32":
-        torch.testing.assert_close(values(out), key, atol=2e-5, rtol=0)
+        torch.testing.assert_close(out, key, atol=2e-5, rtol=0)
     else:
-        assert isinstance(out, QuantizedKeys)
-        assert isinstance(expected, QuantizedKeys)
         torch.testing.assert_close(out.scale, expected.scale, atol=0, rtol=2e-6)
         assert (out.data.int() - expected.data.int()).abs().max() <= 1
         assert (out.data != expected.data).float().mean() < 0.02
@@ -85,8 +95,7 @@ def test_does_not_depend_on_the_number_of_threads(impl: str, threads: int) -> No
     results = []
     for number in (1, threads):
         torch.set_num_threads(number)
-        out = room(SIZES[0], "fp32")
-        made = index_projection(hidden, weights_of(indexer), rope, out, impl=impl)
+        out, made = project(SIZES[0], "fp32", hidden, weights_of(indexer), rope, impl=impl)
         assert made is not None
         results.append((out, *made))
     for one, other in zip(*results):
@@ -96,13 +105,13 @@ def test_does_not_depend_on_the_number_of_threads(impl: str, threads: int) -> No
 def test_a_token_that_is_not_finite_harms_no_other(impl: str) -> None:
     sizes = (1, 3, 20, 2, 8, 8)
     indexer, (hidden, rope) = indexer_of(sizes), inputs(sizes)
-    clean, spoilt = room(sizes, "int8"), room(sizes, "int8")
-    index_projection(hidden, weights_of(indexer), rope, clean, impl=impl)
+    clean, _ = project(sizes, "int8", hidden, weights_of(indexer), rope, impl=impl)
     hidden = hidden.clone()
     hidden[0, 1, 3] = torch.inf
-    index_projection(hidden, weights_of(indexer), rope, spoilt, impl=impl)
-    assert isinstance(clean, QuantizedKeys)
-    assert isinstance(spoilt, QuantizedKeys)
+    keys = storage(sizes, "int8")
+    assert isinstance(keys, QuantizedKeys)
+    index_projection(hidden, weights_of(indexer), rope, keys, BEGIN, impl=impl)
+    spoilt = keys[:, BEGIN : BEGIN + 3]
     assert spoilt.scale.isnan().tolist() == [[False, True, False]]
     assert torch.equal(spoilt.data[:, ::2], clean.data[:, ::2])
     assert (spoilt.data[:, 1] == 0).all()
@@ -114,16 +123,16 @@ def test_many_tokens_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native_support, "gap", lambda *tensors: None)
     sizes = (1, FEW_TOKENS + 1, 16, 2, 8, 8)
     indexer, (hidden, rope) = indexer_of(sizes), inputs(sizes)
-    index_projection(hidden, weights_of(indexer), rope, room(sizes, "fp32"))
+    index_projection(hidden, weights_of(indexer), rope, storage(sizes, "fp32"))
     assert called == []
-    index_projection(hidden[:, 1:], weights_of(indexer), None, room((1, FEW_TOKENS, *sizes[2:]), "fp32"))
+    index_projection(hidden[:, 1:], weights_of(indexer), None, storage(sizes, "fp32"))
     assert called == ["index_projection"]
 
 
 def test_names_what_does_not_fit() -> None:
     sizes = SIZES[1]
     indexer, (hidden, rope) = indexer_of(sizes), inputs(sizes)
-    weights, out = weights_of(indexer), room(sizes, "fp32")
+    weights, out = weights_of(indexer), storage(sizes, "fp32")
     with pytest.raises(ValueError, match="IndexWeights: they must be"):
         IndexWeights(*weights.tensors[:3], torch.ones(5), torch.ones(5))
     with pytest.raises(ValueError, match="index_projection: hidden must be"):
@@ -133,7 +142,10 @@ def test_names_what_does_not_fit() -> None:
     with pytest.raises(ValueError, match="index_projection: rope must be"):
         index_projection(hidden[:, 1:], weights, rope, out)
     with pytest.raises(ValueError, match="index_projection: out must be"):
-        index_projection(hidden, weights, None, out[:, 1:])
+        index_projection(hidden, weights, None, out[..., 1:])
+    for begin in (-1, 10):
+        with pytest.raises(ValueError, match=f"index_projection: out must be .* got .* begin={begin}"):
+            index_projection(hidden, weights, None, out, begin)
     half = IndexWeights(*(weight.bfloat16() for weight in weights.tensors))
     with pytest.raises(NotImplementedError, match=r"weights that are fp32 and dense. Use reference"):
         index_projection(hidden.bfloat16(), half, None, out, impl="native")
@@ -154,10 +166,9 @@ def test_weights_that_were_exchanged_are_noticed(impl: str) -> None:
     weights = indexer.weights_for(7)
     assert weights is not None
     assert indexer.weights_for(7) is weights
-    index_projection(hidden, weights, rope, room(SIZES[0], "fp32"), impl=impl)
+    project(SIZES[0], "fp32", hidden, weights, rope, impl=impl)
     indexer.to(torch.bfloat16).to(torch.float32)
     indexer.wk.weight.data = torch.randn_like(indexer.wk.weight)
-    out = room(SIZES[0], "fp32")
-    index_projection(hidden, weights, rope, out, impl=impl)
+    out, _ = project(SIZES[0], "fp32", hidden, weights, rope, impl=impl)
     with torch.no_grad():
         torch.testing.assert_close(out, indexer.keys(hidden, rope), atol=2e-5, rtol=0)

@@ -12,8 +12,8 @@ extern "C" {
 // pointer alone is dense. Meaning: src/dsa/ops/index_projection/README.md.
 typedef struct dsa_index_projection_args {
     dsa_tensor hidden;          // [B, T, C] fp32; the last stride is 1
-    dsa_tensor key;             // [B, T, Di] int8 or fp32, written; the last stride is 1
-    dsa_tensor key_scale;       // [B, T] fp32, written; absent where the keys are fp32
+    dsa_tensor key;             // [B, C', Di] int8 or fp32, tokens [begin, begin + T) written; the last stride is 1
+    dsa_tensor key_scale;       // [B, C'] fp32, the same tokens written; absent where the keys are fp32
     const float* query_weight;  // [Hi * Di, C]
     const float* key_weight;    // [Di, C]
     const float* head_weight;   // [Hi, C]
@@ -23,6 +23,7 @@ typedef struct dsa_index_projection_args {
     const float* sine;          // [B or 1, T, R], negative in the first half
     float* query;               // [B, T, Hi, Di], written; or null, with `weight`: keys only
     float* weight;              // [B, T, Hi], written
+    int64_t begin;              // begin + T <= C'
     int64_t heads;              // Hi
     int64_t rotated;            // R, even and at most Di; 0 for no rotation
     int64_t rope_batch;         // B or 1

@@ -397,9 +397,9 @@ def _index_few_tokens(
     weights = indexer.weights_for(stored.serial)
     if weights is None:
         return False
-    room = stored.extend_index((batch, tokens, indexer.head_dim), hidden_states.device)
-    wanted = context.observer is not None or not index.plan.runs_dense(stored.index_length, context)
-    made = index_projection(hidden_states, weights, index.rope, room, queries=wanted)
+    storage, begin = stored.index_room((batch, tokens, indexer.head_dim), hidden_states.device)
+    wanted = context.observer is not None or not index.plan.runs_dense(begin + tokens, context)
+    made = index_projection(hidden_states, weights, index.rope, storage, begin, queries=wanted)
     if made is not None:
         index.key = stored.index_keys()
         index.query, index.weight = made

@@ -24,6 +24,7 @@ def index_projection(
     weights: IndexWeights,
     rope: Rope | None,
     out: Tensor | QuantizedKeys,
+    begin: int = 0,
     *,
     queries: bool = True,
     impl: Impl = "auto",
@@ -38,7 +39,8 @@ def index_projection(
         hidden: `[B, T, C]`.
         weights: The indexer's.
         rope: Tables for these tokens' positions, each `[B or 1, T, R]`; `None` for layers without RoPE.
-        out: Where the keys go: int8 `QuantizedKeys` or fp32, `[B, T, Di]`; the next tokens of a cache.
+        out: Where the keys go: int8 `QuantizedKeys` or fp32, `[B, capacity, Di]`; a cache's storage.
+        begin: The place of the first token there.
         queries: Whether queries and head weights are wanted.
         impl: Which implementation runs; an explicit choice never falls back.
 
@@ -51,7 +53,7 @@ def index_projection(
         ValueError: Shapes that do not fit together.
         NotImplementedError: The implementation asked for cannot run this input.
     """
-    batch, tokens = _check(hidden, weights, rope, out)
+    batch, tokens = _check(hidden, weights, rope, out, begin)
     if impl == "auto" and batch * tokens > FEW_TOKENS:
         impl = "reference"
     addresses = weights.addresses()
@@ -60,12 +62,14 @@ def index_projection(
         from dsa.ops.index_projection import native
 
         assert addresses is not None
-        return native.index_projection(hidden, weights, addresses, rope, out, queries=queries)
+        return native.index_projection(hidden, weights, addresses, rope, out, begin, queries=queries)
     with torch.no_grad(), full_precision(hidden.device):
-        return reference.index_projection(hidden, weights, rope, out, queries=queries)
+        return reference.index_projection(hidden, weights, rope, out, begin, queries=queries)
 
 
-def _check(hidden: Tensor, weights: IndexWeights, rope: Rope | None, out: Tensor | QuantizedKeys) -> tuple[int, int]:
+def _check(
+    hidden: Tensor, weights: IndexWeights, rope: Rope | None, out: Tensor | QuantizedKeys, begin: int
+) -> tuple[int, int]:
     """Returns `B` and `T`."""
     check_tensor(_OP, "hidden", hidden, "[B, T, C]", (None, None, weights.width))
     batch, tokens, _ = hidden.shape
@@ -80,10 +84,12 @@ def _check(hidden: Tensor, weights: IndexWeights, rope: Rope | None, out: Tensor
                 f"got {describe(cos)} and {describe(sin)}; make them with rope_tables"
             )
     data = out.data if isinstance(out, QuantizedKeys) else out
-    if data.shape != (batch, tokens, dim) or data.dtype not in (torch.int8, torch.float32):
+    out_batch, capacity, out_dim = data.shape
+    fits = (out_batch, out_dim) == (batch, dim) and data.dtype in (torch.int8, torch.float32)
+    if not fits or not 0 <= begin <= capacity - tokens:
         raise ValueError(
-            f"{_OP}: out must be int8 QuantizedKeys or fp32 [B, T, Di] = [{batch}, {tokens}, {dim}], "
-            f"got {describe(data)}"
+            f"{_OP}: out must be int8 QuantizedKeys or fp32, [{batch}, at least {begin} + {tokens}, {dim}], "
+            f"got {describe(data)} and begin={begin}"
         )
     return batch, tokens
 

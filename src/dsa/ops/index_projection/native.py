@@ -13,9 +13,9 @@ from dsa.ops import native_support
 from dsa.ops.index_projection.types import NORM_EPSILON, IndexWeights, Rope
 from dsa.ops.quantize.types import QuantizedKeys
 
-_pack_rest = struct.Struct("=4Q3q2fi4x").pack
-"""What follows the addresses of the weights in `dsa_index_projection_args`: four more addresses, heads, rotated dims,
-batch of the tables, epsilon of the norm, factor on the head weights, threads."""
+_pack_rest = struct.Struct("=4Q4q2fi4x").pack
+"""What follows the addresses of the weights in `dsa_index_projection_args`: four more addresses, begin, heads, rotated
+dims, batch of the tables, epsilon of the norm, factor on the head weights, threads."""
 
 
 def index_projection(
@@ -24,6 +24,7 @@ def index_projection(
     addresses: bytes,
     rope: Rope | None,
     out: Tensor | QuantizedKeys,
+    begin: int,
     *,
     queries: bool,
 ) -> tuple[Tensor, Tensor] | None:
@@ -40,6 +41,8 @@ def index_projection(
         rope_batch, _, rotated = rope[0].shape
     data, scale = (out.data, out.scale) if isinstance(out, QuantizedKeys) else (out, None)
     threads = native_support.threads()
-    rest = _pack_rest(cosine, sine, query, weight, heads, rotated, rope_batch, NORM_EPSILON, heads**-0.5, threads)
+    rest = _pack_rest(
+        cosine, sine, query, weight, begin, heads, rotated, rope_batch, NORM_EPSILON, heads**-0.5, threads
+    )
     native_support.call("index_projection", native_support.pack(hidden, data, scale) + addresses + rest)
     return made

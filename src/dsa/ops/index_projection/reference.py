@@ -15,19 +15,26 @@ from dsa.ops.quantize.types import QuantizedKeys
 
 
 def index_projection(
-    hidden: Tensor, weights: IndexWeights, rope: Rope | None, out: Tensor | QuantizedKeys, *, queries: bool
+    hidden: Tensor,
+    weights: IndexWeights,
+    rope: Rope | None,
+    out: Tensor | QuantizedKeys,
+    begin: int,
+    *,
+    queries: bool,
 ) -> tuple[Tensor, Tensor] | None:
     """Arguments as in `api.index_projection`, validated."""
     to_query, to_key, to_head, norm, norm_bias = weights.tensors
     key = F.layer_norm(F.linear(hidden, to_key), (weights.dim,), norm, norm_bias, NORM_EPSILON)
     if rope is not None:
         key = rotate_half_split(key, *rope)
+    places = slice(begin, begin + hidden.shape[1])
     if isinstance(out, QuantizedKeys):
         keys = quantize.quantize_keys_int8(key)
-        out.data.copy_(keys.data)
-        out.scale.copy_(keys.scale)
+        out.data[:, places] = keys.data
+        out.scale[:, places] = keys.scale
     else:
-        out.copy_(key)
+        out[:, places] = key
     if not queries:
         return None
     query = F.linear(hidden, to_query).unflatten(-1, (weights.heads, weights.dim))
