@@ -192,21 +192,21 @@ def _select(
     assert index.key is not None
     assert query is not None
     assert weight is not None
-    with torch.no_grad():
-        indices = index_topk(
-            query.detach(),
-            _without_holes(index.key, attention.kept),
-            weight.detach(),
-            plan.top_k,
-            sinks=plan.config.sinks,
-            local=plan.local,
-            key_start=attention.start,
-            key_end=attention.end,
-        )
-        if attention.kept is not None:
-            flat = indices.clamp(min=0).flatten(1).long()
-            seen = attention.kept.gather(1, flat).view_as(indices)
-            indices = torch.where(seen, indices, -1)
+    # The selection has no gradient, and `index_topk` passes none.
+    indices = index_topk(
+        query,
+        _without_holes(index.key, attention.kept),
+        weight,
+        plan.top_k,
+        sinks=plan.config.sinks,
+        local=plan.local,
+        key_start=attention.start,
+        key_end=attention.end,
+    )
+    if attention.kept is not None:
+        flat = indices.clamp(min=0).flatten(1).long()
+        seen = attention.kept.gather(1, flat).view_as(indices)
+        indices = torch.where(seen, indices, -1)
     return indices
 
 
