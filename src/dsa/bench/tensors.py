@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dsa.modules import memory
 from dsa.ops import QuantizedKeys, quantize_index_keys
 
 
@@ -79,6 +80,8 @@ class LayerTensors:
 def gaussian(sizes: Sizes, keys: int, *, queries: int | None = None, seed: int = 0) -> LayerTensors:
     """Standard normal numbers: neighbouring queries select nothing in common.
 
+    Keys and values lie in memory as the cache of an attached model places them.
+
     Args:
         sizes: Heads and dims.
         keys: `S`.
@@ -90,12 +93,18 @@ def gaussian(sizes: Sizes, keys: int, *, queries: int | None = None, seed: int =
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
 
+    def cached(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, out=memory.empty(shape, torch.float32))
+
+    index_keys = QuantizedKeys(
+        memory.empty((1, keys, sizes.index_dim), torch.int8), memory.empty((1, keys), torch.float32)
+    )
     tokens = keys if queries is None else queries
     return LayerTensors(
         normal(1, tokens, sizes.heads, sizes.head_dim),
-        normal(1, keys, sizes.kv_heads, sizes.head_dim),
-        normal(1, keys, sizes.kv_heads, sizes.head_dim),
+        cached(1, keys, sizes.kv_heads, sizes.head_dim),
+        cached(1, keys, sizes.kv_heads, sizes.head_dim),
         normal(1, tokens, sizes.index_heads, sizes.index_dim),
-        quantize_index_keys(normal(1, keys, sizes.index_dim)),
+        quantize_index_keys(normal(1, keys, sizes.index_dim), out=index_keys),
         normal(1, tokens, sizes.index_heads) * sizes.index_heads**-0.5,
     )

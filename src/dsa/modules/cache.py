@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache, StaticLayer
 
+from dsa.modules import memory
 from dsa.ops import quantize_index_keys
 from dsa.ops.quantize.types import QuantizedKeys
 
@@ -59,11 +60,12 @@ class TokenBuffer:
         self.length = needed = begin + shape[1]
         if self.storage is None:
             capacity = max(needed, reserve, INITIAL_CAPACITY)
-            self.storage = torch.empty((shape[0], capacity, *shape[2:]), dtype=dtype, device=device)
+            self.storage = memory.empty((shape[0], capacity, *shape[2:]), dtype, device)
         elif needed > self.storage.shape[1]:
             capacity = max(needed, reserve, 2 * self.storage.shape[1])
-            grown = self.storage.new_empty((self.storage.shape[0], capacity, *self.storage.shape[2:]))
-            grown.narrow(1, 0, begin).copy_(self.storage.narrow(1, 0, begin))
+            full = self.storage
+            grown = memory.empty((full.shape[0], capacity, *full.shape[2:]), full.dtype, full.device)
+            grown.narrow(1, 0, begin).copy_(full.narrow(1, 0, begin))
             self.storage = grown
         return begin
 
@@ -253,8 +255,8 @@ class StaticIndexedLayer(StaticLayer):
         self.batch_size, self.num_heads = key_states.shape[:2]
         self.k_head_dim, self.v_head_dim = key_states.shape[-1], value_states.shape[-1]
         rows = (self.batch_size, self.max_cache_len, self.num_heads)
-        self.keys = key_states.new_zeros((*rows, self.k_head_dim)).transpose(1, 2)
-        self.values = value_states.new_zeros((*rows, self.v_head_dim)).transpose(1, 2)
+        self.keys = memory.empty((*rows, self.k_head_dim), self.dtype, self.device).zero_().transpose(1, 2)
+        self.values = memory.empty((*rows, self.v_head_dim), self.dtype, self.device).zero_().transpose(1, 2)
         self.cumulative_length = self.cumulative_length.to(self.device)
         self.is_initialized = True
 
@@ -263,7 +265,7 @@ class StaticIndexedLayer(StaticLayer):
         batch, tokens, dim = index_keys.shape
         if self.index_data is None:
             dtype = torch.int8 if self.index_dtype == "int8" else torch.float32
-            self.index_data = index_keys.new_zeros((batch, self.max_cache_len, dim), dtype=dtype)
+            self.index_data = memory.empty((batch, self.max_cache_len, dim), dtype, index_keys.device).zero_()
             self.index_scale = index_keys.new_ones((batch, self.max_cache_len), dtype=torch.float32)
         assert self.index_scale is not None
         positions = torch.arange(tokens, device=index_keys.device) + self.cumulative_length.to(index_keys.device)
