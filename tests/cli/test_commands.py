@@ -67,7 +67,14 @@ def test_info(dsa: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
     assert str(tmp_path / "cache") in result.stdout
     kernels = next(line for line in result.stdout.splitlines() if line.startswith("cpu kernels"))
     assert ("no: " in kernels) == (native_support.missing() is not None)
-    for operation in ("quantize_index_keys", "index_topk", "sparse_attention", "dense_attention", "indexer_loss"):
+    for operation in (
+        "index_projection",
+        "quantize_index_keys",
+        "index_topk",
+        "sparse_attention",
+        "dense_attention",
+        "indexer_loss",
+    ):
         assert f"{operation} " in result.stdout
     assert "runs" in result.stdout
 

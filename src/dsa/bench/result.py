@@ -76,7 +76,10 @@ def implementations() -> dict[str, str]:
     query, key = torch.ones(1, 1, 2, 8), torch.ones(1, 1, 1, 8)
     first = torch.zeros(1, 1, 1, dtype=torch.int32)
     weight = torch.ones(1, 1, 2)
+    indexer = ops.IndexWeights(*(torch.ones(shape) for shape in ((16, 4), (8, 4), (2, 4), (8,), (8,))))
+    hidden, place = torch.ones(1, 1, 4), torch.empty(1, 1, 8)
     calls = {
+        "index_projection": lambda impl: ops.index_projection(hidden, indexer, None, place, impl=impl),
         "quantize_index_keys": lambda impl: ops.quantize_index_keys(key[:, :, 0], impl=impl),
         "index_topk": lambda impl: ops.index_topk(query, key[:, :, 0], weight, 1, impl=impl),
         "sparse_attention": lambda impl: ops.sparse_attention(query, key, key, first, impl=impl),

@@ -98,7 +98,11 @@ def _probes() -> dict[str, Callable[[str], Any]]:
         index_query, index_key, weight = torch.ones(1, 1, 4, 32), torch.ones(1, 1, 32), torch.ones(1, 1, 4)
         query, key = torch.ones(1, 1, 9, 64), torch.ones(1, 1, 3, 64)
         first = torch.zeros(1, 1, 1, dtype=torch.int32)
+        hidden = torch.ones(1, 1, 576)
+        shapes = ((128, 576), (32, 576), (4, 576), (32,), (32,))
+        indexer = ops.IndexWeights(*(torch.ones(shape) for shape in shapes))
     return {
+        "index_projection": lambda impl: ops.index_projection(hidden, indexer, None, index_key.clone(), impl=impl),
         "quantize_index_keys": lambda impl: ops.quantize_index_keys(index_key, impl=impl),
         "index_topk": lambda impl: ops.index_topk(index_query, index_key, weight, 1, impl=impl),
         "sparse_attention": lambda impl: ops.sparse_attention(query, key, key, first, impl=impl),
