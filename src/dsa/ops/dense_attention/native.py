@@ -81,7 +81,31 @@ def dense_attention(
     """Arguments as in `api.dense_attention`, validated; without gradients nothing is kept for a backward pass."""
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, sink_logits)):
         return DenseAttention.apply(q, k, v, sink_logits, options)
+    if torch.compiler.is_compiling():
+        return _in_graph(q, k, v, sink_logits, options.key_start, options.key_end, options.scale, options.softcap)
     return _forward(q, k, v, sink_logits, options)
+
+
+@native_support.graph_operation(
+    "dense_attention(Tensor q, Tensor k, Tensor v, Tensor? sink_logits, Tensor? key_start, Tensor? key_end, "
+    "float scale, float? softcap) -> (Tensor, Tensor)"
+)
+def _in_graph(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sink_logits: Tensor | None,
+    key_start: Tensor | None,
+    key_end: Tensor | None,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    return _forward(q, k, v, sink_logits, Options(scale, softcap, key_start, key_end))
+
+
+@_in_graph.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, sink_logits: Tensor | None, options: Options) -> tuple[Tensor, Tensor]:

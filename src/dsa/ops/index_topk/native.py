@@ -35,8 +35,52 @@ def index_topk(
     key_end: Tensor | None,
 ) -> Tensor:
     """int32 `[B, T, K]`; arguments as in `api.index_topk`, validated but for the ranges."""
-    batch, tokens = q.shape[:2]
     key, key_scale = (k.data, k.scale) if isinstance(k, QuantizedKeys) else (k, None)
+    if torch.compiler.is_compiling():
+        return _in_graph(q, key, key_scale, w, key_start, key_end, top_k, scale, sinks, local)
+    return _select(q, key, key_scale, w, key_start, key_end, top_k, scale, sinks, local)
+
+
+@native_support.graph_operation(
+    "index_topk(Tensor q, Tensor key, Tensor? key_scale, Tensor w, Tensor? key_start, Tensor? key_end, int top_k, "
+    "float scale, int sinks, int local) -> Tensor"
+)
+def _in_graph(
+    q: Tensor,
+    key: Tensor,
+    key_scale: Tensor | None,
+    w: Tensor,
+    key_start: Tensor | None,
+    key_end: Tensor | None,
+    top_k: int,
+    scale: float,
+    sinks: int,
+    local: int,
+) -> Tensor:
+    return _select(q, key, key_scale, w, key_start, key_end, top_k, scale, sinks, local)
+
+
+@_in_graph.register_fake
+def _(
+    q: Tensor, key: Tensor, key_scale: Tensor | None, w: Tensor, start: Tensor | None, end: Tensor | None, top_k: int,
+    *_: object,
+) -> Tensor:  # fmt: skip
+    return q.new_empty((*q.shape[:2], top_k), dtype=torch.int32)
+
+
+def _select(
+    q: Tensor,
+    key: Tensor,
+    key_scale: Tensor | None,
+    w: Tensor,
+    key_start: Tensor | None,
+    key_end: Tensor | None,
+    top_k: int,
+    scale: float,
+    sinks: int,
+    local: int,
+) -> Tensor:
+    batch, tokens = q.shape[:2]
     keys = key.shape[1]
     start = _range("key_start", key_start, batch, tokens, keys)
     end = _range("key_end", key_end, batch, tokens, keys)

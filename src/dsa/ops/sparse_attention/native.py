@@ -46,7 +46,26 @@ def sparse_attention(
     k, v, indices = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v, indices))
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, sink_logits)):
         return _SparseAttention.apply(q, k, v, indices, sink_logits, scale, softcap or 0.0)
+    if torch.compiler.is_compiling():
+        return _in_graph(q, k, v, indices, sink_logits, scale, softcap or 0.0)
     return _forward(q, k, v, indices, sink_logits, scale, softcap or 0.0)
+
+
+@native_support.graph_operation(
+    "sparse_attention(Tensor q, Tensor k, Tensor v, Tensor indices, Tensor? sink_logits, float scale, float softcap) "
+    "-> (Tensor, Tensor)"
+)
+def _in_graph(
+    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, sink_logits: Tensor | None, scale: float, softcap: float
+) -> tuple[Tensor, Tensor]:
+    return _forward(q, k, v, indices, sink_logits, scale, softcap)
+
+
+@_in_graph.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, sink_logits: Tensor | None, scale: float, softcap: float
+) -> tuple[Tensor, Tensor]:
+    return q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 def _forward(
