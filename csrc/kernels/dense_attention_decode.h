@@ -1,7 +1,9 @@
 // One query a sequence: keys and values are read once, in the order they lie in memory, and never packed.
 //
 // All heads advance together through the keys, because a token's heads lie side by side. The loops are arranged so
-// that a loaded key serves the query heads of its group, and a loaded sum takes several values.
+// that a loaded key or value serves two query heads of its group, and a loaded sum takes several values. Four heads at a
+// time, which AVX-512 has the registers for, are slower: while the second pair reads from the first cache, what was asked
+// for ahead arrives.
 #pragma once
 
 #include "kernels/dense_attention_tiles.h"
@@ -10,7 +12,8 @@ namespace dsa::DSA_ISA {
 namespace {
 
 constexpr int64_t kStreamKeys = 64;
-constexpr int64_t kAheadBytes = 16 << 10;  // measured: 8 to 32 KB are alike
+constexpr int64_t kAheadBytes = 32 << 10;
+constexpr int kValuesAtOnce = 4;
 
 // dots[row * kStreamKeys + j] = q row . key j for four keys; q rows are `dim` apart.
 template <int kRows, class T>
@@ -52,17 +55,28 @@ DSA_INLINE void four_dots(const float* DSA_RESTRICT q, const T* const* keys, int
     }
 }
 
-// sum[c] += weight[j] * value j [c] over kValues values.
-template <int kValues, class T>
-DSA_INLINE void add_values(const float* weights, const T* const* values, int64_t dim, float* DSA_RESTRICT sum) {
-    F32 factor[kValues];
+// sum[row][c] += weight[row][j] * value j [c] over kValues values; weights are kStreamKeys apart, sums `sum_step`.
+template <int kRows, int kValues, class T>
+DSA_INLINE void add_values(const float* weights, const T* const* values, int64_t dim, float* DSA_RESTRICT sum,
+                           int64_t sum_step) {
+    F32 factor[kRows][kValues];
     DSA_UNROLL
-    for (int j = 0; j < kValues; ++j) factor[j] = broadcast(weights[j]);
-    for (int64_t c = 0; c < dim; c += kWidth) {
-        F32 total = load(sum + c);
+    for (int row = 0; row < kRows; ++row) {
         DSA_UNROLL
-        for (int j = 0; j < kValues; ++j) total = fma(factor[j], load(values[j] + c), total);
-        store(sum + c, total);
+        for (int j = 0; j < kValues; ++j) factor[row][j] = broadcast(weights[row * kStreamKeys + j]);
+    }
+    for (int64_t c = 0; c < dim; c += kWidth) {
+        F32 total[kRows];
+        DSA_UNROLL
+        for (int row = 0; row < kRows; ++row) total[row] = load(sum + row * sum_step + c);
+        DSA_UNROLL
+        for (int j = 0; j < kValues; ++j) {
+            const F32 value = load(values[j] + c);
+            DSA_UNROLL
+            for (int row = 0; row < kRows; ++row) total[row] = fma(factor[row][j], value, total[row]);
+        }
+        DSA_UNROLL
+        for (int row = 0; row < kRows; ++row) store(sum + row * sum_step + c, total[row]);
     }
 }
 
@@ -143,13 +157,6 @@ void stream_keys(const Shape& shape, int64_t b, int64_t first, int64_t last, con
                 float* dots = scores + group * shared * kStreamKeys + j;
                 for (int64_t row = 0; row < shared;) {
                     const int64_t left = shared - row;
-#if defined(__AVX512F__)
-                    if (left >= 4) {
-                        four_dots<4>(rows + row * dim, keys, dim, dots + row * kStreamKeys);
-                        row += 4;
-                        continue;
-                    }
-#endif
                     if (left == 3) {
                         four_dots<3>(rows + row * dim, keys, dim, dots + row * kStreamKeys);
                         row += 3;
@@ -174,18 +181,29 @@ void stream_keys(const Shape& shape, int64_t b, int64_t first, int64_t last, con
             for (int64_t c = 0; c < value_dim; c += kWidth) store(sum + c, load(sum + c) * broadcast(shrink));
         }
         int64_t j = 0;
-        for (; j + 8 <= count; j += 8) {
-            for (int64_t head = 0; head < shape.heads; ++head) {
-                const Value* values[8];
-                for (int i = 0; i < 8; ++i) values[i] = place<Value>(v, b, block + j + i, head / shared);
-                if (head % shared == 0) next_values.fetch(8);
-                add_values<8>(scores + head * kStreamKeys + j, values, value_dim, part.sum + head * part.sum_step);
+        for (; j + kValuesAtOnce <= count; j += kValuesAtOnce) {
+            for (int64_t head = 0; head < shape.heads;) {
+                const Value* values[kValuesAtOnce];
+                for (int i = 0; i < kValuesAtOnce; ++i) values[i] = place<Value>(v, b, block + j + i, head / shared);
+                next_values.fetch(kValuesAtOnce);
+                for (const int64_t end = head + shared; head < end;) {
+                    const float* weights = scores + head * kStreamKeys + j;
+                    float* sum = part.sum + head * part.sum_step;
+                    if (end - head >= 2) {
+                        add_values<2, kValuesAtOnce>(weights, values, value_dim, sum, part.sum_step);
+                        head += 2;
+                    } else {
+                        add_values<1, kValuesAtOnce>(weights, values, value_dim, sum, part.sum_step);
+                        head += 1;
+                    }
+                }
             }
         }
         for (; j < count; ++j) {
             for (int64_t head = 0; head < shape.heads; ++head) {
                 const Value* value = place<Value>(v, b, block + j, head / shared);
-                add_values<1>(scores + head * kStreamKeys + j, &value, value_dim, part.sum + head * part.sum_step);
+                add_values<1, 1>(scores + head * kStreamKeys + j, &value, value_dim, part.sum + head * part.sum_step,
+                                 part.sum_step);
             }
         }
     }
