@@ -85,6 +85,7 @@ def _decode_at(length: int, sizes: Sizes, settings: Settings) -> Row:
     is_target = length == TARGET_LENGTH
     row = Row("decode", f"n = {length:,}", {"keys": length, "queries": 1, **sizes.describe()}, timings, checks=checks)
     row.length = length
+    row.notes.append("K, V and index keys lie where an attached model's cache puts them; SDPA reads plain copies.")
     row.figures = [
         ratio("SDPA / DSA", timings["SDPA"], timings["DSA"], target=100 if is_target else None),
         ratio("own dense / DSA", timings["own dense"], timings["DSA"], target=8 if is_target else None),
