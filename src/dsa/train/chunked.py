@@ -150,7 +150,7 @@ def _along_tokens(given: dict[str, Any], take: Callable[[torch.Tensor, int], tor
 def _probe(
     run: Callable[..., Any], hidden: torch.Tensor, given: dict[str, Any], positions: torch.Tensor
 ) -> AttentionCall:
-    """What the module hands to attention for the tokens at `positions` `[B, Q]`; they attend to nothing."""
+    """What the module hands to attention for the tokens at `positions` `[B or fewer, Q]`; they attend to nothing."""
     seen: list[AttentionCall] = []
 
     def attend_to_nothing(call: AttentionCall) -> torch.Tensor:
@@ -162,7 +162,8 @@ def _probe(
     def take(each: torch.Tensor, dim: int) -> torch.Tensor:
         if each.ndim == 1:
             return each[positions[0]]
-        return each.expand(len(positions), *each.shape[1:])[sequences, positions]
+        # Positions may be of the first sequences only.
+        return (each.expand(len(positions), *each.shape[1:]) if len(each) == 1 else each)[sequences, positions]
 
     context = DSAContext(select=attend_to_nothing)
     run(hidden[sequences, positions], _along_tokens(given, take), None, dsa_context=context)
