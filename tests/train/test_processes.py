@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,7 +10,7 @@ import pytest
 
 pytest.importorskip("accelerate")
 
-from dsa.testing.training import read_log
+from dsa.testing.training import launch, read_log
 from dsa.train import start_processes
 
 SCRIPT = """
@@ -39,26 +36,10 @@ except OSError as error:
 """
 
 
-def start(world: int, *arguments: str) -> list[tuple[int, str]]:
-    """Runs the script in so many processes; exit code and output of each."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = str(listener.getsockname()[1])
-    processes = []
-    for rank in range(world):
-        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
-        environment = {**os.environ, **place, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-c", SCRIPT, *arguments]
-        processes.append(
-            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        )
-    return [(process.communicate(timeout=240)[0], process.returncode)[::-1] for process in processes]
-
-
 @pytest.mark.parametrize("stage", ["warmup", "sparse"])
 def test_two_processes_have_the_losses_of_one(tmp_path: Path, stage: str) -> None:
     for world in (1, 2):
-        for code, output in start(world, stage, str(tmp_path / str(world))):
+        for code, output in launch(world, SCRIPT, stage, str(tmp_path / str(world))):
             assert code == 0, output
     one, two = (read_log(tmp_path / str(world)) for world in (1, 2))
     assert len(one) == len(two) > 3
@@ -72,15 +53,36 @@ def test_two_processes_have_the_losses_of_one(tmp_path: Path, stage: str) -> Non
 
 def test_an_error_of_the_main_process_ends_all(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    for code, output in start(2, "warmup", str(tmp_path)):
+    for code, output in launch(2, SCRIPT, "warmup", str(tmp_path)):
         assert code == 3, output
         assert "is not empty; choose another one" in output
 
 
 def test_models_split_over_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(NotImplementedError, match="does not split a model over devices with FSDP"):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(NotImplementedError, match="does not split a model over devices with DEEPSPEED"):
         start_processes()
+
+
+def test_fsdp_of_the_launcher_must_be_version_2(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    for version in (None, "1"):
+        if version is not None:
+            monkeypatch.setenv("FSDP_VERSION", version)
+        with pytest.raises(NotImplementedError, match=r"shards models with FSDP version 2 only.*`fsdp_version: 2`"):
+            start_processes()
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
+    with pytest.raises(ValueError, match="--shard shares the model's weights out among several processes"):
+        start_processes()
+    monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", "true")
+    with pytest.raises(NotImplementedError, match="`fsdp_offload_params: false`"):
+        start_processes()
+
+
+def test_one_process_has_nobody_to_share_with() -> None:
+    with pytest.raises(ValueError, match="this is the only one: start them with `torchrun"):
+        start_processes("cpu", shard=True)
 
 
 def test_several_processes_need_accelerate(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -220,6 +220,14 @@ def train(
         typer.Option(metavar="N", help="Of the first weights and of the order of the data.", rich_help_panel=SCHEDULE),
     ] = 0,
     checkpoint_every: Annotated[int, typer.Option(min=1, metavar="N", help="Steps between checkpoints.")] = 50,
+    shard: Annotated[
+        bool,
+        typer.Option(
+            "--shard",
+            help="Several processes share out the model's weights among them (FSDP2): for models that one device does "
+            "not hold.",
+        ),
+    ] = False,
     tensorboard: Annotated[
         bool, typer.Option("--tensorboard", help="Write scalars for TensorBoard to DIR/tensorboard.")
     ] = False,
@@ -335,7 +343,7 @@ def train(
     DIR gets indexers.safetensors (for --indexers and `dsa.attach`), log.jsonl, state.safetensors (for --resume), and
     in the sparse stage `adapter` or `model`. A run that was stopped or killed continues with the same command and
     --resume, to the same losses. `torchrun --nproc-per-node N -m dsa train ...` shares each step's sequences among N
-    processes.
+    processes, with --shard the model's weights too.
 
     [bold]Examples[/]
 
@@ -357,7 +365,7 @@ def train(
         refuse_sparse_options(ctx)
     if start is Start.fitted and (indexers is not None or stage is Stage.sparse):
         raise ValueError("--start fitted sets new indexers; leave it out where training goes on with --indexers")
-    processes, own_device = start_processes(device)
+    processes, own_device = start_processes(device, shard)
     settings = settings_of(ctx.params, processes.size)
     if threads is not None:
         torch.set_num_threads(threads)
@@ -368,7 +376,14 @@ def train(
         with Steps() as progress:
             status = progress.status
             scaling = scaling_wanted(rope_scaling, indexers)
-            loaded = load_model(model, dtype=precision, device=own_device, status=status, rope_scaling=scaling)
+            loaded = load_model(
+                model,
+                dtype=precision,
+                device=own_device,
+                status=status,
+                rope_scaling=scaling,
+                place=not processes.shard,
+            )
             vocabulary = loaded.model.get_input_embeddings().num_embeddings
             stream = read_data(
                 data,

@@ -259,7 +259,8 @@ def run(
     from dsa.train.tensorboard import TensorBoardReporter
 
     is_main = others["processes"].is_main
-    boards = [TensorBoardReporter(out / "tensorboard", loaded.model.device)] if tensorboard and is_main else []
+    device = others["processes"].device or loaded.model.device
+    boards = [TensorBoardReporter(out / "tensorboard", device)] if tensorboard and is_main else []
 
     def with_reporter(*reporters: Reporter) -> TrainingResult:
         told = Reporters(*reporters, *boards)

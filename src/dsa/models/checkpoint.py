@@ -50,13 +50,19 @@ class StoredIndexers:
     weights: dict[str, torch.Tensor]
 
 
-def save_indexers(model: PreTrainedModel, path: str | Path, dtype: torch.dtype | None = None) -> Path:
+def save_indexers(
+    model: PreTrainedModel,
+    path: str | Path,
+    dtype: torch.dtype | None = None,
+    base_model: dict[str, Any] | None = None,
+) -> Path:
     """Writes the indexers of an attached model, whole or not at all.
 
     Args:
         model: An attached model.
         path: The file, or a folder that gets `indexers.safetensors`.
         dtype: Storage of the weights; as they are by default.
+        base_model: What `describe_base_model` returned, where this process alone could not ask it now.
 
     Returns:
         The file.
@@ -76,7 +82,7 @@ def save_indexers(model: PreTrainedModel, path: str | Path, dtype: torch.dtype |
         "format": FORMAT,
         "version": str(VERSION),
         "config": json.dumps(config.replace(index_rope_dim=config.rope_dim).to_dict()),
-        "base_model": json.dumps(describe_base_model(model)),
+        "base_model": json.dumps(describe_base_model(model) if base_model is None else base_model),
     }
     file.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
@@ -233,6 +239,9 @@ def _sample(model: PreTrainedModel) -> list[float]:
 
 
 def _spread(weight: torch.Tensor, count: int) -> list[float]:
+    if hasattr(weight, "full_tensor"):
+        # In parts with all processes (FSDP2), which then call this together.
+        weight = weight.full_tensor()
     positions = torch.arange(count, device=weight.device) * (weight.numel() - 1) // (count - 1)
     rows, columns = positions // weight.shape[1], positions % weight.shape[1]
     return weight.detach()[rows, columns].float().cpu().tolist()

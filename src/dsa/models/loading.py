@@ -66,6 +66,7 @@ def load_model(
     device: str | torch.device | None = None,
     status: Status | None = None,
     rope_scaling: RopeScaling | None = None,
+    place: bool = True,
 ) -> LoadedModel:
     """Loads a causal language model. Weights are read from safetensors only.
 
@@ -76,6 +77,7 @@ def load_model(
         device: `None` means CUDA where there is one, else the CPU.
         status: Told what takes long: converting the default model, or reading a checkpoint.
         rope_scaling: For texts longer than the model's positions, as `dsa.models.rope.parse_scaling` returns it.
+        place: Put the weights on the device; otherwise they stay on the CPU, for who moves them in parts.
 
     Raises:
         OSError: No such directory or Hub id, no network, no safetensors, or the cache cannot be written.
@@ -95,7 +97,7 @@ def load_model(
             dtype = torch.float32 if target.type == "cpu" else None
         model = _read_weights(name, source, dtype, config if rope_scaling is not None else None)
         tokenizer = _read_tokenizer(name, source)
-    return LoadedModel(model.to(target).eval(), tokenizer, name, is_default)
+    return LoadedModel((model.to(target) if place else model).eval(), tokenizer, name, is_default)
 
 
 def attach_indexers(

@@ -6,17 +6,29 @@ from collections.abc import Mapping
 
 import torch
 
+from dsa.train.sharding import gathered, is_share, put
+
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
-def state_of(parameters: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """Everything that the next update depends on: weights, and both moments and count of AdamW; on the CPU."""
+def state_of(
+    parameters: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer, keep: bool = True
+) -> dict[str, torch.Tensor]:
+    """Everything that the next update depends on: weights, and both moments and count of AdamW; on the CPU.
+
+    Args:
+        parameters: By name. If they lie in parts with all processes, these call together and get whole tensors.
+        optimizer: Theirs.
+        keep: Whether this process wants the state; if not it returns nothing.
+    """
     tensors = {}
     for name, parameter in parameters.items():
-        tensors[f"weight.{name}"] = parameter.detach()
-        for key, value in optimizer.state[parameter].items():
-            tensors[f"{key}.{name}"] = value
-    return {name: tensor.cpu().clone() for name, tensor in tensors.items()}
+        for key, value in {"weight": parameter.detach(), **optimizer.state[parameter]}.items():
+            # One at a time: together they may be more than the device holds.
+            whole = gathered(value)
+            if keep:
+                tensors[f"{key}.{name}"] = whole.cpu().clone()
+    return tensors
 
 
 def load_state(
@@ -46,9 +58,17 @@ def load_state(
         weight = tensors[f"weight.{name}"]
         if weight.shape != parameter.shape:
             raise ValueError(f"{what}: {name} must be {list(parameter.shape)}, found {list(weight.shape)}")
-        with torch.no_grad():
-            parameter.copy_(weight)
-        moments[number] = {kind: tensors[f"{kind}.{name}"].clone() for kind in kinds}
+        put(parameter, weight)
+        moments[number] = {kind: _like(parameter, tensors[f"{kind}.{name}"]) for kind in kinds}
     if kinds:
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": moments, "param_groups": groups})
+
+
+def _like(parameter: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
+    """A copy of a moment, in parts if its parameter is; a count of steps is always whole."""
+    if not is_share(parameter) or moment.ndim == 0:
+        return moment.clone()
+    share = torch.zeros_like(parameter, dtype=moment.dtype)
+    put(share, moment)
+    return share

@@ -15,8 +15,10 @@ from transformers.pytorch_utils import Conv1D
 from dsa.models.families import decoder_of
 from dsa.train.extras import needed
 from dsa.train.settings import SparseSettings
+from dsa.train.sharding import is_share, put_share
 
 INDEXER = ".indexer."
+ADAPTER = ".lora_"
 
 
 class Chosen:
@@ -51,21 +53,39 @@ class Chosen:
         """How many numbers learn."""
         return sum(parameter.numel() for parameter in self.parameters.values())
 
+    def find_again(self) -> None:
+        """Takes the parameters that now have the same names; sharding puts others in their place."""
+        named = dict(self.model.named_parameters())
+        self.parameters = {name: named[name] for name in self.parameters}
+
     def clone(self) -> dict[str, torch.Tensor]:
         """The parameters as they are now."""
         return {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
 
     @contextmanager
     def replaced_by(self, values: dict[str, torch.Tensor]) -> Iterator[None]:
-        """The model has these values while the context is open."""
-        own = {name: parameter.data for name, parameter in self.parameters.items()}
+        """The model has these values while the context is open.
+
+        Args:
+            values: All or some of the parameters: as they lie in the model at that time, in parts or whole.
+        """
+        parameters = {name: self.model.get_parameter(name) for name in values}
+        own = {name: parameter.data for name, parameter in parameters.items()}
+        shares = {name: each.clone() for name, each in own.items() if is_share(each)}
         try:
-            for name, parameter in self.parameters.items():
-                parameter.data = values[name]
+            for name, parameter in parameters.items():
+                # FSDP knows its shares by their memory.
+                if name in shares:
+                    put_share(parameter, values[name])
+                else:
+                    parameter.data = values[name]
             yield
         finally:
-            for name, parameter in self.parameters.items():
-                parameter.data = own[name]
+            for name, parameter in parameters.items():
+                if name in shares:
+                    put_share(parameter, shares[name])
+                else:
+                    parameter.data = own[name]
 
     def unfreeze(self) -> None:
         """Lets every parameter want gradients as it did before; adapters stay."""
@@ -73,6 +93,17 @@ class Chosen:
             parameter.grad = None
             if name in self._before:
                 parameter.requires_grad_(self._before[name])
+
+    def merged(self, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The whole weights of a model with adapters as `merge` would leave them; what was given is used up."""
+        for name in [each for each in weights if each.endswith(".base_layer.weight")]:
+            place = name.removesuffix(".base_layer.weight")
+            module: Any = self.model.get_submodule(place)
+            for adapter, scale in module.scaling.items():
+                low, high = (weights[f"{place}.lora_{letter}.{adapter}.weight"] for letter in "AB")
+                delta = high @ low * scale
+                weights[name] += (delta.T if module.fan_in_fan_out else delta).to(weights[name].dtype)
+        return {name.replace(".base_layer.", "."): each for name, each in weights.items() if ADAPTER not in name}
 
     def merge(self) -> None:
         """Adds the adapters to the weights beside them and takes them out."""

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import PreTrainedModel
@@ -23,8 +23,11 @@ from dsa.train.data import Windows
 from dsa.train.files import write_atomically
 from dsa.train.holdout import Holdout
 from dsa.train.processes import Processes
-from dsa.train.progress import Reporter, StepRecord
+from dsa.train.progress import HoldoutRecord, Reporter, StepRecord
+from dsa.train.sharding import Sharded
 from dsa.train.state import RECIPE, RunFolder, TrainingState, differences, state_bytes
+
+Result = TypeVar("Result")
 
 
 class NotFiniteError(ValueError):
@@ -112,6 +115,20 @@ class Stage(ABC):
         self.step = 0
         self.seconds = 0.0
         self.record: StepRecord | None = None
+        self.sharded: Sharded | None = None
+        # Taken before anything is changed: what the run began with.
+        self.base_model = describe_base_model(model)
+        self.dtype = str(model.dtype).removeprefix("torch.")
+
+    def shard(self) -> None:
+        """Shares the model's weights out, if the processes are to; everything that adds weights comes before."""
+        if self.processes.shard:
+            assert self.processes.device is not None
+            self.sharded = Sharded(self.model, self.processes.device)
+
+    def whole(self, function: Callable[[], Result]) -> Result:
+        """Runs a function that calls the model."""
+        return function() if self.sharded is None else self.sharded.whole(function)
 
     @abstractmethod
     def train_step(self, first: int, count: int) -> StepRecord:
@@ -122,8 +139,15 @@ class Stage(ABC):
         """
 
     @abstractmethod
+    def parts(self) -> set[str]:
+        """Names of the parts of the state."""
+
+    @abstractmethod
     def state(self) -> dict[str, dict[str, torch.Tensor]]:
-        """Everything that the next step depends on, on the CPU, by part and name."""
+        """Everything that the next step depends on, on the CPU, by part and name.
+
+        Of a sharded model all processes call this together, and only the main one's answer is complete.
+        """
 
     @abstractmethod
     def load_state(self, tensors: dict[str, dict[str, torch.Tensor]]) -> None:
@@ -133,9 +157,18 @@ class Stage(ABC):
     def give_back(self) -> None:
         """Puts the weights learnt into the model."""
 
+    def collect(self, finished: bool) -> dict[str, dict[str, torch.Tensor]]:
+        """What `publish` writes of a sharded model, by folder and name; called by all processes together."""
+        return {}
+
     @abstractmethod
-    def publish(self, finished: bool) -> None:
-        """Writes the result so far; `finished` when the run ends here. Called in the main process only."""
+    def publish(self, finished: bool, weights: dict[str, dict[str, torch.Tensor]]) -> None:
+        """Writes the result so far. Called in the main process only.
+
+        Args:
+            finished: Whether the run ends here.
+            weights: What `collect` returned; nothing for a model that is not sharded.
+        """
 
     @abstractmethod
     def expected_bytes(self) -> int:
@@ -167,8 +200,14 @@ class Stage(ABC):
             reason = [*str(error).strip().splitlines(), "no reason given"][0]
             raise MemoryError(
                 f"{self.model.device} ran out of memory in step {self.step + 1} ({reason}). What lowers it: "
-                f"{'; '.join(self.savings())}"
+                f"{'; '.join(self._savings())}"
             ) from error
+
+    def _savings(self) -> list[str]:
+        found = self.savings()
+        if self.processes.size > 1 and self.sharded is None:
+            found.append(f"--shard leaves each of the {self.processes.size} processes its share of the model's weights")
+        return found
 
     def _go(self, resume: bool) -> None:
         around, folder = self.around, self.around.folder
@@ -213,8 +252,14 @@ class Stage(ABC):
             return
         self.give_back()
 
+        def read() -> HoldoutRecord:
+            return self.whole(lambda: holdout.measure(self.model, self.config, self.step))
+
+        # No process of a sharded model can read alone.
+        read_by_all = None if self.sharded is None else read()
+
         def measure() -> None:
-            record = holdout.measure(self.model, self.config, self.step)
+            record = read_by_all or read()
             self.around.folder.log(self.around.folder.holdout_file, record.to_dict())
             self.around.reporter.holdout(record)
 
@@ -223,13 +268,21 @@ class Stage(ABC):
     def _checkpoint(self, finished: bool = False) -> None:
         """The state first: the results can always be made again from it."""
         self.give_back()
+        # Not kept: of a sharded model the weights are gathered next, and both need not be in memory.
+        self._save(None if self.sharded is None else self.state())
+        self._publish(finished)
 
+    def _save(self, gathered: dict[str, dict[str, torch.Tensor]] | None) -> None:
         def write() -> None:
             self.around.folder.check_space(self.expected_bytes(), copies=1)
-            self.around.folder.save(TrainingState(self.step, self.seconds, self._identity(), self.state()))
-            self.publish(finished)
+            tensors = self.state() if gathered is None else gathered
+            self.around.folder.save(TrainingState(self.step, self.seconds, self._identity(), tensors))
 
         self.processes.on_main(write)
+
+    def _publish(self, finished: bool) -> None:
+        weights = {} if self.sharded is None else self.collect(finished)
+        self.processes.on_main(lambda: self.publish(finished, weights))
 
     def _resume(self) -> None:
         folder = self.around.folder
@@ -240,7 +293,7 @@ class Stage(ABC):
                 f"resume: the run in {folder.path} was another one: {'; '.join(changed)}. Give it what it was "
                 "started with, or start a new run in another folder"
             )
-        expected = set(self.state())
+        expected = self.parts()
         if set(state.tensors) != expected:
             raise ValueError(
                 f"resume: {folder.state_file} is corrupt: it has {sorted(state.tensors)}, the model trains "
@@ -253,13 +306,13 @@ class Stage(ABC):
         def clean() -> None:
             folder.clean()
             folder.cut_logs(state.step)
-            self.publish(self.step == self.steps)
 
         self.processes.on_main(clean)
+        self._publish(self.step == self.steps)
 
     def _identity(self) -> dict[str, Any]:
         """What decides the losses. The folder a model was loaded from does not."""
-        model = self.described_model()
+        model = {**self.base_model, "dtype": self.dtype}
         del model["name"]
         config = self.config
         return {
@@ -275,12 +328,6 @@ class Stage(ABC):
             "data": self.windows.stream.fingerprint,
             "model": model,
         }
-
-    def described_model(self) -> dict[str, Any]:
-        """What identifies the model that the run began with."""
-        model = describe_base_model(self.model)
-        model["dtype"] = str(self.model.dtype).removeprefix("torch.")
-        return model
 
 
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory")

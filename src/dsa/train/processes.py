@@ -2,7 +2,8 @@
 
 Every process holds the whole frozen model and the same weights to train, reads other sequences of each step, and
 averages gradients with the others before each update. The weights therefore stay equal without being sent, and a
-step's losses do not depend on how many processes share its sequences, up to rounding.
+step's losses do not depend on how many processes share its sequences, up to rounding. A model that one device does
+not hold is sharded instead (`dsa.train.sharding`).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from dsa.train.extras import needed
 
 Result = TypeVar("Result")
 
-UNSUPPORTED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
+UNSUPPORTED = ("DEEPSPEED", "MEGATRON_LM")
 
 
 class Processes:
@@ -26,6 +27,9 @@ class Processes:
 
     rank = 0
     size = 1
+    device: torch.device | None = None
+    shard = False
+    """Whether the model's weights are shared out among the processes."""
 
     @property
     def is_main(self) -> bool:
@@ -49,12 +53,16 @@ class ManyProcesses(Processes):
 
     Args:
         device: Where tensors that travel must lie: the GPU with NCCL, the CPU with gloo.
+        shard: Whether they share out the model's weights.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    device: torch.device
+
+    def __init__(self, device: torch.device, shard: bool = False) -> None:
         self.rank = torch.distributed.get_rank()
         self.size = torch.distributed.get_world_size()
         self.device = device
+        self.shard = shard
 
     def mean_(self, tensors: Iterable[torch.Tensor]) -> None:
         by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
@@ -86,28 +94,60 @@ class ManyProcesses(Processes):
         return answer[0]
 
 
-def start_processes(device: str | None = None) -> tuple[Processes, str | None]:
+def start_processes(device: str | None = None, shard: bool = False) -> tuple[Processes, str | None]:
     """Joins the processes that a launcher started; without one there is this process alone.
 
     Args:
         device: What the user asked for: `"cpu"`, `"cuda"`, or `None`.
+        shard: Share out the model's weights too, for models that one device does not hold. A launcher that was told
+            to use FSDP, version 2, asks for the same.
 
     Returns:
         The processes, and the device of this one: each takes the GPU of its local rank.
 
     Raises:
         ImportError: There are several, and `accelerate` is not installed.
-        NotImplementedError: The launcher was told to split the model over devices.
+        NotImplementedError: The launcher was told to split the model over devices in another way.
+        ValueError: There is one process only, and the weights are to be shared out.
     """
     for name in UNSUPPORTED:
-        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("1", "true"):
+        if _is_set(f"ACCELERATE_USE_{name}"):
             raise NotImplementedError(
-                f"dsa train does not split a model over devices with {name}: every process holds the whole model. "
-                "Launch it without, and lower what one device holds with --dtype bfloat16 or --lora"
+                f"dsa train does not split a model over devices with {name}: launch it without, and add --shard, which "
+                "shares the model's weights out among the processes (FSDP2)"
             )
+    shard = _launched_to_shard() or shard
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        if shard:
+            raise ValueError(
+                "--shard shares the model's weights out among several processes, and this is the only one: start them "
+                "with `torchrun --nproc-per-node N -m dsa train ... --shard`, or leave --shard out"
+            )
         return Processes(), device
     state = needed("accelerate", "training in several processes").PartialState(cpu=device == "cpu")
     # Left to the interpreter's end, gloo's threads would abort the process.
     atexit.register(state.destroy_process_group)
-    return ManyProcesses(state.device), str(state.device)
+    return ManyProcesses(state.device, shard), str(state.device)
+
+
+def _launched_to_shard() -> bool:
+    """Whether `accelerate launch` was told to use FSDP2."""
+    if not _is_set("ACCELERATE_USE_FSDP"):
+        return False
+    if os.environ.get("FSDP_VERSION", "1") != "2":
+        raise NotImplementedError(
+            "dsa train shards models with FSDP version 2 only, and the launcher was told to use version 1: set "
+            "`fsdp_version: 2` in its configuration, or launch without FSDP and add --shard"
+        )
+    if _is_set("FSDP_OFFLOAD_PARAMS"):
+        raise NotImplementedError(
+            "dsa train keeps the shares of a sharded model on the devices: set `fsdp_offload_params: false` in the "
+            "launcher's configuration, or use more processes"
+        )
+    # Otherwise transformers would load no weights in any process but the first.
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+    return True
+
+
+def _is_set(name: str) -> bool:
+    return os.environ.get(name, "false").lower() in ("1", "true")

@@ -22,7 +22,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from dsa.models import config_of
-from dsa.models.checkpoint import save_indexers
+from dsa.models.checkpoint import describe_base_model, save_indexers
 from dsa.models.context import AttentionCall, DSAContext
 from dsa.train.adam import load_state, state_of
 from dsa.train.chosen import Chosen
@@ -42,8 +42,9 @@ from dsa.train.loop import (
 from dsa.train.processes import Processes
 from dsa.train.progress import Reporter, StepRecord
 from dsa.train.settings import BETAS, SparseSettings
+from dsa.train.sharding import gathered
 from dsa.train.state import RunFolder
-from dsa.train.warmup import layer_states, load_layer_states, trainable_indexers
+from dsa.train.warmup import layer_parts, layer_states, load_layer_states, trainable_indexers
 
 MODEL = "model"
 ADAPTER = "adapter"
@@ -139,19 +140,21 @@ class SparseStage(Stage):
         self.indexer_settings = settings.indexer_settings()
         self.tokenizer = tokenizer
         self.merge = merge
+        self.base_model_now: dict[str, Any] | None = None
         windows = Windows(stream, settings.seq_len, settings.seed, boundaries=settings.boundaries)
         super().__init__(model, windows, settings.steps, settings.sequences, around)
-        # Taken before anything is changed: what the run began with.
-        self.described = super().described_model()
+        self.chosen = Chosen(model, settings)
+        self.shard()
+        self.chosen.find_again()
         self.trainers = {
             layer: LayerTrainer(layer, indexer, config, self.indexer_settings, self.processes)
             for layer, indexer in indexers.items()
         }
-        self.chosen = Chosen(model, settings)
         self.optimizer = torch.optim.AdamW(
             self.chosen.parameters.values(), lr=settings.peak_lr, betas=BETAS, weight_decay=0.0
         )
         self.dense_weights = self.chosen.clone() if settings.distill else {}
+        self.dense_head: dict[str, torch.Tensor] = {}
 
     def train_step(self, first: int, count: int) -> StepRecord:
         began = time.perf_counter()
@@ -186,16 +189,21 @@ class SparseStage(Stage):
         """Adds one sequence's gradients everywhere; its losses times `share`, fp32 `[2]`."""
         dense = self._read_dense(window)
         learning = _IndexersLearn(self.trainers, self._draw(window, number), layer_share, kl, self.around.reporter)
-        with self._precision():
+
+        def read() -> torch.Tensor:
             output = read_window(self.model, window, DSAContext(observer=learning))
             learning.closed = True
-            language, distillation = language_losses(
+            losses = language_losses(
                 self.model,
                 output,
                 window,
                 teacher_hidden=None if dense is None else dense.last_hidden_state,
                 teacher=None if dense is None else lambda hidden, ids: self._dense_logits(dense, hidden, ids),
             )
+            return torch.stack(losses)
+
+        with self._precision():
+            language, distillation = self.whole(read)
         ((language + self.settings.distill * distillation) * share).backward()
         return torch.stack((language, distillation)).detach() * share
 
@@ -209,17 +217,21 @@ class SparseStage(Stage):
         """What the model that the run began with makes of a window with full attention."""
         if not self.settings.distill:
             return None
+        if self.sharded is not None:
+            # The head is needed while the model that learns is put together, and parts cannot be gathered then.
+            names = [name for name in self.sharded.beside_layers if name in self.dense_weights]
+            self.dense_head = {name: gathered(self.dense_weights[name]) for name in names}
         self.model.eval()
         try:
             with self.chosen.replaced_by(self.dense_weights), self._precision():
-                return read_window(self.model, window, DSAContext(mode="dense"))
+                return self.whole(lambda: read_window(self.model, window, DSAContext(mode="dense")))
         finally:
             self.model.train()
 
     def _dense_logits(self, dense: Any, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         from dsa.eval.reading import head_logits
 
-        with self.chosen.replaced_by(self.dense_weights):
+        with self.chosen.replaced_by(self.dense_weights if self.sharded is None else self.dense_head):
             return head_logits(self.model, dense, hidden, ids)[0]
 
     def _draw(self, window: Window, number: int) -> torch.Tensor:
@@ -233,8 +245,11 @@ class SparseStage(Stage):
 
     def _update(self) -> None:
         parameters = self.chosen.parameters.values()
-        self.processes.mean_(each.grad for each in parameters if each.grad is not None)
-        nn.utils.clip_grad_norm_(parameters, self.settings.max_grad_norm)
+        # FSDP has averaged those of a sharded model.
+        if self.sharded is None:
+            self.processes.mean_(each.grad for each in parameters if each.grad is not None)
+        norm = nn.utils.get_total_norm([each.grad for each in parameters if each.grad is not None])
+        nn.utils.clip_grads_with_norm_(parameters, self.settings.max_grad_norm, gathered(norm))
         for group in self.optimizer.param_groups:
             group["lr"] = self._lr(self.settings.peak_lr)
         self.optimizer.step()
@@ -269,11 +284,12 @@ class SparseStage(Stage):
         budget = {str(layer): self.config.layer_top_k(layer) for layer in self.trainers}
         return {"settings": self.settings.to_dict(), "top_k": budget}
 
-    def described_model(self) -> dict[str, Any]:
-        return dict(self.described)
+    def parts(self) -> set[str]:
+        return {MODEL, *layer_parts(self.trainers)}
 
     def state(self) -> dict[str, dict[str, torch.Tensor]]:
-        return {MODEL: state_of(dict(self.chosen.parameters), self.optimizer), **layer_states(self.trainers)}
+        model = state_of(dict(self.chosen.parameters), self.optimizer, keep=self.processes.is_main)
+        return {MODEL: model, **layer_states(self.trainers)}
 
     def load_state(self, tensors: dict[str, dict[str, torch.Tensor]]) -> None:
         load_state(dict(self.chosen.parameters), self.optimizer, tensors[MODEL], "the model")
@@ -307,22 +323,41 @@ class SparseStage(Stage):
 
     def result_folder(self) -> Path:
         """Where the model, or its adapter, is written."""
-        adapter = self.settings.lora is not None and not self.merge
-        return self.around.folder.path / (ADAPTER if adapter else MODEL)
+        return self.around.folder.path / (MODEL if self._writes_model() else ADAPTER)
 
-    def publish(self, finished: bool) -> None:
+    def collect(self, finished: bool) -> dict[str, dict[str, torch.Tensor]]:
+        assert self.sharded is not None
+        keep = self.processes.is_main
+        self.base_model_now = describe_base_model(self.model)
+        weights: dict[str, dict[str, torch.Tensor]] = {}
+        if self.chosen.adapter is not None:
+            adapter = {name: gathered(each.detach()) for name, each in self.chosen.parameters.items()}
+            # As PEFT names what stands in a model of its own.
+            weights[ADAPTER] = {f"base_model.model.{name}": each.cpu() for name, each in adapter.items()}
+        if finished and self._writes_model():
+            whole = self.sharded.state_dict(keep)
+            weights[MODEL] = self.chosen.merged(whole) if keep else {}
+        return weights
+
+    def _writes_model(self) -> bool:
+        return self.settings.lora is None or self.merge
+
+    def publish(self, finished: bool, weights: dict[str, dict[str, torch.Tensor]]) -> None:
         folder = self.around.folder
-        save_indexers(self.model, folder.indexers_file)
+        save_indexers(self.model, folder.indexers_file, base_model=self.base_model_now)
         if self.chosen.adapter is not None:
             # No embedding is trained; PEFT would ask the Hub for the base model's vocabulary to find out.
-            save_adapter = partial(self.chosen.adapter.save_pretrained, save_embedding_layers=False)
+            save_adapter = partial(
+                self.chosen.adapter.save_pretrained, save_embedding_layers=False, state_dict=weights.get(ADAPTER)
+            )
             _replace_folder(folder.path / ADAPTER, save_adapter)
-        if not finished or (self.settings.lora is not None and not self.merge):
+        if not finished or not self._writes_model():
             return
-        self.chosen.merge()
+        if self.sharded is None:
+            self.chosen.merge()
 
         def save(path: Path) -> None:
-            self.model.save_pretrained(path)
+            self.model.save_pretrained(path, state_dict=weights.get(MODEL))
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(path)
 

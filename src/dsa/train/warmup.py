@@ -128,6 +128,7 @@ class Warmup(Stage):
             at_least=self.settings.queries_per_update,
         )
         super().__init__(model, windows, settings.steps, settings.sequences, around)
+        self.shard()
         self.trainers = {
             layer: LayerTrainer(layer, indexer, config, self.settings, self.processes)
             for layer, indexer in indexers.items()
@@ -156,10 +157,10 @@ class Warmup(Stage):
             self.around.reporter.layer()
 
         if self.settings.seq_len <= WHOLE:
-            read_window(self.model, window, DSAContext(mode="dense", observer=observe))
+            self.whole(lambda: read_window(self.model, window, DSAContext(mode="dense", observer=observe)))
             return figures
         with chunked(self.model, CHUNK, observe):
-            read_window(self.model, window, DSAContext(mode="dense"))
+            self.whole(lambda: read_window(self.model, window, DSAContext(mode="dense")))
         return figures
 
     def _draw(self, window: Window, number: int, first: int) -> torch.Tensor:
@@ -204,6 +205,9 @@ class Warmup(Stage):
     def identity(self) -> dict[str, Any]:
         return {"settings": self.settings.to_dict()}
 
+    def parts(self) -> set[str]:
+        return layer_parts(self.trainers)
+
     def state(self) -> dict[str, dict[str, torch.Tensor]]:
         return layer_states(self.trainers)
 
@@ -214,8 +218,8 @@ class Warmup(Stage):
         for trainer in self.trainers.values():
             trainer.write_back()
 
-    def publish(self, finished: bool) -> None:
-        save_indexers(self.model, self.around.folder.indexers_file)
+    def publish(self, finished: bool, weights: dict[str, dict[str, torch.Tensor]]) -> None:
+        save_indexers(self.model, self.around.folder.indexers_file, base_model=self.base_model)
 
     def savings(self) -> list[str]:
         return [sequence_savings(self.settings), *narrower_weights(self.model)]
@@ -238,6 +242,11 @@ def trainable_indexers(model: PreTrainedModel) -> dict[int, Indexer]:
             "DSAConfig.layers"
         )
     return indexers
+
+
+def layer_parts(trainers: dict[int, LayerTrainer]) -> set[str]:
+    """Names of the parts that `layer_states` returns."""
+    return {f"{LAYERS}{layer}" for layer in trainers}
 
 
 def layer_states(trainers: dict[int, LayerTrainer]) -> dict[str, dict[str, torch.Tensor]]:
