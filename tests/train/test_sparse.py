@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import dsa
 from dsa import DSAContext
+from dsa.eval.reading import head_logits
 from dsa.models import indexers_of
 from dsa.testing.training import CONFIG, Recorder, attached, random_tokens, read_log
 from dsa.train import NotFiniteError, SparseSettings, TokenStream, Window, train_sparse
@@ -194,6 +195,22 @@ def dsa_model(folder: Path) -> PreTrainedModel:
     torch.manual_seed(0)
     dsa.attach(model, CONFIG)
     return model
+
+
+def test_the_dense_model_in_bf16_has_its_own_head(tmp_path: Path) -> None:
+    run = stage(tmp_path, distill=1.0, mixed_precision="bf16")
+    window = run.windows(0)
+    dense = run._read_dense(window)
+    read = dense.last_hidden_state[:, :5], window.ids[:, :5]
+    with run._precision():
+        expected = run._dense_logits(dense, *read)
+    with torch.no_grad():
+        run.model.get_output_embeddings().weight.mul_(2.0)
+    with run._precision():
+        # Autocast keeps this cast of the head.
+        student = head_logits(run.model, dense, *read)[0]
+        assert torch.equal(run._dense_logits(dense, *read), expected)
+    assert not torch.equal(student, expected)
 
 
 def test_distillation_is_against_the_dense_model_as_it_was(tmp_path: Path) -> None:

@@ -207,10 +207,10 @@ class SparseStage(Stage):
         ((language + self.settings.distill * distillation) * share).backward()
         return torch.stack((language, distillation)).detach() * share
 
-    def _precision(self) -> Any:
+    def _precision(self, keep_casts: bool = True) -> Any:
         if self.settings.mixed_precision == "no":
             return nullcontext()
-        return torch.autocast(self.model.device.type, torch.bfloat16)
+        return torch.autocast(self.model.device.type, torch.bfloat16, cache_enabled=keep_casts)
 
     @torch.no_grad()
     def _read_dense(self, window: Window) -> Any:
@@ -231,7 +231,9 @@ class SparseStage(Stage):
     def _dense_logits(self, dense: Any, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         from dsa.eval.reading import head_logits
 
-        with self.chosen.replaced_by(self.dense_weights if self.sharded is None else self.dense_head):
+        # Autocast knows a weight that it has cast by its parameter, and would not see that the values are others.
+        values = self.dense_weights if self.sharded is None else self.dense_head
+        with self.chosen.replaced_by(values), self._precision(keep_casts=False):
             return head_logits(self.model, dense, hidden, ids)[0]
 
     def _draw(self, window: Window, number: int) -> torch.Tensor:
