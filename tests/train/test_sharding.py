@@ -20,11 +20,12 @@ from dsa.testing.training import launch, read_log
 
 SCRIPT = """
 import sys
+import weakref
 from dataclasses import replace
 import torch
 torch.set_num_threads(1)
 from dsa.testing.training import SETTINGS, Recorder, attached, document_tokens, random_tokens
-from dsa.train import Holdout, SparseSettings, start_processes, train_indexers, train_sparse, warmup
+from dsa.train import Holdout, SparseSettings, sparse, start_processes, train_indexers, train_sparse, warmup
 out, shard = sys.argv[1:]
 processes, _ = start_processes("cpu", shard == "shard")
 stream = document_tokens()
@@ -38,7 +39,17 @@ train_indexers(attached(), stream, f"{out}/chunks", replace(settings, start="fit
 common = dict(steps=4, seq_len=48, lr=1e-3, sequences=4, index_queries=16)
 sizes = dict(tie_word_embeddings=True, intermediate_size=33)
 whole = SparseSettings(**common, all_parameters=True, distill=0.5, gradient_checkpointing=True)
-train_sparse(attached(**sizes), stream, f"{out}/all", whole, **others)
+model = attached(**sizes)
+before = [weakref.ref(each) for name, each in model.named_parameters() if ".indexer." not in name]
+
+class Watched(sparse.SparseStage):
+    def shard(self):
+        super().shard()
+        # On a GPU, whoever keeps them keeps the whole model there.
+        assert shard == "whole" or not any(each() is not None for each in before)
+
+sparse.SparseStage = Watched
+train_sparse(model, stream, f"{out}/all", whole, **others)
 train_sparse(attached(), stream, f"{out}/lora", SparseSettings(**common, lora=4), merge=True, **others)
 
 if shard == "shard":

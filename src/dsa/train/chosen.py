@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -53,10 +53,13 @@ class Chosen:
         """How many numbers learn."""
         return sum(parameter.numel() for parameter in self.parameters.values())
 
-    def find_again(self) -> None:
-        """Takes the parameters that now have the same names; sharding puts others in their place."""
-        named = dict(self.model.named_parameters())
-        self.parameters = {name: named[name] for name in self.parameters}
+    def follow(self, replace: Callable[[], None]) -> None:
+        """Runs what puts other parameters under the same names, as sharding does, and takes those."""
+        names = list(self.parameters)
+        # Held on to, each whole weight would stay on the device.
+        self.parameters = {}
+        replace()
+        self.parameters = {name: self.model.get_parameter(name) for name in names}
 
     def clone(self) -> dict[str, torch.Tensor]:
         """The parameters as they are now."""

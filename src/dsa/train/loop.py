@@ -207,6 +207,8 @@ class Stage(ABC):
         found = self.savings()
         if self.processes.size > 1 and self.sharded is None:
             found.append(f"--shard leaves each of the {self.processes.size} processes its share of the model's weights")
+        if self.sharded is not None:
+            found.append("more processes leave each a smaller share of the model's weights")
         return found
 
     def _go(self, resume: bool) -> None:

@@ -144,8 +144,7 @@ class SparseStage(Stage):
         windows = Windows(stream, settings.seq_len, settings.seed, boundaries=settings.boundaries)
         super().__init__(model, windows, settings.steps, settings.sequences, around)
         self.chosen = Chosen(model, settings)
-        self.shard()
-        self.chosen.find_again()
+        self.chosen.follow(self.shard)
         self.trainers = {
             layer: LayerTrainer(layer, indexer, config, self.indexer_settings, self.processes)
             for layer, indexer in indexers.items()

@@ -76,7 +76,8 @@ def train_indexers(
         reporter: Told how it goes.
         should_stop: Asked after every step; if it says yes a checkpoint is written and the run ends.
         processes: Those that share the work (`start_processes`); by default this one does it alone. All of them call
-            this function with equal arguments.
+            this function with equal arguments. Where they shard, the model's weights may lie on the CPU; they go to
+            the device in shares, and stay in shares.
         holdout: Text to measure before the first and after the last step.
         holdout_every: Steps between measurements in between; `None` means none.
         recipe: Kept in the folder as `run.yaml`.
