@@ -9,7 +9,7 @@ import torch
 import dsa
 from dsa.config import LayerConfig
 from dsa.eval import selections
-from dsa.eval.selections import SELECTIONS, SINKS, blocks, oracle, selection, window
+from dsa.eval.selections import SELECTIONS, SINKS, blocks, oracle, pattern, selection, window
 from dsa.models.context import AttentionCall, DSAContext
 from dsa.testing.tiny_models import TINY_CONFIG, tiny_model, tiny_tokens
 
@@ -126,6 +126,30 @@ def test_window(case: str, top_k: int) -> None:
         assert chosen == list(expected)
 
 
+def pattern_in_plain_words(first: int, stop: int, top_k: int) -> list[int]:
+    visible = range(first, max(first, stop))
+    if len(visible) <= top_k:
+        return list(visible)
+    sinks, stride = min(SINKS, top_k - 1), 1
+    most = (top_k - sinks) // 2
+    while most and -(-len(visible) // stride) > most:
+        stride *= 2
+    chosen = {*visible[:sinks], *(visible[::stride] if most else ())}
+    for token in reversed(visible):
+        if len(chosen) == top_k:
+            break
+        chosen.add(token)
+    return sorted(chosen)
+
+
+@pytest.mark.parametrize("top_k", [1, 3, 6, 9, 17, 64])
+@pytest.mark.parametrize("case", CASES)
+def test_pattern(case: str, top_k: int) -> None:
+    call = make_call(case)
+    for _, _, first, stop, chosen in rows(call, pattern(call, top_k)):
+        assert chosen == pattern_in_plain_words(first, stop, top_k)
+
+
 @pytest.mark.parametrize("top_k", [1, 9, 64])
 @pytest.mark.parametrize("case", CASES)
 def test_oracle(case: str, top_k: int) -> None:
@@ -157,7 +181,7 @@ def test_what_every_selection_holds_to(case: str, name: str) -> None:
     assert torch.equal(indices, selection(name, config)(call))
 
 
-@pytest.mark.parametrize("name", ["blocks", "oracle", "window"])
+@pytest.mark.parametrize("name", ["blocks", "oracle", "pattern", "window"])
 def test_nobody_looks_beyond_what_it_sees(name: str) -> None:
     call, other = make_call("packed"), make_call("packed", seed=1)
     config = dsa.DSAConfig(top_k=9, local=2, sinks=1)
@@ -168,7 +192,7 @@ def test_nobody_looks_beyond_what_it_sees(name: str) -> None:
     assert torch.equal(before[:, 13:19], selection(name, config)(call)[:, 13:19])
 
 
-@pytest.mark.parametrize("name", ["blocks", "oracle"])
+@pytest.mark.parametrize("name", ["blocks", "oracle", "pattern"])
 def test_chunks_do_not_show(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     call = make_call("padded")
     function: Callable[..., torch.Tensor] = getattr(selections, name)
@@ -189,7 +213,9 @@ def test_random_goes_on_from_call_to_call() -> None:
 
 
 def test_an_unknown_selection() -> None:
-    with pytest.raises(ValueError, match="selection must be one of window, blocks, oracle, random, got 'quest'"):
+    with pytest.raises(
+        ValueError, match="selection must be one of window, pattern, blocks, oracle, random, got 'quest'"
+    ):
         selection("quest", dsa.DSAConfig())
 
 

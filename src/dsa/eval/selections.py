@@ -1,4 +1,4 @@
-"""Selections to hold against the indexer's: the oracle, sinks and window, blocks in the manner of Quest, random.
+"""Selections to hold against the indexer's: the oracle, sinks and window, a fixed pattern, blocks as in Quest, random.
 
 Each is a function of an `AttentionCall` for `DSAContext.select` and chooses for every layer that is sparse, with that
 layer's own budget; layers that the configuration leaves dense are never asked. Layers that share another's indices
@@ -25,7 +25,7 @@ from dsa.models.context import AttentionCall
 
 Selection = Callable[[AttentionCall], Tensor]
 
-SELECTIONS = ("window", "blocks", "oracle", "random")
+SELECTIONS = ("window", "pattern", "blocks", "oracle", "random")
 
 BLOCK = 32
 """Tokens a block."""
@@ -38,7 +38,7 @@ def selection(name: str, config: DSAConfig, seed: int = 0) -> Selection:
     """What to give to `DSAContext(select=...)`.
 
     Args:
-        name: `"window"`, `"blocks"`, `"oracle"` or `"random"`.
+        name: One of `SELECTIONS`.
         config: What the model is attached with: it has each layer's budget.
         seed: Of the random selection, which goes on from call to call.
 
@@ -57,7 +57,7 @@ def selection(name: str, config: DSAConfig, seed: int = 0) -> Selection:
             return random(call, config.layer_top_k(call.layer), generators[device])
 
         return randomly
-    function = {"window": window, "blocks": blocks, "oracle": oracle}[name]
+    function = {"window": window, "pattern": pattern, "blocks": blocks, "oracle": oracle}[name]
     return lambda call: function(call, config.layer_top_k(call.layer))
 
 
@@ -81,6 +81,35 @@ def oracle(call: AttentionCall, top_k: int) -> Tensor:
         seen = max(1, int(stop.max()))
         mass = mean_probabilities(query[:, :, rows], key[:, :, :seen], call, first, stop)
         _keep_best(mass, first, stop, top_k, chosen[:, rows])
+    return chosen
+
+
+@torch.no_grad()
+def pattern(call: AttentionCall, top_k: int) -> Tensor:
+    """A window and global tokens at fixed distances, as in Longformer (arXiv 2004.05150).
+
+    Every m-th visible token is read, the first 4, and the most recent others. `m` is the least power of two at which
+    the global tokens take at most half of the budget that the first 4 leave, so it doubles as the text grows and the
+    global tokens are always among those of before: no choice depends on what the tokens are, or on how a text is cut
+    into chunks.
+    """
+    keys = call.key.shape[1]
+    sinks = sinks_and_recent(top_k)[0]
+    most = (top_k - sinks) // 2
+    chosen = _empty(call, top_k)
+    for rows in _chunks(call, VALUES_AT_ONCE // keys):
+        first, stop = call.key_start[:, rows], call.key_end[:, rows]
+        seen = max(1, int(stop.max()))
+        positions = torch.arange(seen, device=first.device)
+        age = positions - first[..., None]
+        # The most recent first; positions are exact in fp32 as far as 2^24.
+        rank = positions.float().expand(*first.shape, -1).clone()
+        rank.masked_fill_(age < sinks, 2.0 * seen)
+        if most > 0:
+            needed = ((stop - first).clamp_min(1)[..., None] + most - 1) // most
+            stride = torch.pow(2, needed.double().log2().ceil()).long()
+            rank.masked_fill_(age % stride == 0, 2.0 * seen)
+        _keep_best(rank, first, stop, top_k, chosen[:, rows])
     return chosen
 
 
