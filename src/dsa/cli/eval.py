@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from dsa.cli import options
+from dsa.cli.console import Steps, notes, out
 from dsa.cli.demo import compare
 
 
@@ -18,7 +19,12 @@ def register(app: typer.Typer) -> None:
 
 def evaluate(
     model: options.Model,
-    file: Annotated[Path, typer.Option(metavar="FILE", help="UTF-8 text to read.", show_default=False)],
+    file: Annotated[
+        list[Path], typer.Option(metavar="FILE", help="UTF-8 text to read; again for more.", show_default=False)
+    ],
+    tasks: Annotated[
+        str, typer.Option(metavar="NAMES", help="`comparison`, or some of `perplexity,mass`.")
+    ] = "comparison",
     tokens: options.Tokens = None,
     top_k: options.TopK = None,
     local: options.Local = None,
@@ -27,6 +33,7 @@ def evaluate(
     threads: options.Threads = None,
     device: options.Device = None,
     rope_scaling: options.RopeScaling = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of the random selection.")] = 0,
 ) -> None:
     """Measure a model on a text: dense attention beside DSA beside a sliding window of the same size.
 
@@ -38,5 +45,44 @@ def evaluate(
       dsa eval default --file thesis.txt --tokens 8192 --json figures.json
       dsa eval Qwen/Qwen3-0.6B --file thesis.txt --indexers runs/qwen
       dsa eval default --file thesis.txt --tokens 32768 --rope-scaling yarn:4
+      dsa eval default --file a.txt --file b.txt --tasks perplexity,mass
     """
-    compare(model, file, tokens, top_k, local, indexers, json, threads, device, rope_scaling)
+    from dsa.eval.documents import read_document
+    from dsa.eval.output import check_writable, write_json
+    from dsa.eval.tasks import parse_tasks, run_tasks
+
+    names = parse_tasks(tasks)
+    if names == ["comparison"]:
+        if len(file) > 1:
+            raise ValueError(f"file: the comparison reads one text, got {len(file)}; add --tasks perplexity,mass")
+        compare(model, file[0], tokens, top_k, local, indexers, json, threads, device, rope_scaling)
+        return
+    if json is not None:
+        check_writable(json)
+    documents = [read_document(each) for each in file]
+    import torch
+
+    from dsa.cli.eval_table import show_tasks
+    from dsa.models.loading import load_model, scaling_wanted
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    with notes(), Steps() as steps:
+        scaling = scaling_wanted(rope_scaling, indexers)
+        loaded = load_model(model, device=device, status=steps.status, rope_scaling=scaling)
+        result = run_tasks(
+            loaded,
+            documents,
+            names,
+            tokens=tokens,
+            top_k=top_k,
+            local=local,
+            indexers=indexers,
+            seed=seed,
+            progress=steps,
+        )
+    if json is not None:
+        write_json(json, result)
+    show_tasks(result, out)
+    if json is not None:
+        out.print(f"Figures written to {json}", markup=False)

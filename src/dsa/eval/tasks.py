@@ -1,0 +1,177 @@
+"""The tasks of `dsa eval --tasks`: perplexity and attention kept, on several texts, beside other selections."""
+
+from __future__ import annotations
+
+import difflib
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dsa.eval.comparison import READERS, attached, budget, contexts, text_losses
+from dsa.eval.documents import Document, encode
+from dsa.eval.layers import LayerObserver, indexer_selection, suspect_layers
+from dsa.eval.machine import describe_machine
+from dsa.eval.progress import Progress, silent
+from dsa.eval.ratio import perplexity_ratio
+from dsa.eval.selections import SELECTIONS, selection
+from dsa.models.attachment import is_attached, put_on, take_off
+from dsa.models.context import DSAContext
+from dsa.models.loading import LoadedModel, attach_indexers
+
+TASKS = ("comparison", "perplexity", "mass")
+FORMAT = "dsa eval 1"
+
+
+def parse_tasks(text: str) -> list[str]:
+    """Names out of a list with commas.
+
+    Raises:
+        ValueError: No such task.
+    """
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        if name not in TASKS:
+            near = difflib.get_close_matches(name, TASKS, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"tasks: expected some of {', '.join(TASKS)}, got {name!r}{hint}")
+    if not names:
+        raise ValueError(f"tasks: expected some of {', '.join(TASKS)}, got none")
+    if "comparison" in names and len(names) > 1:
+        raise ValueError("tasks: comparison times whole models and runs alone; leave it out, or the others")
+    return list(dict.fromkeys(names))
+
+
+def run_tasks(
+    loaded: LoadedModel,
+    documents: Sequence[Document],
+    tasks: Sequence[str],
+    *,
+    tokens: int | None = None,
+    top_k: int | None = None,
+    local: int | None = None,
+    indexers: str | Path | None = None,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Measures texts; the second half of each counts.
+
+    Args:
+        loaded: The model. Afterwards it is as it was given.
+        documents: The texts.
+        tasks: Some of `perplexity` and `mass`.
+        tokens: Positions read of each. `None`: 8,192, or the whole of a shorter text.
+        top_k: Tokens read per query; `None` takes the indexers' own budgets.
+        local: Most recent tokens always read.
+        indexers: As in `dsa.attach`.
+        seed: Of the random selection.
+        progress: Shows the steps.
+
+    Returns:
+        Plain JSON types. The same seed gives the same values, but for `seconds`.
+
+    Raises:
+        ValueError: A text is too short, the model has no trained indexers, or `dsa.attach` refuses.
+    """
+    began = time.perf_counter()
+    texts = [encode(each, loaded.tokenizer, tokens) for each in documents]
+    model = loaded.model
+    before = None
+    if is_attached(model):
+        before = take_off(model)
+        put_on(model, before)
+    try:
+        report, source = attach_indexers(loaded, indexers)
+        if not report.trained and before is None:
+            raise ValueError(
+                f"model: {loaded.name} has no indexers, so there is nothing of DSA to measure: train them with "
+                f"`dsa train {loaded.name} --data TEXTS --out DIR`, then pass --indexers DIR"
+            )
+        taken = take_off(model)
+        overrides = {} if top_k is None else budget(taken.config, top_k, local)
+        if top_k is None and local is not None:
+            overrides["local"] = local
+        with attached(model, taken, overrides) as config:
+            result: dict[str, Any] = {
+                "format": FORMAT,
+                "model": loaded.name,
+                "tasks": list(tasks),
+                "top_k": config.top_k,
+                "seed": seed,
+                "indexers": source,
+                "config": config.to_dict(),
+                "texts": [
+                    {"name": each.name, "tokens": ids.shape[1], "start": ids.shape[1] // 2}
+                    for each, ids in zip(documents, texts, strict=True)
+                ],
+            }
+            if "perplexity" in tasks:
+                result["perplexity"] = _perplexity(model, texts, config, seed, progress)
+            if "mass" in tasks:
+                result["mass"] = _mass(model, texts, config, seed, progress)
+                result["suspect_layers"] = suspect_layers(result["mass"]["layers"])
+    finally:
+        if is_attached(model):
+            take_off(model)
+        if before is not None:
+            put_on(model, before)
+    result["environment"] = describe_machine(model.device)
+    result["seconds"] = time.perf_counter() - began
+    return result
+
+
+def _perplexity(
+    model: Any, texts: Sequence[torch.Tensor], config: Any, seed: int, progress: Progress
+) -> dict[str, dict[str, float]]:
+    losses: dict[str, list[torch.Tensor]] = {}
+    for reader in READERS:
+        with progress(f"Perplexity: {reader}", len(texts)) as advance:
+            losses[reader] = []
+            for ids in texts:
+                losses[reader].append(text_losses(model, ids, _start(ids), contexts(reader, config, seed)))
+                advance()
+    dense = losses["dense"]
+    return {
+        reader: {"perplexity": float(torch.cat(found).mean().exp()), **asdict(perplexity_ratio(found, dense))}
+        for reader, found in losses.items()
+    }
+
+
+def _start(ids: torch.Tensor) -> int:
+    return min(ids.shape[1] // 2, ids.shape[1] - 2)
+
+
+@torch.no_grad()
+def _mass(model: Any, texts: Sequence[torch.Tensor], config: Any, seed: int, progress: Progress) -> dict[str, Any]:
+    """Means over the texts; `layers` as `LayerObserver.figures` has them."""
+    figures = []
+    with progress("Attention kept", len(texts)) as advance:
+        for ids in texts:
+            others = {name: selection(name, config, seed) for name in SELECTIONS if name != "oracle"}
+            observer = LayerObserver(config, {"dsa": indexer_selection(config), **others}, _start(ids))
+            context = DSAContext(mode="dense", observer=observer)
+            model(ids.to(model.device), use_cache=False, logits_to_keep=1, dsa_context=context)
+            figures.append(observer.figures())
+            advance()
+    layers = [_mean(of_layer) for of_layer in zip(*figures, strict=True)]
+    names = layers[0]["mass"] if layers else {}
+    return {
+        "kept": {name: sum(row["mass"][name] for row in layers) / len(layers) for name in names},
+        "recall": {
+            name: sum(row["recall"][name] for row in layers) / len(layers) for name in names if name != "oracle"
+        },
+        "layers": layers,
+    }
+
+
+def _mean(values: Sequence[Any]) -> Any:
+    """Means of equal structures, number by number."""
+    first = values[0]
+    if isinstance(first, dict):
+        return {name: _mean([each[name] for each in values]) for name in first}
+    if isinstance(first, list):
+        return [_mean(list(each)) for each in zip(*values, strict=False)]
+    return first if isinstance(first, int) else sum(values) / len(values)
