@@ -1,15 +1,19 @@
 """The tasks: repeatable, in agreement with the comparison, and pointing at a layer that is broken."""
 
 import pytest
+import torch
 
+from dsa.eval.agreement import agreement, choices, places_in
+from dsa.eval.comparison import contexts
 from dsa.eval.documents import Document
 from dsa.eval.layers import suspect_layers
 from dsa.eval.mass import MassObserver
-from dsa.eval.tasks import parse_tasks, run_tasks
+from dsa.eval.tasks import parse_lengths, parse_tasks, run_tasks
 from dsa.models import attach, is_attached
 from dsa.models.context import DSAContext
 from dsa.models.loading import LoadedModel
-from dsa.testing.tiny_models import TINY_CONFIG
+from dsa.testing.tiny_models import TINY_CONFIG, tiny_model, tiny_tokens
+from dsa.testing.tiny_tokenizer import BYTE_VOCABULARY, tiny_tokenizer
 
 
 def test_the_same_seed_gives_the_same_figures(tiny: LoadedModel, document: Document) -> None:
@@ -60,3 +64,45 @@ def test_names_of_tasks() -> None:
         parse_tasks("perplexty")
     with pytest.raises(ValueError, match="runs alone"):
         parse_tasks("comparison,mass")
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_choices_are_the_greedy_continuation_s(family: str) -> None:
+    model, ids = tiny_model(family), tiny_tokens(1, 50)
+    attach(model, TINY_CONFIG.replace(index_dtype="fp32"))
+    places = places_in(50, 25, 3)
+    assert places == [25, 38, 50]
+    for reader in ("dense", "dsa"):
+        made = choices(model, ids, places, contexts(reader, TINY_CONFIG), 6)
+        assert choices(model, ids, places, contexts(reader, TINY_CONFIG), 6, made) == made
+        for place, continuation in zip(places, made, strict=True):
+            whole = torch.cat((ids[:, :place], torch.tensor([continuation[:-1]])), dim=1)
+            with torch.no_grad():
+                logits = model(whole, dsa_context=contexts(reader, TINY_CONFIG)()).logits
+            assert logits[0, place - 1 :].argmax(dim=-1).tolist() == continuation
+
+
+def test_agreement_by_hand() -> None:
+    found = agreement([[1, 2, 3, 4], [1, 9, 3, 4]], [[1, 2, 3, 4], [1, 2, 3, 4]])
+    assert (found["top1"], found["until_divergence"], found["identical"]) == (0.875, 2.5, 0.5)
+
+
+def test_needles_and_agreement() -> None:
+    model = tiny_model("llama", vocab_size=BYTE_VOCABULARY, max_position_embeddings=4096)
+    attach(model, TINY_CONFIG)
+    text = Document("It was a quiet day, and nothing much went on. Nobody minded that! " * 40, "a text")
+    loaded = LoadedModel(model, tiny_tokenizer(), "tiny", False)
+    options = {"tokens": 60, "lengths": [1600]}
+    runs = [run_tasks(loaded, [text], ["needles", "agreement"], **options) for _ in range(2)]  # type: ignore[arg-type]
+    assert [row["reader"] for row in runs[0]["needles"]] == ["dsa", "window", "pattern", "blocks", "oracle", "random"]
+    assert runs[0]["agreement"]["dsa"]["continuations"] == 8
+    assert runs[0]["needles"] == runs[1]["needles"]
+    assert runs[0]["agreement"] == runs[1]["agreement"]
+    with pytest.raises(ValueError, match="length must leave room"):
+        run_tasks(loaded, [text], ["needles"], tokens=60, lengths=[100])
+
+
+def test_lengths() -> None:
+    assert parse_lengths("2048, 4096") == [2048, 4096]
+    with pytest.raises(ValueError, match="expected whole numbers"):
+        parse_lengths("2k")

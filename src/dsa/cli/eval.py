@@ -23,7 +23,7 @@ def evaluate(
         list[Path], typer.Option(metavar="FILE", help="UTF-8 text to read; again for more.", show_default=False)
     ],
     tasks: Annotated[
-        str, typer.Option(metavar="NAMES", help="`comparison`, or some of `perplexity,mass`.")
+        str, typer.Option(metavar="NAMES", help="`comparison`, or some of `perplexity,mass,needles,agreement`.")
     ] = "comparison",
     tokens: options.Tokens = None,
     top_k: options.TopK = None,
@@ -33,7 +33,8 @@ def evaluate(
     threads: options.Threads = None,
     device: options.Device = None,
     rope_scaling: options.RopeScaling = None,
-    seed: Annotated[int, typer.Option(metavar="N", help="Of the random selection.")] = 0,
+    lengths: Annotated[str, typer.Option(metavar="N,N", help="Tokens of the texts with needles.")] = "2048,4096",
+    seed: Annotated[int, typer.Option(metavar="N", help="Of the random selection and the needles.")] = 0,
 ) -> None:
     """Measure a model on a text: dense attention beside DSA beside a sliding window of the same size.
 
@@ -49,7 +50,7 @@ def evaluate(
     """
     from dsa.eval.documents import read_document
     from dsa.eval.output import check_writable, write_json
-    from dsa.eval.tasks import parse_tasks, run_tasks
+    from dsa.eval.tasks import parse_lengths, parse_tasks, run_tasks
 
     names = parse_tasks(tasks)
     if names == ["comparison"]:
@@ -78,6 +79,7 @@ def evaluate(
             top_k=top_k,
             local=local,
             indexers=indexers,
+            lengths=parse_lengths(lengths),
             seed=seed,
             progress=steps,
         )

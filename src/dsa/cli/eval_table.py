@@ -28,7 +28,21 @@ def show_tasks(result: dict[str, Any], console: Console) -> None:
             f"{mass['kept'][name]:.3f}" if name in mass["kept"] else "",
             f"{mass['recall'][name]:.3f}" if name in mass["recall"] else "",
         )
-    console.print(table, width=width)
+    if table.row_count:
+        console.print(table, width=width)
+    for row in result.get("needles", []):
+        together = row["cells"][-1]
+        console.print(
+            f"Needles in {row['length']:,} tokens: {row['reader']} finds {together['found']:.2f}, "
+            f"dense {together['found_dense']:.2f} of {together['asked']}",
+            width=width,
+        )
+    for reader, row in result.get("agreement", {}).items():
+        console.print(
+            f"Greedy continuations, {reader}: {row['top1']:.3f} of the dense model's tokens are its first choice, the "
+            f"first {row['until_divergence']:.1f} of {row['new_tokens']} in a row",
+            width=width,
+        )
     for suspect in result.get("suspect_layers", []):
         console.print(
             "Layer {layer:.0f} stands out: its indexer keeps {share:.3f} of what the oracle keeps, the median layer "

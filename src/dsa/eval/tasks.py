@@ -1,4 +1,5 @@
-"""The tasks of `dsa eval --tasks`: perplexity and attention kept, on several texts, beside other selections."""
+"""The tasks of `dsa eval --tasks` on several texts, beside other selections: perplexity, attention kept, needles,
+agreement of continuations."""
 
 from __future__ import annotations
 
@@ -11,10 +12,13 @@ from typing import Any
 
 import torch
 
+from dsa.config import DSAConfig
+from dsa.eval.agreement import agreement, choices, places_in
 from dsa.eval.comparison import READERS, attached, budget, contexts, text_losses
 from dsa.eval.documents import Document, encode
 from dsa.eval.layers import LayerObserver, indexer_selection, suspect_layers
 from dsa.eval.machine import describe_machine
+from dsa.eval.needles import Haystack, Reply, ask, cells, make_haystack
 from dsa.eval.progress import Progress, silent
 from dsa.eval.ratio import perplexity_ratio
 from dsa.eval.selections import SELECTIONS, selection
@@ -22,7 +26,10 @@ from dsa.models.attachment import is_attached, put_on, take_off
 from dsa.models.context import DSAContext
 from dsa.models.loading import LoadedModel, attach_indexers
 
-TASKS = ("comparison", "perplexity", "mass")
+TASKS = ("comparison", "perplexity", "mass", "needles", "agreement")
+HAYSTACKS = 3
+CONTINUATIONS = 8
+NEW_TOKENS = 32
 FORMAT = "dsa eval 1"
 
 
@@ -45,6 +52,18 @@ def parse_tasks(text: str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
+def parse_lengths(text: str) -> list[int]:
+    """Numbers of tokens out of a list with commas.
+
+    Raises:
+        ValueError: Not whole numbers above zero.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise ValueError(f"lengths: expected whole numbers with commas between them, such as 2048,4096, got {text!r}")
+    return [int(part) for part in parts]
+
+
 def run_tasks(
     loaded: LoadedModel,
     documents: Sequence[Document],
@@ -54,6 +73,7 @@ def run_tasks(
     top_k: int | None = None,
     local: int | None = None,
     indexers: str | Path | None = None,
+    lengths: Sequence[int] = (2048, 4096),
     seed: int = 0,
     progress: Progress = silent,
 ) -> dict[str, Any]:
@@ -62,12 +82,13 @@ def run_tasks(
     Args:
         loaded: The model. Afterwards it is as it was given.
         documents: The texts.
-        tasks: Some of `perplexity` and `mass`.
+        tasks: Some of `TASKS`, `comparison` excepted.
         tokens: Positions read of each. `None`: 8,192, or the whole of a shorter text.
         top_k: Tokens read per query; `None` takes the indexers' own budgets.
         local: Most recent tokens always read.
         indexers: As in `dsa.attach`.
-        seed: Of the random selection.
+        lengths: Tokens of the haystacks.
+        seed: Of the random selection and the needles.
         progress: Shows the steps.
 
     Returns:
@@ -79,6 +100,7 @@ def run_tasks(
     began = time.perf_counter()
     texts = [encode(each, loaded.tokenizer, tokens) for each in documents]
     model = loaded.model
+    haystacks = _haystacks(loaded, documents, lengths, seed) if "needles" in tasks else {}
     before = None
     if is_attached(model):
         before = take_off(model)
@@ -113,6 +135,10 @@ def run_tasks(
             if "mass" in tasks:
                 result["mass"] = _mass(model, texts, config, seed, progress)
                 result["suspect_layers"] = suspect_layers(result["mass"]["layers"])
+            if "needles" in tasks:
+                result["needles"] = _needles(model, haystacks, config, seed, progress)
+            if "agreement" in tasks:
+                result["agreement"] = _agreement(model, texts, config, seed, progress)
     finally:
         if is_attached(model):
             take_off(model)
@@ -124,7 +150,7 @@ def run_tasks(
 
 
 def _perplexity(
-    model: Any, texts: Sequence[torch.Tensor], config: Any, seed: int, progress: Progress
+    model: Any, texts: Sequence[torch.Tensor], config: DSAConfig, seed: int, progress: Progress
 ) -> dict[str, dict[str, float]]:
     losses: dict[str, list[torch.Tensor]] = {}
     for reader in READERS:
@@ -145,7 +171,9 @@ def _start(ids: torch.Tensor) -> int:
 
 
 @torch.no_grad()
-def _mass(model: Any, texts: Sequence[torch.Tensor], config: Any, seed: int, progress: Progress) -> dict[str, Any]:
+def _mass(
+    model: Any, texts: Sequence[torch.Tensor], config: DSAConfig, seed: int, progress: Progress
+) -> dict[str, Any]:
     """Means over the texts; `layers` as `LayerObserver.figures` has them."""
     figures = []
     with progress("Attention kept", len(texts)) as advance:
@@ -175,3 +203,52 @@ def _mean(values: Sequence[Any]) -> Any:
     if isinstance(first, list):
         return [_mean(list(each)) for each in zip(*values, strict=False)]
     return first if isinstance(first, int) else sum(values) / len(values)
+
+
+def _haystacks(
+    loaded: LoadedModel, documents: Sequence[Document], lengths: Sequence[int], seed: int
+) -> dict[int, list[Haystack]]:
+    """Haystacks of every length, the texts in turn; made before anything runs, so that a short text is refused."""
+    tokenizer = loaded.tokenizer
+    texts = [tokenizer(each.text, add_special_tokens=False, verbose=False)["input_ids"] for each in documents]
+    return {
+        length: [
+            make_haystack(texts[number % len(texts)], tokenizer, length, seed + number) for number in range(HAYSTACKS)
+        ]
+        for length in lengths
+    }
+
+
+def _needles(
+    model: Any, haystacks: dict[int, list[Haystack]], config: DSAConfig, seed: int, progress: Progress
+) -> list[dict[str, Any]]:
+    """One row per length and reader: `found` and `found_dense` over all depths, and the cells of each tenth."""
+    rows = []
+    for length, made in haystacks.items():
+        replies: list[dict[str, list[Reply]]] = [{} for _ in made]
+        with progress(f"Needles in {length:,} tokens", len(made) * len(READERS)) as advance:
+            for hay, by_reader in zip(made, replies, strict=True):
+                for reader in READERS:
+                    by_reader[reader] = ask(model, hay, contexts(reader, config, seed))
+                    advance()
+        for reader in READERS[1:]:
+            found = cells(length, replies, reader)
+            rows.append({"length": length, "reader": reader, "cells": [asdict(each) for each in found]})
+    return rows
+
+
+def _agreement(
+    model: Any, texts: Sequence[torch.Tensor], config: DSAConfig, seed: int, progress: Progress
+) -> dict[str, Any]:
+    """By reader, over eight continuations of every text."""
+    found: dict[str, list[list[int]]] = {reader: [] for reader in READERS}
+    with progress("Agreement", len(texts) * len(READERS)) as advance:
+        for ids in texts:
+            places = places_in(ids.shape[1], _start(ids), CONTINUATIONS)
+            dense: list[list[int]] | None = None
+            for reader in READERS:
+                own = choices(model, ids, places, contexts(reader, config, seed), NEW_TOKENS, dense)
+                dense = dense or own
+                found[reader] += own
+                advance()
+    return {reader: agreement(own, found["dense"]) for reader, own in found.items() if reader != "dense"}
