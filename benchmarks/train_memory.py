@@ -27,9 +27,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import dsa
 from dsa.eval.machine import describe_machine, peak_rss_mb, reset_peak_rss
-from dsa.models import attention as dsa_attention
 from dsa.models import config_of, indexers_of
 from dsa.models.context import AttentionCall, DSAContext
+from dsa.models.layer import LayerAttention
 from dsa.train import WarmupSettings
 from dsa.train.chunked import chunked
 from dsa.train.layer import LayerTrainer
@@ -50,14 +50,14 @@ def make_layer(heads: int, dim: int, small: bool, device: str) -> Any:
 
 def attend_in_the_last(chunks: int, tokens: int) -> None:
     """Leaves out the attention of all chunks but the last: their outputs are zeros."""
-    whole = dsa_attention._Attention.dense
+    whole = LayerAttention.dense
 
     def dense(self: Any) -> torch.Tensor:
         if self.key.shape[1] <= tokens - chunks * CHUNK:
             return torch.zeros_like(self.query)
         return whole(self)
 
-    dsa_attention._Attention.dense = dense  # type: ignore[method-assign]
+    LayerAttention.dense = dense  # type: ignore[method-assign]
 
 
 def measure(given: argparse.Namespace) -> dict[str, Any]:

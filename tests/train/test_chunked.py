@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from dsa.models.attention import _Attention
 from dsa.models.families import FAMILIES
+from dsa.models.layer import LayerAttention
 from dsa.testing.training import SETTINGS, attached, document_tokens, random_tokens, read_log
 from dsa.train import TokenStream, train_indexers, warmup
 
@@ -50,7 +50,7 @@ def test_hidden_states_in_bf16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_the_memory_benchmark_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out.json"
     script = Path(__file__).parents[2] / "benchmarks" / "train_memory.py"
-    monkeypatch.setattr(_Attention, "dense", _Attention.dense)
+    monkeypatch.setattr(LayerAttention, "dense", LayerAttention.dense)
     options = ("--small", "--tokens", "12000", "--queries", "8", "--device", "cpu", "--json", str(out))
     monkeypatch.setattr(sys, "argv", [str(script), *options])
     with pytest.raises(SystemExit) as ended:

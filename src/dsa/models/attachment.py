@@ -15,8 +15,9 @@ from transformers import PreTrainedModel
 
 from dsa.config import DSAConfig
 from dsa.models import attention as dsa_attention
-from dsa.models.attention import IMPLEMENTATION, PLAN, WARNED, LayerPlan, before_attention, before_decoder
+from dsa.models.attention import IMPLEMENTATION, PLAN, WARNED, before_attention, before_decoder
 from dsa.models.families import Family, decoder_of, family_of, full_attention_layers
+from dsa.models.layer import LayerPlan
 from dsa.modules.indexer import Indexer
 
 logger = logging.getLogger("dsa")

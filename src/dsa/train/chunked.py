@@ -20,9 +20,10 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
-from dsa.models.attention import PLAN, LayerIndex, LayerPlan, before_attention
+from dsa.models.attention import PLAN, before_attention
 from dsa.models.context import AttentionCall, DSAContext
 from dsa.models.families import family_of
+from dsa.models.layer import LayerIndex, LayerPlan
 from dsa.modules.cache import IndexedLayer, reserve
 
 ALONG_TOKENS = {"position_embeddings": 1, "position_ids": -1, "cache_position": 0}
