@@ -1,5 +1,7 @@
 """The tasks: repeatable, in agreement with the comparison, and pointing at a layer that is broken."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -8,6 +10,7 @@ from dsa.eval.comparison import contexts
 from dsa.eval.documents import Document
 from dsa.eval.layers import suspect_layers
 from dsa.eval.mass import MassObserver
+from dsa.eval.plot import draw_tasks
 from dsa.eval.tasks import parse_lengths, parse_tasks, run_tasks
 from dsa.models import attach, is_attached
 from dsa.models.context import DSAContext
@@ -100,6 +103,14 @@ def test_needles_and_agreement() -> None:
     assert runs[0]["agreement"] == runs[1]["agreement"]
     with pytest.raises(ValueError, match="length must leave room"):
         run_tasks(loaded, [text], ["needles"], tokens=60, lengths=[100])
+
+
+def test_it_is_drawn(tiny: LoadedModel, document: Document, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    attach(tiny.model, TINY_CONFIG)
+    file = tmp_path / "figures.svg"
+    draw_tasks(run_tasks(tiny, [document], ["perplexity", "mass", "agreement"], tokens=80), file)
+    assert "<svg" in file.read_text()
 
 
 def test_lengths() -> None:

@@ -124,9 +124,9 @@ def show(
     plot: Plot = None,
 ) -> None:
     """Show results that were written before, and draw them."""
-    from dsa.bench.plot import check_plot
     from dsa.bench.result import read_rows
     from dsa.cli.bench_table import show as show_rows
+    from dsa.eval.plot import check_plot
 
     if plot is not None:
         check_plot(plot)
@@ -146,10 +146,10 @@ def _run(
 ) -> None:
     """Runs, keeps every finished row, and prints all when every check has passed."""
     from dsa.bench.measure import Disagreement
-    from dsa.bench.plot import check_plot
     from dsa.bench.result import merged, read_rows, write_rows
     from dsa.bench.suites import chosen, run
     from dsa.eval.output import check_writable
+    from dsa.eval.plot import check_plot
 
     selected = chosen(benches, only)
     if plot is not None:

@@ -34,6 +34,9 @@ def evaluate(
     device: options.Device = None,
     rope_scaling: options.RopeScaling = None,
     lengths: Annotated[str, typer.Option(metavar="N,N", help="Tokens of the texts with needles.")] = "2048,4096",
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw the tasks' figures: .svg, .png or .pdf.")
+    ] = None,
     seed: Annotated[int, typer.Option(metavar="N", help="Of the random selection and the needles.")] = 0,
 ) -> None:
     """Measure a model on a text: dense attention beside DSA beside a sliding window of the same size.
@@ -50,16 +53,22 @@ def evaluate(
     """
     from dsa.eval.documents import read_document
     from dsa.eval.output import check_writable, write_json
+    from dsa.eval.plot import check_plot, draw_tasks
     from dsa.eval.tasks import parse_lengths, parse_tasks, run_tasks
 
     names = parse_tasks(tasks)
     if names == ["comparison"]:
         if len(file) > 1:
             raise ValueError(f"file: the comparison reads one text, got {len(file)}; add --tasks perplexity,mass")
+        if plot is not None:
+            raise ValueError("plot: the comparison is a table; add --tasks perplexity,mass to draw something")
         compare(model, file[0], tokens, top_k, local, indexers, json, threads, device, rope_scaling)
         return
     if json is not None:
         check_writable(json)
+    if plot is not None:
+        check_writable(plot, "plot")
+        check_plot(plot)
     documents = [read_document(each) for each in file]
     import torch
 
@@ -85,6 +94,8 @@ def evaluate(
         )
     if json is not None:
         write_json(json, result)
+    if plot is not None:
+        draw_tasks(result, plot)
     show_tasks(result, out)
     if json is not None:
         out.print(f"Figures written to {json}", markup=False)

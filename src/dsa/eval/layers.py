@@ -20,9 +20,9 @@ from dsa.models.context import AttentionCall
 from dsa.ops import index_topk
 
 BINS = 8
-SUSPECT_DEVIATIONS = 5.0
+SUSPECT_DEVIATIONS = 3.5
 """Robust standard deviations below the median from which on a layer is named."""
-LEAST_DEVIATION = 0.02
+LEAST_DEVIATION = 0.005
 """Layers whose shares differ less than this are alike, however narrow the rest lies."""
 
 
@@ -121,7 +121,7 @@ def suspect_layers(layers: Sequence[Mapping[str, Any]]) -> list[dict[str, float]
     """Layers whose indexer finds far less than the other layers' do.
 
     A layer's share is the attention kept on its indexer's selection over that on the oracle's. It stands out where it
-    lies 5 robust standard deviations (1.4826 times the median distance from the median, at least 0.02) below the
+    lies 3.5 robust standard deviations (1.4826 times the median distance from the median, at least 0.005) below the
     median of the layers. With fewer than three layers nothing can stand out.
 
     Returns:
