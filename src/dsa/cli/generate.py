@@ -34,7 +34,8 @@ def generate(
     model: options.Model,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", metavar="TEXT", help="The prompt.")] = None,
     file: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Read the prompt from a UTF-8 text file; `-` is stdin.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Read the prompt from a PDF, HTML, Markdown or text file; `-` is stdin."),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens to write at most.")] = 128,
     top_k: options.TopK = None,
@@ -93,7 +94,8 @@ def prompt_text(prompt: str | None, file: Path | None) -> str:
     from dsa.eval.documents import read_document
 
     if file is not None and str(file) != "-":
-        text = read_document(file).text
+        with notes(), Steps() as reading:
+            text = read_document(file, progress=reading).text
     elif file is not None or (prompt is None and not sys.stdin.isatty()):
         try:
             text = sys.stdin.read()

@@ -1,14 +1,14 @@
-"""The text a model is measured on: the Python language reference, or any UTF-8 file."""
+"""The text a model is measured on: the Python language reference, or any document that can be read."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dsa.text import read_text
+from dsa.documents import SourceDocument, read_source
+from dsa.eval.progress import Progress
 
 LANGUAGE_REFERENCE = "the Python language reference"
 # Tokens at the cut end of a text may differ from those of the whole; only what lies this far before it is kept.
@@ -16,36 +16,30 @@ CUT_MARGIN = 64
 MIN_TOKENS = 2
 
 
-@dataclass(frozen=True)
-class Document:
-    """A text and what to call it.
-
-    Args:
-        text: The whole text.
-        name: A file's path, or the built-in document's title.
-    """
-
-    text: str
-    name: str
+# What is measured on is any text with a name; one that was read from a PDF has pages too.
+Document = SourceDocument
 
 
-def read_document(path: str | Path | None = None, argument: str = "file") -> Document:
+def read_document(
+    path: str | Path | None = None, argument: str = "file", *, progress: Progress | None = None
+) -> Document:
     """Reads a text to measure on.
 
     Args:
-        path: A UTF-8 text file. `None` takes the Python language reference that every interpreter carries,
-            all topics in alphabetical order.
+        path: A PDF, HTML, Markdown or text file, see `dsa.documents.read_source`. `None` takes the Python language
+            reference that every interpreter carries, all topics in alphabetical order.
         argument: What the user called it, for messages.
+        progress: Shows how far reading a PDF is.
 
     Raises:
         OSError: No such file, a directory, or no permission.
-        ValueError: The file is empty, or not UTF-8 text.
+        ValueError: The file is empty, or holds no text that can be read.
     """
     if path is None:
         from pydoc_data.topics import topics
 
         return Document("\n\n".join(topics[name].strip() for name in sorted(topics)), LANGUAGE_REFERENCE)
-    return Document(read_text(path, argument), str(path))
+    return read_source(path, argument, progress=progress)
 
 
 def encode(

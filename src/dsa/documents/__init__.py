@@ -1,0 +1,6 @@
+"""Documents that users bring: PDF, HTML, Markdown and plain text as one value, with the pages kept."""
+
+from dsa.documents.reading import read_source
+from dsa.documents.source import Page, SourceDocument
+
+__all__ = ["Page", "SourceDocument", "read_source"]
