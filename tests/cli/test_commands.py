@@ -114,6 +114,28 @@ def test_generate_reads_stdin_and_files(dsa: Run, tiny: str, text: str) -> None:
     assert "UNTRAINED" not in piped.stderr
 
 
+def test_a_question_follows_the_file(dsa: Run, tiny: str, text: str) -> None:
+    Path(text).write_text("Some words.")
+    asked = dsa("generate", tiny, "--file", text, "--ask", " Which? ", "--max-new-tokens", "4")
+    prompted = dsa("generate", tiny, "--prompt", "Some words.\n\nWhich?", "--max-new-tokens", "4")
+    assert asked.exit_code == 0, asked.output
+    assert asked.stdout == prompted.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("--ask", "Which?"), "there is no document to ask about"),
+        (("--ask", " ", "--file", "a.txt"), "the question is empty"),
+        (("--ask", "Which?", "--prompt", "So", "--file", "a.txt"), "got a prompt too"),
+    ],
+)
+def test_refused_questions(dsa: Run, tiny: str, arguments: tuple[str, ...], expected: str) -> None:
+    result = dsa("generate", tiny, *arguments)
+    assert expected in flat(f"{result.output} {result.exception}")
+    assert result.exit_code != 0
+
+
 def test_sampling_is_repeatable(dsa: Run, tiny: str) -> None:
     options = ("--prompt", "hello", "--max-new-tokens", "16", "--temperature", "1.5")
     first = dsa("generate", tiny, *options, "--seed", "1").stdout

@@ -37,6 +37,12 @@ def generate(
         Path | None,
         typer.Option(metavar="FILE", help="Read the prompt from a PDF, HTML, Markdown or text file; `-` is stdin."),
     ] = None,
+    ask: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT", help="A question about the file: put behind it, in the model's chat template if it has one."
+        ),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens to write at most.")] = 128,
     top_k: options.TopK = None,
     local: options.Local = None,
@@ -63,8 +69,11 @@ def generate(
 
       dsa generate default --prompt "The lightning indexer is"
       dsa generate default --file thesis.txt --prompt "In short," --top-k 1024
+      dsa generate default --file report.pdf --ask "Who wrote this report?"
       cat notes.txt | dsa generate default --chat --temperature 0.7 --seed 1
     """
+    if ask is not None:
+        prompt = question(ask, prompt, file)
     text = prompt_text(prompt, file)
     import torch
 
@@ -77,11 +86,27 @@ def generate(
     with notes(), Steps() as steps:
         scaling = scaling_wanted(rope_scaling, indexers)
         loaded = load_model(model, device=device, status=steps.status, rope_scaling=scaling)
+        chat = chat or (ask is not None and bool(loaded.tokenizer.chat_template))
         ids = prompt_ids(loaded, text, chat)
         _note_positions(loaded, ids.shape[1], max_new_tokens)
         report, _ = attach_indexers(loaded, indexers, **options.overrides(top_k, local))
         err.print(str(report), markup=False, soft_wrap=True)
         stream(loaded, ids, steps, max_new_tokens, temperature, top_p)
+
+
+def question(ask: str, prompt: str | None, file: Path | None) -> str:
+    """What follows a file that a question is asked about.
+
+    Raises:
+        ValueError: The question is empty, there is no file, or a prompt besides.
+    """
+    if not ask.strip():
+        raise ValueError("ask: the question is empty; give --ask TEXT, or leave it out to continue the file")
+    if file is None:
+        raise ValueError("ask: there is no document to ask about; add --file FILE, or give the question as --prompt")
+    if prompt is not None:
+        raise ValueError("ask: got a prompt too, expected one of them; put all of it into --ask")
+    return f"\n\n{ask.strip()}"
 
 
 def prompt_text(prompt: str | None, file: Path | None) -> str:
