@@ -34,7 +34,8 @@ class AttentionCall:
         hidden_states: `[B, T, hidden_size]`, what the attention layer received: the indexer's input.
         rope: The indexer's angles for these `T` tokens, `None` in layers without RoPE; with `hidden_states`
             a trainer can run the indexer again, with gradients, as often as it updates it.
-        index_query: `[B, T, Hi, Di]`; all three are `None` in layers without an indexer, which only `select` sees.
+        index_query: `[B, T, Hi, Di]`; all three are `None` in layers without an indexer, which only
+            `select` sees, and an observer of `every_layer`.
         index_key: Index keys of all `S` tokens as the cache stores them: fp32 `[B, S, Di]` or `QuantizedKeys`.
         index_weight: fp32 `[B, T, Hi]`.
         indices: int32 `[B, T, K]`, what was selected; `None` where the layer ran dense.
@@ -70,6 +71,8 @@ class DSAContext:
         mode: `"sparse"` runs as configured. `"dense"` runs full attention in every layer (indexers still
             store their keys), for warm-up and for measuring the dense model.
         observer: Called by every layer that has an indexer, after its attention.
+        every_layer: Show the observer the other layers with full attention too: those left dense (`indices` is
+            `None`) and those that share another's selection; their index tensors are `None`.
         select: Replaces the indexer's selection: given the call (its `indices` are then `None`), returns the
             indices to attend to. Baselines (window, oracle) are measured through it.
         indices: Selection by layer, for layers that share another's.
@@ -77,6 +80,7 @@ class DSAContext:
 
     mode: Literal["sparse", "dense"] = "sparse"
     observer: Callable[[AttentionCall], None] | None = None
+    every_layer: bool = field(default=False, kw_only=True)
     select: Callable[[AttentionCall], torch.Tensor] | None = None
     indices: dict[int, torch.Tensor] = field(default_factory=dict)
     _last: dict[str, tuple[Any, Any]] = field(default_factory=dict, init=False, repr=False, compare=False)

@@ -100,7 +100,7 @@ def attend(attention: LayerAttention, index: LayerIndex, context: DSAContext) ->
         out = attention.sparse(call.indices)
     else:
         out = _sparse_layer(attention, index, context, call)
-    if call is not None and context.observer is not None and index.query is not None:
+    if call is not None and context.observer is not None and (index.query is not None or context.every_layer):
         context.observer(call)
     return out
 
@@ -112,6 +112,8 @@ def _sparse_layer(
     plan, tokens = index.plan, attention.query.shape[1]
     if plan.source is not None:
         out = attention.sparse(context.indices[plan.source])
+        if call is not None:
+            call.indices = context.indices[plan.source]
         if plan.is_last_reader and not torch.is_grad_enabled():
             # With gradients, checkpointing may run this layer again.
             del context.indices[plan.source]

@@ -1,0 +1,92 @@
+"""`dsa explain`: one HTML file that shows what a model read of a document."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dsa.cli import options
+from dsa.cli.console import Steps, err, note, notes, out
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the command."""
+    app.command("explain", short_help="Show what was read of a document, as one HTML file.")(explain)
+
+
+def explain(
+    model: options.Model,
+    file: Annotated[
+        Path, typer.Option(metavar="FILE", help="PDF, HTML, Markdown or UTF-8 text to read.", show_default=False)
+    ],
+    ask: Annotated[str | None, typer.Option(metavar="TEXT", help="A question to put behind the document.")] = None,
+    begin: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Begin the answer with this, and let the model go on.")
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(min=2, metavar="N", help="Read the document's first N tokens; by default all of it.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=512, metavar="N", help="Tokens to write at most.")] = 48,
+    chat: Annotated[
+        bool,
+        typer.Option("--chat", help="Put document and question into the model's chat template, as the user's turn."),
+    ] = False,
+    report: Annotated[Path, typer.Option("--out", metavar="OUT", help="The HTML file to write.")] = Path("report.html"),
+    dense: Annotated[
+        bool, typer.Option("--dense", help="Measure the dense prefill too, in place of an estimate: much slower.")
+    ] = False,
+    top_k: options.TopK = None,
+    local: options.Local = None,
+    indexers: options.Indexers = None,
+    json: options.Json = None,
+    threads: options.Threads = None,
+    device: options.Device = None,
+    rope_scaling: options.RopeScaling = None,
+) -> None:
+    """Show what a model reads of a document: one HTML file that opens in any browser, without a network.
+
+    It has the text, shaded by what was selected; what each token of the answer read, by layer and passage, with the
+    page; what a sliding window of the same size would have missed; time and memory beside dense attention.
+
+    [bold]Examples[/]
+
+      dsa explain default --file report.pdf --ask "Who signed it?" --out report.html
+      dsa explain default --file thesis.txt --tokens 8000
+    """
+    from dsa.documents import read_source
+    from dsa.eval.output import check_writable, write_json
+
+    check_writable(report, "out")
+    if json is not None:
+        check_writable(json)
+    document = read_source(file)
+    import torch
+
+    from dsa.models.loading import attach_indexers, load_model, scaling_wanted
+    from dsa.report.explanation import explain as explained
+    from dsa.report.page import write_page
+    from dsa.report.prompt import make_prompt
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    with notes(), Steps() as steps:
+        scaling = scaling_wanted(rope_scaling, indexers)
+        loaded = load_model(model, device=device, status=steps.status, rope_scaling=scaling)
+        prompt = make_prompt(loaded, document, ask, tokens, chat=chat, begin=begin)
+        attached, _ = attach_indexers(loaded, indexers, **options.overrides(top_k, local))
+        err.print(str(attached), markup=False, soft_wrap=True)
+        explanation = explained(
+            loaded, document, prompt, ask=ask, new_tokens=max_new_tokens, measure_dense=dense, progress=steps
+        )
+        steps.status("Writing the report")
+        written = write_page(report, explanation)
+    if json is not None:
+        write_json(json, explanation.to_json())
+    for remark in explanation.notes:
+        note(remark)
+    out.print("".join(each.text for each in explanation.answer).strip(), markup=False)
+    out.print(f"\nReport written to {written} ({written.stat().st_size / 1e6:.1f} MB)", markup=False, soft_wrap=True)
+    if json is not None:
+        out.print(f"Figures written to {json}", markup=False, soft_wrap=True)

@@ -1,0 +1,113 @@
+"""A text cut into passages, and which of them a token read most."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from dsa.report.recording import Row
+
+LEAST, MOST = 12, 64
+"""Tokens a passage has at least, where its page or part does not end, and at most."""
+
+SENTENCE_END = re.compile(r"[.!?:;\u3002\uff01\uff1f][\"')\]]*\s*$|\n\s*$")
+
+
+@dataclass(frozen=True)
+class Passage:
+    """Some tokens that belong together.
+
+    Args:
+        start: Position of the first token.
+        end: One past the last.
+        page: The document's page, `None` where it has none and outside the document.
+        part: `"document"`, `"before"` and `"question"` of the prompt around it, or `"answer"`.
+    """
+
+    start: int
+    end: int
+    page: int | None
+    part: str
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How much a token read of one passage.
+
+    Args:
+        passage: Its number.
+        share: Attention on its tokens, mean over layers, without sinks and the local window.
+        usual: The mean of that over all tokens whose reading is kept.
+    """
+
+    passage: int
+    share: float
+    usual: float
+
+    @property
+    def excess(self) -> float:
+        """What distinguishes this token's reading: passages that every token reads come last."""
+        return self.share - self.usual
+
+
+def cut(tokens: Sequence[str], pages: Sequence[int | None], parts: Sequence[str]) -> list[Passage]:
+    """Passages of a sentence or a few, never across pages or parts.
+
+    Args:
+        tokens: Text of every token.
+        pages: Page of every token.
+        parts: Part of every token, see `Passage`.
+    """
+    passages, start = [], 0
+    for place in range(len(tokens)):
+        last = place + 1 == len(tokens)
+        length = place + 1 - start
+        if (
+            last
+            or length >= MOST
+            or pages[place] != pages[place + 1]
+            or parts[place] != parts[place + 1]
+            or (length >= LEAST and SENTENCE_END.search(tokens[place]))
+        ):
+            passages.append(Passage(start, place + 1, pages[start], parts[start]))
+            start = place + 1
+    return passages
+
+
+def shares(rows: dict[int, Row], query: int, passage_of: Sequence[int], sinks: int, locals_: dict[int, int]) -> dict:
+    """Attention of one query on each passage beyond sinks and local window, mean over the layers that select.
+
+    Args:
+        rows: What the query read, by layer.
+        query: Its position.
+        passage_of: Number of the passage of every token.
+        sinks: Tokens at the start that are always read.
+        locals_: By layer that selects: how many of the last are always read.
+    """
+    found: dict[int, float] = {}
+    layers = [layer for layer in rows if layer in locals_]
+    for layer in layers:
+        row, end = rows[layer], query + 1 - locals_[layer]
+        for position, weight in zip(row.positions.tolist(), row.weights.tolist(), strict=True):
+            if sinks <= position < end:
+                passage = passage_of[position]
+                found[passage] = found.get(passage, 0.0) + weight / len(layers)
+    return found
+
+
+def most_read(all_shares: Iterable[dict[int, float]], own: dict[int, float], count: int) -> list[Reading]:
+    """The passages that one token read most beyond what the kept tokens read of them on average.
+
+    Args:
+        all_shares: `shares` of all kept queries.
+        own: That of this one.
+        count: How many to return.
+    """
+    everyone = list(all_shares)
+    usual: dict[int, float] = {}
+    for each in everyone:
+        for passage, share in each.items():
+            usual[passage] = usual.get(passage, 0.0) + share / len(everyone)
+    readings = [Reading(passage, share, usual.get(passage, 0.0)) for passage, share in own.items()]
+    return sorted(readings, key=lambda reading: (-reading.excess, reading.passage))[:count]

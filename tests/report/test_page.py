@@ -1,0 +1,98 @@
+"""The report in a browser: it opens, a token is chosen, the panel follows, nothing is run and nothing requested."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dsa.report.explanation import Explanation
+
+LIMIT_MS = 20_000
+
+
+@pytest.fixture(params=["light", "dark"])
+def page(browser: Any, page_file: Path, request: pytest.FixtureRequest) -> Iterator[Any]:
+    """The report, opened at phone width; afterwards it must not have said or asked for anything."""
+    context = browser.new_context(viewport={"width": 390, "height": 844}, color_scheme=request.param)
+    opened = context.new_page()
+    said: list[str] = []
+    asked: list[str] = []
+    opened.on("console", lambda message: said.append(message.text) if message.type == "error" else None)
+    opened.on("pageerror", lambda error: said.append(str(error)))
+    opened.on("request", lambda made: asked.append(made.url))
+    opened.goto(page_file.as_uri())
+    opened.wait_for_selector("main[aria-busy=false]", timeout=LIMIT_MS)
+    yield opened
+    assert said == []
+    assert asked == [page_file.as_uri()]
+    context.close()
+
+
+def test_a_choice_changes_the_panel(page: Any) -> None:
+    before = page.inner_text("#summary")
+    assert "read 24 of" in before
+    options = page.locator("#tokens [role=option]")
+    options.last.click()
+    assert options.last.get_attribute("aria-selected") == "true"
+    assert page.inner_text("#summary") != before
+    assert page.locator("#passages button").count() > 0
+
+
+def test_the_keyboard_chooses_too(page: Any) -> None:
+    chosen = page.locator("#tokens [role=option][aria-selected=true]")
+    chosen.focus()
+    before = page.inner_text("#summary")
+    page.keyboard.press("ArrowRight")
+    assert page.inner_text("#summary") != before
+    assert page.evaluate("document.activeElement.getAttribute('aria-selected')") == "true"
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.id") == "layer"
+
+
+def test_layers_shading_and_maps(page: Any) -> None:
+    page.select_option("#layer", "1")
+    assert "in layer 1." in page.inner_text("#summary")
+    for shade in ("rate", "distance", "token"):
+        page.check(f"[name=shade][value={shade}]")
+        assert page.locator(".block span[style]").count() > 0
+    for kind in ("rate", "parts", "token"):
+        page.check(f"[name=map][value={kind}]")
+        drawn = page.evaluate(
+            "() => { const c = document.getElementById('map');"
+            "return c.getContext('2d').getImageData(0, 0, c.width, c.height).data.some(Boolean); }"
+        )
+        assert drawn
+    assert page.locator("#layers tbody tr").count() == 4
+
+
+def test_a_passage_leads_to_its_place(page: Any) -> None:
+    places = page.locator("#passages button", has_text="page ")
+    places.first.click()
+    assert page.locator(".found").count() > 0
+
+
+def test_text_is_text(page: Any, explanation: Explanation) -> None:
+    shown = page.locator("#pane").text_content()
+    assert "<script>document.title = 'run'</script>" in shown
+    assert "</script><script>fetch(" in shown
+    assert "\u2407" in shown
+    assert page.title().startswith("What was read of <b>odd</b>.pdf")
+    assert page.locator("#pane script, #pane img, h1 b, i").count() == 0
+
+
+def test_it_fits_a_phone(page: Any) -> None:
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+def test_it_can_be_read_aloud(page: Any) -> None:
+    assert page.evaluate("document.documentElement.lang") == "en"
+    assert page.locator("h1").count() == 1
+    for landmark in ("header", "main", "footer"):
+        assert page.locator(landmark).count() == 1
+    assert page.get_attribute("#summary", "aria-live") == "polite"
+    unnamed = page.evaluate(
+        "[...document.querySelectorAll('section, canvas, [role=region], [role=listbox]')].filter("
+        "e => !e.getAttribute('aria-label') && !e.getAttribute('aria-labelledby')).length"
+    )
+    assert unnamed == 0
