@@ -39,7 +39,7 @@ def loaded() -> LoadedModel:
 
 @pytest.fixture(scope="session")
 def explanation(loaded: LoadedModel) -> Explanation:
-    document = SourceDocument.of_pages("folder/<b>odd</b>.pdf", PAGES)
+    document = SourceDocument.of_pages("folder/<b>odd.pdf", PAGES)
     prompt = make_prompt(loaded, document, "What <i>is</i> it?")
     return explain(loaded, document, prompt, ask="What <i>is</i> it?", new_tokens=6)
 
