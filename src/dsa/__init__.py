@@ -15,31 +15,39 @@ from dsa.config import DSAConfig, LayerConfig
 if TYPE_CHECKING:
     from dsa import ops
     from dsa.models import (
+        AccelerateReport,
         AttachReport,
         AttentionCall,
         DSAContext,
+        accelerate,
         attach,
         config_of,
         detach,
+        is_accelerated,
         is_attached,
         load_indexers,
+        restore,
         save_indexers,
     )
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AccelerateReport",
     "AttachReport",
     "AttentionCall",
     "DSAConfig",
     "DSAContext",
     "LayerConfig",
+    "accelerate",
     "attach",
     "config_of",
     "detach",
+    "is_accelerated",
     "is_attached",
     "load_indexers",
     "ops",
+    "restore",
     "save_indexers",
 ]
 

@@ -22,34 +22,43 @@ if TYPE_CHECKING:
     )
     from dsa.models.checkpoint import load_indexers, save_indexers
     from dsa.models.context import AttentionCall, DSAContext
+    from dsa.models.native.acceleration import AccelerateReport, accelerate, is_accelerated, restore
 
 _HOMES = {
+    "AccelerateReport": "native.acceleration",
     "AttachReport": "attachment",
     "AttentionCall": "context",
     "DSAContext": "context",
     "LayerReport": "attachment",
+    "accelerate": "native.acceleration",
     "attach": "attachment",
     "config_of": "attachment",
     "detach": "attachment",
     "indexers_of": "attachment",
+    "is_accelerated": "native.acceleration",
     "is_attached": "attachment",
     "load_indexers": "checkpoint",
     "report_of": "attachment",
+    "restore": "native.acceleration",
     "save_indexers": "checkpoint",
 }
 
 __all__ = [
+    "AccelerateReport",
     "AttachReport",
     "AttentionCall",
     "DSAContext",
     "LayerReport",
+    "accelerate",
     "attach",
     "config_of",
     "detach",
     "indexers_of",
+    "is_accelerated",
     "is_attached",
     "load_indexers",
     "report_of",
+    "restore",
     "save_indexers",
 ]
 

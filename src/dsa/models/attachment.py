@@ -15,9 +15,8 @@ from transformers import PreTrainedModel
 
 from dsa.config import DSAConfig
 from dsa.models import attention as dsa_attention
-from dsa.models.attention import IMPLEMENTATION, PLAN, WARNED, before_attention, before_decoder
+from dsa.models.attention import IMPLEMENTATION, PLAN, WARNED, HookedPlan, before_attention, before_decoder
 from dsa.models.families import Family, decoder_of, family_of, full_attention_layers
-from dsa.models.layer import LayerPlan
 from dsa.modules.indexer import Indexer
 
 logger = logging.getLogger("dsa")
@@ -50,7 +49,8 @@ class LayerReport:
     def describe(self) -> str:
         """One phrase, equal for layers that were treated the same."""
         if self.kind == "sparse":
-            return f"sparse, reads {self.top_k} tokens per query, the last {self.local} always"
+            always = f", the last {self.local} always" if self.local else ""
+            return f"sparse, reads {self.top_k} tokens per query{always}"
         if self.kind == "shared":
             return f"sparse, reads what layer {self.share} selected"
         if self.kind == "dense":
@@ -187,7 +187,7 @@ def install(model: PreTrainedModel, config: DSAConfig, *, family: Family, traine
         if config.has_indexer(layer):
             module.indexer = _new_indexer(model, module, config)
         parameters = tuple(inspect.signature(module.forward).parameters)
-        setattr(module, PLAN, LayerPlan(layer, config, family, parameters))
+        setattr(module, PLAN, HookedPlan(layer, config, family, parameters))
         handles.append(module.register_forward_pre_hook(before_attention, with_kwargs=True))
     handles.append(decoder_of(model).register_forward_pre_hook(before_decoder, with_kwargs=True))
     saving.become_savable(model, config)

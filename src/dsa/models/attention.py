@@ -11,6 +11,7 @@ Shapes: `B` batch, `T` query tokens, `S` key tokens, `H`/`G` query / KV heads, `
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -19,6 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.cache_utils import EncoderDecoderCache
 
 from dsa.models.context import DSAContext
+from dsa.models.families import Family
 from dsa.models.layer import LayerAttention, LayerIndex, LayerPlan, attend
 from dsa.models.masks import split_mask, visible_ranges
 from dsa.modules.cache import IndexedLayer, StaticIndexedLayer, indexed_layer
@@ -32,6 +34,15 @@ PLAN = "dsa_plan"
 """Attribute of an attached attention layer that holds its `LayerPlan`."""
 
 WARNED = "dsa_warned_positions"
+
+
+@dataclass(frozen=True)
+class HookedPlan(LayerPlan):
+    """The plan of a layer whose index tensors come from a hook."""
+
+    family: Family
+    parameters: tuple[str, ...]
+    """Names of the attention module's positional parameters, in order."""
 
 
 def dsa_attention(
@@ -73,7 +84,7 @@ def dsa_attention(
 
 def before_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Forward pre-hook of every attached attention layer: runs its indexer and adds `dsa_index`."""
-    plan = cast(LayerPlan, getattr(module, PLAN))
+    plan = cast(HookedPlan, getattr(module, PLAN))
 
     def argument(name: str) -> Any:
         if name in kwargs:
@@ -103,7 +114,7 @@ def _run_indexer(
 ) -> None:
     """Stores the index keys of these tokens and fills `index`; queries and weights only where they will be used."""
     # The indexer learns from its own loss only (arXiv 2512.02556, section 2): nothing flows back into the model.
-    plan, hidden_states = index.plan, index.hidden_states.detach()
+    plan, hidden_states = cast(HookedPlan, index.plan), index.hidden_states.detach()
     if plan.family.applies_rope(module, angles):
         index.rope = context.once("rope", angles[0], lambda: plan.family.rope_of(angles, indexer.rope_dim))
     if isinstance(stored, IndexedLayer) and _index_few_tokens(indexer, index, hidden_states, stored, context):
@@ -145,13 +156,13 @@ def before_decoder(module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[
             f"attn_implementation was changed to {module.config._attn_implementation!r} while dsa is attached, so "
             f"nothing would be sparse; call dsa.detach(model) first, or set it back to {IMPLEMENTATION!r}"
         )
-    _check_positions(module, args, kwargs)
+    check_positions(module, args, kwargs)
     if kwargs.get("dsa_context") is None:
         kwargs = {**kwargs, "dsa_context": DSAContext()}
     return args, kwargs
 
 
-def _check_positions(decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def check_positions(decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     trained = getattr(decoder.config, "max_position_embeddings", None)
     tokens = kwargs.get("input_ids", args[0] if args else None)
     if tokens is None:

@@ -155,6 +155,12 @@ def family_of(model: object) -> Family:
     family = FAMILIES.get(model_type)
     if family is not None:
         return family
+    from dsa.models.native.families import is_native
+
+    if is_native(model.config):
+        raise ValueError(
+            f"{name} has indexers of its own, so there is nothing to attach; dsa.accelerate(model) runs it sparse"
+        )
     if not model.can_generate():
         raise ValueError(
             f"{name} ({model_type}) is not a causal language model (encoders see both sides of a token); "

@@ -17,7 +17,6 @@ import torch.nn.functional as F
 
 from dsa.config import DSAConfig
 from dsa.models.context import AttentionCall, DSAContext
-from dsa.models.families import Family
 from dsa.modules.cache import IndexKeys
 from dsa.ops import QuantizedKeys, dense_attention, index_topk, native_support, sparse_attention
 from dsa.ops.index_projection import Rope
@@ -32,9 +31,6 @@ class LayerPlan:
 
     layer: int
     config: DSAConfig
-    family: Family
-    parameters: tuple[str, ...]
-    """Names of the attention module's positional parameters, in order."""
 
     @cached_property
     def top_k(self) -> int:

@@ -20,10 +20,10 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
-from dsa.models.attention import PLAN, before_attention
+from dsa.models.attention import PLAN, HookedPlan, before_attention
 from dsa.models.context import AttentionCall, DSAContext
 from dsa.models.families import family_of
-from dsa.models.layer import LayerIndex, LayerPlan
+from dsa.models.layer import LayerIndex
 from dsa.modules.cache import IndexedLayer, reserve
 
 ALONG_TOKENS = {"position_embeddings": 1, "position_ids": -1, "cache_position": 0}
@@ -82,7 +82,7 @@ def _chunked_mlp(size: int, own: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _chunked_attention(module: nn.Module, size: int, observer: Observer, own: Callable[..., Any]) -> Callable[..., Any]:
-    plan = cast(LayerPlan, getattr(module, PLAN))
+    plan = cast(HookedPlan, getattr(module, PLAN))
     signature = inspect.signature(own)
 
     def forward(*args: Any, **kwargs: Any) -> Any:

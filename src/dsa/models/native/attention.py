@@ -1,0 +1,230 @@
+"""Multi-head latent attention in its absorbed form, over the rows that the model's own indexer selects.
+
+A head's keys and values are linear maps of one row a token: `k = [U_k c; r]`, `v = U_v c`, with the latent `c` and the
+rotated dims `r` that all heads share. Then `q . k = (q_c U_k) . c + q_r . r`, so a query is mapped into the row's frame
+once, attends to the rows themselves (one KV head of `L + R` dims, whose first `L` are the values), and what it mixed
+goes through `U_v`. Keys and values of the heads never exist.
+
+Shapes: `B` batch, `T` query tokens, `t` of them at a time, `S` key tokens, `H` heads, `N`/`V` head dims without RoPE /
+of values, `L` latent dims, `R` rotated dims, `Hi`/`Di` index heads / index head dim.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache
+
+from dsa.models.context import DSAContext
+from dsa.models.layer import LayerAttention, LayerIndex, LayerPlan, attend, select
+from dsa.models.masks import split_mask
+from dsa.models.native.families import NativeFamily, RopeLayout
+from dsa.modules.cache import IndexKeys
+from dsa.modules.latents import LatentLayer, latent_layer
+from dsa.ops import quantize_index_keys
+from dsa.ops.index_projection import Rope, rope_tables, rotate_half_split
+
+QUERY_BYTES = 64 << 20
+"""Absorbed queries held at once: `L + R` dims a head are several times what a head had."""
+
+
+class LatentAttention(nn.Module):
+    """Stands in the place of a model's attention module, and has its submodules under their names.
+
+    Args:
+        original: The module whose submodules it computes with.
+        plan: Layer number and budget.
+        family: Its row of the table.
+    """
+
+    # The original's own, under its names: projections, norms, and the indexer, which shared layers do not have.
+    q_a_proj: Any
+    q_a_layernorm: Any
+    q_b_proj: Any
+    kv_a_proj_with_mqa: Any
+    kv_a_layernorm: Any
+    kv_b_proj: Any
+    o_proj: Any
+    indexer: Any
+
+    def __init__(self, original: Any, plan: LayerPlan, family: NativeFamily) -> None:
+        super().__init__()
+        self.plan, self.family = plan, family
+        self.config = original.config
+        self.layer_idx = plan.layer
+        self.attention_dropout: float = original.attention_dropout
+        self.scaling = float(original.scaling)
+        self.heads: int = original.num_heads
+        self.nope_dim: int = original.qk_nope_head_dim
+        self.rope_dim: int = original.qk_rope_head_dim
+        self.latent_dim: int = original.kv_lora_rank
+        self._modules.update(original._modules)
+        if original.indexer is None:
+            self.indexer = None
+        self.train(original.training)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        dsa_context: DSAContext | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None] | tuple[torch.Tensor, None, None]:
+        """As the module in whose place it stands; `[B, T, hidden_size]`, and no weights.
+
+        The third value, where a family has one, is the selection handed to the next layer; here it is in the context.
+
+        Raises:
+            NotImplementedError: Attention dropout, or a mask that is not ranges of positions.
+        """
+        if self.training and self.attention_dropout:
+            raise NotImplementedError(
+                "dsa does not apply attention dropout; set the model's attention dropout to 0 to train it sparse"
+            )
+        context = dsa_context if dsa_context is not None else DSAContext()
+        rope = context.once("rope", position_embeddings[0], lambda: _tables(position_embeddings))
+        stored = None
+        if past_key_values is not None:
+            dtype = self.plan.config.index_dtype if self.indexer is not None else None
+            stored = latent_layer(past_key_values, self.plan.layer, self.latent_dim, dtype)
+        index_key = None if self.indexer is None else self._index_keys(hidden_states, rope, stored)
+        rows = self._rows(hidden_states, rope)
+        if stored is not None:
+            rows = stored.append_rows(rows)
+        mask, tokens, keys = attention_mask, hidden_states.shape[1], rows.shape[1]
+        start, end, kept = context.once("mask", mask, lambda: split_mask(mask, tokens, keys))
+        out = self._attend(hidden_states, rope, rows, (start, end, kept), index_key, context)
+        return (out, None, None) if self.family.shares else (out, None)
+
+    def _attend(
+        self,
+        hidden_states: torch.Tensor,
+        rope: Rope,
+        rows: torch.Tensor,
+        visible: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None],
+        index_key: IndexKeys | None,
+        context: DSAContext,
+    ) -> torch.Tensor:
+        """Queries, selection and attention of all tokens, a block of them at a time; `[B, T, hidden_size]`."""
+        plan, tokens, keys = self.plan, hidden_states.shape[1], rows.shape[1]
+        key = rows.unsqueeze(2)
+        value = key[..., : self.latent_dim]
+        start, end, kept = visible
+        observed = context.observer is not None or context.select is not None
+        per_token = hidden_states.shape[0] * self.heads * rows.shape[-1] * rows.element_size()
+        block = tokens if observed or torch.is_grad_enabled() else max(1, QUERY_BYTES // per_token)
+        if block < tokens and start is None:
+            end = torch.arange(keys - tokens + 1, keys + 1, dtype=torch.int32, device=rows.device)
+            end = end.expand(hidden_states.shape[0], -1)
+            start = torch.zeros_like(end)
+        dense = plan.runs_dense(keys, context)
+        up_key, up_value = self._up_projections()
+        outputs, selections = [], []
+        for begin in range(0, tokens, block):
+            here = slice(begin, begin + block)
+            hidden, turn = hidden_states[:, here], _rows_of(rope, here)
+            latent = self.q_a_layernorm(self.q_a_proj(hidden))
+            index = LayerIndex(plan, hidden, turn, key=index_key)
+            if self.indexer is not None and (not dense or context.observer is not None):
+                index.query, index.weight = self._index_queries(hidden, latent, turn)
+            query = self._queries(latent, turn, up_key)
+            first, last = (None, None) if start is None or end is None else (start[:, here], end[:, here])
+            attention = LayerAttention(query, key, value, first, last, kept, self.scaling, None, None)
+            if observed:
+                mixed = attend(attention, index, context)
+            elif dense:
+                mixed = attention.dense()
+            elif plan.source is not None:
+                mixed = attention.sparse(context.indices[plan.source][:, here])
+            else:
+                chosen = select(attention, index, index.query, index.weight)
+                mixed = attention.sparse(chosen)
+                if plan.is_shared:
+                    selections.append(chosen)
+            outputs.append(self.o_proj(torch.einsum("bthl,hvl->bthv", mixed, up_value).flatten(2)))
+        if selections:
+            context.indices[plan.layer] = selections[0] if len(selections) == 1 else torch.cat(selections, dim=1)
+        if not (dense or observed or torch.is_grad_enabled()) and plan.source is not None and plan.is_last_reader:
+            # With gradients, checkpointing may run this layer again.
+            del context.indices[plan.source]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+    def _rows(self, hidden_states: torch.Tensor, rope: Rope) -> torch.Tensor:
+        """What the cache keeps of these tokens, `[B, T, L + R]`."""
+        latent, rotated = self.kv_a_proj_with_mqa(hidden_states).split((self.latent_dim, self.rope_dim), dim=-1)
+        rotated = rotate_first(rotated, rope, self.family.attention_rope)
+        return torch.cat((self.kv_a_layernorm(latent), rotated), dim=-1)
+
+    def _queries(self, latent: torch.Tensor, rope: Rope, up_key: torch.Tensor) -> torch.Tensor:
+        """Queries in the frame of the rows, `[B, t, H, L + R]`."""
+        query = self.q_b_proj(latent).unflatten(-1, (self.heads, -1))
+        plain, rotated = query.split((self.nope_dim, self.rope_dim), dim=-1)
+        rotated = rotate_first(rotated, _for_heads(rope), self.family.attention_rope)
+        return torch.cat((torch.einsum("bthn,hnl->bthl", plain, up_key), rotated), dim=-1)
+
+    def _up_projections(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """`U_k [H, N, L]` and `U_v [H, V, L]`, views of `kv_b_proj`'s weight where it is a plain linear layer."""
+        layer = self.kv_b_proj
+        if type(layer) is nn.Linear:
+            weight = layer.weight
+        else:
+            # An adapter or a quantised layer: its columns are what it makes of the unit vectors.
+            example = self.kv_a_layernorm.weight
+            weight = layer(torch.eye(self.latent_dim, dtype=example.dtype, device=example.device)).transpose(0, 1)
+        heads = weight.unflatten(0, (self.heads, -1))
+        return heads[:, : self.nope_dim], heads[:, self.nope_dim :]
+
+    @torch.no_grad()
+    def _index_keys(self, hidden_states: torch.Tensor, rope: Rope, stored: LatentLayer | None) -> IndexKeys:
+        """Index keys of all cached tokens and these, stored where there is a cache; `[B, S, Di]`."""
+        indexer = self.indexer
+        key = rotate_first(indexer.k_norm(indexer.wk(hidden_states)), rope, self.family.index_rope)
+        if stored is not None:
+            stored.append_index(key)
+            return stored.index_keys()
+        return quantize_index_keys(key) if self.plan.config.index_dtype == "int8" else key.float()
+
+    @torch.no_grad()
+    def _index_queries(
+        self, hidden_states: torch.Tensor, latent: torch.Tensor, rope: Rope
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Index queries fp32 `[B, t, Hi, Di]` and head weights fp32 `[B, t, Hi]`."""
+        indexer = self.indexer
+        query = indexer.wq_b(latent).unflatten(-1, (indexer.n_heads, indexer.head_dim))
+        query = rotate_first(query, _for_heads(rope), self.family.index_rope)
+        weight = indexer.weights_proj(hidden_states.to(indexer.weights_proj.weight.dtype)).float()
+        return query.float(), weight * indexer.n_heads**-0.5
+
+
+def rotate_first(x: torch.Tensor, rope: Rope, layout: RopeLayout) -> torch.Tensor:
+    """Applies RoPE to the first dims of `x`; pairs that lay side by side come out half-split, as transformers has it.
+
+    Args:
+        x: `[..., D]`.
+        rope: Tables that broadcast against `x`, of as many dims as are turned.
+        layout: How `x` pairs them.
+    """
+    width = rope[0].shape[-1]
+    if layout == "interleaved":
+        paired = x[..., :width].unflatten(-1, (width // 2, 2)).transpose(-1, -2).flatten(-2)
+        x = paired if width == x.shape[-1] else torch.cat((paired, x[..., width:]), dim=-1)
+    return rotate_half_split(x, *rope)
+
+
+def _tables(position_embeddings: tuple[torch.Tensor, torch.Tensor]) -> Rope:
+    """Tables `[B or 1, T, R]` out of the model's `cos, sin`, which have the row of angles twice."""
+    cos, sin = position_embeddings
+    pairs = cos.shape[-1] // 2
+    return rope_tables(cos[..., :pairs], sin[..., :pairs])
+
+
+def _rows_of(rope: Rope, here: slice) -> Rope:
+    return rope[0][:, here], rope[1][:, here]
+
+
+def _for_heads(rope: Rope) -> Rope:
+    return rope[0].unsqueeze(2), rope[1].unsqueeze(2)
