@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: install demo bench kernels test test-kernels test-kernels-aarch64 lint types clean
+.PHONY: install demo bench docs kernels test test-kernels test-kernels-aarch64 lint types clean
 
 install: $(VENV)/.installed
 
@@ -19,7 +19,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt $(wildcard csrc/CMakeLists.tx
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(PIP) --editable '.[gguf,pdf,train,dev,triton,plot]'
+	$(PIP) --editable '.[gguf,pdf,train,dev,triton,plot,docs]'
 	@touch $@
 
 demo: install
@@ -64,6 +64,11 @@ lint: $(VENV)/.installed-dev
 
 types: $(VENV)/.installed-dev
 	$(BIN)/mypy
+
+# The site, in build/site. A warning, a broken link for one, is an error.
+docs: $(VENV)/.installed-dev
+	@# The variable leaves out the note that the theme has a successor.
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
