@@ -295,6 +295,11 @@ def indexers_of(model: PreTrainedModel) -> dict[int, Indexer]:
 
 def _attached(model: PreTrainedModel) -> _Attached:
     attached = getattr(model, ATTACHED, None)
+    if attached is None and hasattr(model, "dsa_accelerated"):
+        raise ValueError(
+            f"{type(model).__name__} has indexers of its own and is accelerated, not attached; this works on attached "
+            "models only. dsa generate and dsa.accelerate run it sparse"
+        )
     if attached is None:
         raise ValueError(f"{type(model).__name__} is not attached; call dsa.attach(model, ...) first")
     return attached

@@ -95,7 +95,7 @@ def load_model(
             extend_positions(config, rope_scaling)
         if dtype is None:
             dtype = torch.float32 if target.type == "cpu" else None
-        model = _read_weights(name, source, dtype, config if rope_scaling is not None else None)
+        model = _read_weights(name, source, dtype, config, given=rope_scaling is not None)
         tokenizer = _read_tokenizer(name, source)
     return LoadedModel((model.to(target) if place else model).eval(), tokenizer, name, is_default)
 
@@ -104,6 +104,8 @@ def attach_indexers(
     loaded: LoadedModel, indexers: str | Path | None = None, **overrides: Any
 ) -> tuple[AttachReport, str | None]:
     """Attaches a loaded model with the indexers that are meant when a user names none, too.
+
+    Models born with DSA are accelerated with their own.
 
     Args:
         loaded: The model. One that is attached already keeps its own indexers, unless others are named.
@@ -119,8 +121,18 @@ def attach_indexers(
         OSError: The indexers cannot be read.
     """
     from dsa.models.attachment import attach, detach, is_attached, put_on, report_of, take_off
+    from dsa.models.native.acceleration import accelerate, accelerate_report_of, is_accelerated, restore
+    from dsa.models.native.families import is_native
 
     model = loaded.model
+    if is_native(model.config):
+        if indexers is not None:
+            raise ValueError(f"indexers: {loaded.name} has indexers of its own; leave them out")
+        if is_accelerated(model):
+            if not overrides:
+                return accelerate_report_of(model), loaded.name
+            restore(model)
+        return accelerate(model, **overrides), loaded.name
     if is_attached(model) and indexers is None:
         report = report_of(model)
         if overrides:
@@ -365,18 +377,51 @@ def _check_causal(name: str, source: str | Path) -> PreTrainedConfig:
 
 
 def _read_weights(
-    name: str, source: str | Path, dtype: torch.dtype | None, config: PreTrainedConfig | None = None
+    name: str, source: str | Path, dtype: torch.dtype | None, config: PreTrainedConfig, given: bool
 ) -> Any:
+    """The model; with `given`, made by this very configuration instead of the one that lies beside the weights."""
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
+    from dsa.models.native.families import is_native
+
+    options: dict[str, Any] = {"config": config} if given else {}
+    native = is_native(config)
     try:
-        given = {} if config is None else {"config": config}
-        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype or "auto", use_safetensors=True, **given)
+        # What transformers does not find it makes up, and an indexer made up selects anything.
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=dtype or "auto",
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=native,
+            **options,
+        )
     except SafetensorError as error:
         raise OSError(f"model: the weights of {name} are damaged ({error}); copy or download them again") from error
     except OSError as error:
         raise _not_loaded(name, error) from error
+    model, info = loaded
+    if native:
+        _check_native(name, info)
+    return model
+
+
+def _check_native(name: str, info: dict[str, Any]) -> None:
+    """Refuses a model born with DSA whose indexers are not those of its configuration."""
+    other = sorted(key for key, *_ in info["mismatched_keys"])
+    if other:
+        raise ValueError(
+            f"model: {other[0]} of {name} has another size than its configuration says ({len(other)} such weights in "
+            "all); one of them belongs to another model"
+        )
+    for what, keys in (("lacks", info["missing_keys"]), ("also has", info["unexpected_keys"])):
+        strange = sorted(key for key in keys if ".indexer." in key)
+        if strange:
+            raise ValueError(
+                f"model: {name} {what} {strange[0]} ({len(strange)} such weights of indexers in all); its files are "
+                "incomplete, or its configuration belongs to another model"
+            )
 
 
 def _read_tokenizer(name: str, source: str | Path) -> Any:

@@ -1,0 +1,66 @@
+"""Models born with DSA from disk: nothing has to be said for them to run sparse, and damaged indexers are named."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+import dsa
+from dsa.cli.main import app
+from dsa.models.loading import attach_indexers, load_model
+from dsa.testing.native_models import native_model
+from dsa.testing.tiny_tokenizer import BYTE_VOCABULARY, tiny_tokenizer
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    folder = tmp_path / "glm"
+    native_model("glm_moe_dsa", vocab_size=BYTE_VOCABULARY).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_it_is_accelerated_without_being_told(saved: Path) -> None:
+    loaded = load_model(str(saved), device="cpu")
+    report, source = attach_indexers(loaded, top_k=5)
+    assert dsa.is_accelerated(loaded.model)
+    assert (report.config.top_k, report.trained, source) == (5, True, str(saved))
+    assert attach_indexers(loaded)[0] is report
+    with pytest.raises(ValueError, match="indexers of its own"):
+        attach_indexers(loaded, "runs/other")
+
+
+def test_generate_command(saved: Path) -> None:
+    result = CliRunner().invoke(app, ["generate", str(saved), "--prompt", "What is kept?", "--max-new-tokens", "4"])
+    assert result.exit_code == 0, result.output
+    assert "GlmMoeDsaAttention replaced by LatentAttention" in result.stderr
+
+
+def test_a_missing_weight_is_named(saved: Path) -> None:
+    change_weights(saved, lambda weights: weights.pop("model.layers.2.self_attn.indexer.wk.weight"))
+    with pytest.raises(ValueError, match=r"lacks model\.layers\.2\.self_attn\.indexer\.wk\.weight"):
+        load_model(str(saved), device="cpu")
+
+
+def test_an_extra_weight_is_named(saved: Path) -> None:
+    extra = {"model.layers.1.self_attn.indexer.wk.weight": torch.zeros(16, 48)}
+    change_weights(saved, lambda weights: weights.update(extra))
+    with pytest.raises(ValueError, match=r"also has model\.layers\.1\.self_attn\.indexer\.wk\.weight"):
+        load_model(str(saved), device="cpu")
+
+
+def test_other_sizes_than_the_configuration(saved: Path) -> None:
+    config = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps({**config, "index_head_dim": 32}))
+    with pytest.raises(ValueError, match=r"indexer\.\w+\.\w+ of .* has another size than its configuration"):
+        load_model(str(saved), device="cpu")
