@@ -1,4 +1,4 @@
-"""What attention costs, predicted: pairs of tokens, operations and bytes as functions of length and K."""
+"""What a model costs, predicted: pairs, operations, bytes and memory as functions of length, K and sharing."""
 
 from dsa.cost.attention import (
     NOTHING,
@@ -11,17 +11,35 @@ from dsa.cost.attention import (
     mean_scanned,
     model_cost,
 )
+from dsa.cost.crossing import crossing_point
 from dsa.cost.pairs import Pairs
+from dsa.cost.reading import shape_from
+from dsa.cost.shape import ModelShape
+from dsa.cost.source import read_model
+from dsa.cost.work import PARTS, Memory, Storage, Work, decode_work, memory, prefill_work, request_work, total
 
 __all__ = [
     "NOTHING",
+    "PARTS",
     "AttentionShape",
     "Cost",
     "LayerKind",
+    "Memory",
+    "ModelShape",
     "Pairs",
+    "Storage",
+    "Work",
+    "crossing_point",
+    "decode_work",
     "kind_of",
     "layer_cost",
     "mean_read",
     "mean_scanned",
+    "memory",
     "model_cost",
+    "prefill_work",
+    "read_model",
+    "request_work",
+    "shape_from",
+    "total",
 ]
