@@ -199,6 +199,33 @@ def draw_best(record: dict[str, Any], file: Path) -> None:
     _save(figure, file)
 
 
+def draw_quality(record: dict[str, Any], file: Path) -> None:
+    """Perplexity over that of the dense model, by budget: all texts with intervals, and each by itself."""
+    from matplotlib import pyplot
+
+    figure, place = pyplot.subplots(figsize=(7.2, 3.8))
+    lines: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in record["rows"]:
+        if row["row"] == "perplexity" and row["reader"] in COLORS:
+            lines.setdefault((row["reader"], row["text"]), []).append(row)
+    for (reader, text), rows in lines.items():
+        rows.sort(key=lambda row: row["config"]["top_k"])
+        budgets, losses = [row["config"]["top_k"] for row in rows], [100 * (row["ratio"] - 1) for row in rows]
+        if len(rows[0]["texts"]) > 1:
+            spread = [[100 * (r["ratio"] - r["low"]) for r in rows], [100 * (r["high"] - r["ratio"]) for r in rows]]
+            label = f"{NAMES[reader]}, {text}, 95 % intervals"
+            place.errorbar(budgets, losses, spread, marker="o", capsize=3, color=COLORS[reader], label=label)
+        elif reader == "dsa":
+            place.plot(budgets, losses, color="#d1d5db", linewidth=1, zorder=1)
+            place.annotate(text, (budgets[0], losses[0]), (-6, -3), textcoords="offset points", fontsize=8, ha="right")
+    ticks = sorted({row["config"]["top_k"] for rows in lines.values() for row in rows})
+    place.set_xscale("log", base=2)
+    place.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+    place.set(xlabel="K, tokens read per query", ylabel="perplexity above dense, %", xlim=(ticks[0] / 2.8, None))
+    place.legend(frameon=False)
+    _save(figure, file)
+
+
 def draw_work(file: Path) -> None:
     """Operations a token of one layer of the default model, decoded behind n tokens."""
     from matplotlib import pyplot
@@ -291,6 +318,7 @@ def main() -> None:
     draw_map(attention, images / "guide-map.png")
     draw_kept(attention, images / "guide-kept.svg")
     draw_best(attention, images / "guide-best.svg")
+    draw_quality(newest("quality-perplexity"), images / "guide-quality.svg")
     draw_work(images / "guide-work.svg")
     draw_time(newest("e2e"), images / "guide-time.svg")
 
