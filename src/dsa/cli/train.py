@@ -82,7 +82,7 @@ def train(
         typer.Option(
             metavar="FILES...",
             help="UTF-8 text files, one document each; .jsonl or .parquet files, one a row; token files "
-            "(.safetensors); or hub:OWNER/NAME[[:CONFIG[[:SPLIT]]]].",
+            "(.safetensors); or hub:OWNER/NAME[:CONFIG[:SPLIT]].",
             show_default=False,
             rich_help_panel=DATA,
         ),
@@ -351,8 +351,8 @@ def train(
 
       dsa train Qwen/Qwen3-0.6B --data books.jsonl --steps 500 --out runs/qwen
 
-      dsa train Qwen/Qwen3-0.6B --data books.jsonl --steps 500 --stage sparse --indexers runs/qwen --lora 16
-      --out runs/qwen-sparse
+      dsa train Qwen/Qwen3-0.6B --data books.jsonl --steps 500 --stage sparse --lora 16 \\
+        --indexers runs/qwen --out runs/qwen-sparse
 
       dsa train --config runs/qwen/run.yaml --out runs/again
     """
