@@ -42,3 +42,86 @@ def test_mistakes(dsa: Run, arguments: tuple[str, ...], expected: str) -> None:
     result = dsa("cost", *arguments)
     assert result.exit_code == 2
     assert expected in result.stderr
+
+
+def test_a_model(dsa: Run, tmp_path: Path) -> None:
+    file = tmp_path / "cost.json"
+    result = dsa("cost", "--model", "deepseek-v3.2", "--tokens", "131072", "--share", "4", "--json", str(file))
+    assert result.exit_code == 0, result.output
+    for said in ("one decoded token at 131,072 tokens", "index scan", "shared MAC", "absorbed", "36.6 G of them"):
+        assert said in result.stdout
+    assert max(map(len, result.stdout.splitlines())) <= max(80, len(f"Figures written to {file}"))
+    figures = json.loads(file.read_text())
+    assert set(figures["variants"]) == {"dense", "dsa", "shared"}
+    assert figures["variants"]["dsa"]["token"]["index_scan"]["cache_read"] == 61 * 131072 * 132
+    assert figures["crossing"]["dsa"]["token_multiply_adds"] > 2048
+    assert figures["pair_reduction"] == 64
+
+
+def test_a_model_on_disk(dsa: Run, tiny: str, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    plot = tmp_path / "cost.png"
+    result = dsa("cost", "--model", tiny, "--tokens", "500", "--top-k", "64", "--plot", str(plot))
+    assert result.exit_code == 0, result.output
+    assert "comes with no DSA: counted are 4 index heads of 32 and K = 64" in result.stderr
+    assert "756 tokens are more than the 256 positions" in result.stderr
+    assert plot.stat().st_size > 1000
+
+
+def test_the_default_model_with_a_price(dsa: Run, tmp_path: Path) -> None:
+    file = tmp_path / "cost.json"
+    arguments = ("--price", "3.6", "--decode-speed", "100,400", "--json", str(file))
+    result = dsa("cost", "--model", "default", "--tokens", "8192", *arguments)
+    assert result.exit_code == 0, result.output
+    assert "4.00x" in result.stdout
+    money = json.loads(file.read_text())["money"]
+    assert money["decode"]["dense_per_million"] == pytest.approx(10)
+    assert "prefill" not in money
+
+
+def test_the_published_curve(dsa: Run, tmp_path: Path) -> None:
+    file = tmp_path / "curve.json"
+    result = dsa("cost", "--published", "--json", str(file))
+    assert result.exit_code == 0, result.output
+    for said in ("about 8.7x", "decode, 1 position a step", "Assumed:", "$2.00 an hour"):
+        assert said in result.stdout
+    assert len(json.loads(file.read_text())["points"]) == 10
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ((), "tokens: expected a number of tokens; add --tokens N"),
+        (("--tokens", "8"), "top_k: expected a number of tokens; add --top-k N"),
+        (("--tokens", "8", "--top-k", "4", "--price", "2"), "price: --price needs a model: add --model"),
+        (("--model", "Qwen3-9B", "--tokens", "8"), "no preset 'Qwen3-9B'; near it are Qwen3-8B"),
+        (("--model", "default"), "add --tokens N"),
+        (("--model", "default", "--tokens", "8", "--price", "-1", "--decode-speed", "1,2"), "price must be a number"),
+        (("--model", "default", "--tokens", "8", "--price", "1"), "a price needs speeds"),
+        (("--model", "default", "--tokens", "8", "--decode-speed", "1,2"), "--decode-speed needs a price"),
+        (
+            ("--model", "default", "--tokens", "8", "--price", "1", "--decode-speed", "1"),
+            "DENSE,DSA in tokens a second",
+        ),
+        (("--model", "default", "--tokens", "8", "--cache-bytes", "0"), "of the cache must be above 0, got 0"),
+        (("--model", "default", "--tokens", "8", "--plot", "x.txt"), "expected a file name that ends in .png"),
+        (("--model", "default", "--tokens", "8", "--decoded", "-1"), "decoded must not be negative"),
+        (("--published", "--tokens", "8"), "--tokens does nothing with --published"),
+        (("--published", "--positions", "0"), "positions_a_step must be a number above 0"),
+    ],
+)
+def test_mistakes_about_models(dsa: Run, arguments: tuple[str, ...], expected: str) -> None:
+    result = dsa("cost", *arguments)
+    assert result.exit_code == 2, result.output
+    assert expected in " ".join(result.stderr.split())
+    assert not result.stdout
+
+
+def test_a_corrupt_configuration(dsa: Run, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"')
+    result = dsa("cost", "--model", str(tmp_path), "--tokens", "8")
+    assert result.exit_code == 2
+    assert "is no valid JSON (line 1" in result.stderr
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": 32}')
+    result = dsa("cost", "--model", str(tmp_path), "--tokens", "8")
+    assert "the field 'num_hidden_layers' is missing" in result.stderr

@@ -1,8 +1,9 @@
-"""`dsa cost`: how many pairs of tokens attention computes, dense and sparse."""
+"""`dsa cost`: what attention, or a whole model, computes and moves, dense and sparse, and what that costs."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -10,54 +11,199 @@ from dsa.cli import options
 from dsa.cli.console import note, out
 
 if TYPE_CHECKING:
-    from dsa.cost import Pairs
+    from dsa.config import DSAConfig
+    from dsa.cost import ModelShape
+
+DECODED = 256
 
 
 def register(app: typer.Typer) -> None:
     """Adds the command."""
-    app.command("cost", short_help="Count what attention computes over a document, dense and sparse.")(cost)
+    app.command("cost", short_help="Count what a model computes over a document, dense and sparse.")(cost)
 
 
 def cost(
-    tokens: Annotated[int, typer.Option(metavar="N", help="Length of the document.", show_default=False)],
-    top_k: Annotated[int, typer.Option("--top-k", metavar="K", help="Tokens each query reads.", show_default=False)],
+    tokens: Annotated[
+        int | None, typer.Option(metavar="N", help="Length of the document or prompt.", show_default=False)
+    ] = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option("--top-k", metavar="K", help="Tokens each query reads; by default the model's own, or 2048."),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="M", help="Preset, config.json, directory, `default` or Hub id; without it only pairs are counted."
+        ),
+    ] = None,
+    decoded: Annotated[int, typer.Option(metavar="N", help="Tokens decoded after the prompt.")] = DECODED,
+    share: Annotated[
+        int | None, typer.Option(metavar="N", help="Every first of N selecting layers selects for the others.")
+    ] = None,
+    indexers: Annotated[
+        str | None, typer.Option(metavar="PATH", help="Count the DSA saved with these indexers.")
+    ] = None,
+    index_heads: Annotated[int | None, typer.Option(metavar="N", help="Heads of the indexer.")] = None,
+    index_head_dim: Annotated[int | None, typer.Option(metavar="N", help="Size of an indexer's head.")] = None,
+    weight_bytes: Annotated[float, typer.Option(metavar="X", help="Bytes of one weight.")] = 2.0,
+    cache_bytes: Annotated[float, typer.Option(metavar="X", help="Bytes of one number of K and V.")] = 2.0,
+    price: Annotated[float | None, typer.Option(metavar="X", help="Of one device for one hour.")] = None,
+    prefill_speed: Annotated[
+        str | None, typer.Option(metavar="DENSE,DSA", help="Tokens a second and device, for --price.")
+    ] = None,
+    decode_speed: Annotated[str | None, typer.Option(metavar="DENSE,DSA", help="The same of decoded tokens.")] = None,
+    measured: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Speeds from `dsa bench e2e --json FILE` for --price.")
+    ] = None,
+    published: Annotated[
+        bool, typer.Option("--published", help="Predict DeepSeek's published cost curve, V3.1 to V3.2.")
+    ] = False,
+    positions: Annotated[
+        int, typer.Option(metavar="N", help="With --published: positions that a decoding step computes.")
+    ] = 2,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw cost over length: .svg, .png or .pdf.")
+    ] = None,
     json: options.Json = None,
 ) -> None:
-    """Count the pairs of tokens that attention computes over a document, dense and with DSA.
+    """Count what a model computes and moves over a document, dense and with DSA.
 
-    Pairs are those of one head in one layer. Counted causally, as language models read, dense attention computes half
-    of the square, so that the reduction is about half as large. The indexer's own scores come on top: cheap pairs, but
-    as many as dense attention has.
+    Without a model: the pairs of tokens of one head in one layer. Counted causally, as language models read, dense
+    attention computes half of the square, so that the reduction is about half as large. The indexer's own scores come
+    on top: cheap pairs, but as many as dense attention has.
+
+    With a model: multiply-adds and bytes of every part, for a decoded token, a prompt and a request, memory, and the
+    length from which on DSA needs less. Nothing is loaded but the configuration.
 
     [bold]Examples[/]
 
       dsa cost --tokens 100000 --top-k 1000
-      dsa cost --tokens 150000 --top-k 3000 --json pairs.json
+      dsa cost --model Qwen3-8B --tokens 131072 --share 4
+      dsa cost --model DeepSeek-V3.2 --tokens 131072 --json cost.json
+      dsa cost --model ./my-model/config.json --tokens 32768 --plot cost.svg
+      dsa cost --model default --tokens 32768 --price 0.5 --measured e2e.json
+      dsa cost --published
     """
-    from dsa.cost import Pairs
     from dsa.eval.output import check_writable, write_json
+    from dsa.eval.plot import check_plot
 
-    pairs = Pairs(tokens, top_k)
     if json is not None:
         check_writable(json)
-    if top_k >= tokens:
-        note(f"K = {top_k:,} is not below the document's {tokens:,} tokens: DSA leaves nothing out and is dense here.")
-    show(pairs)
+    if plot is not None:
+        check_writable(plot, "plot")
+        check_plot(plot)
+    if published:
+        given = {"model": model, "tokens": tokens, "top_k": top_k, "price": price, "plot": plot}
+        _refuse(given, "does nothing with --published, whose models, lengths and prices are the report's")
+        figures = _published(positions)
+    elif model is None:
+        given = {"share": share, "indexers": indexers, "plot": plot, "price": price, "measured": measured}
+        given.update(prefill_speed=prefill_speed, decode_speed=decode_speed)
+        given.update(index_heads=index_heads, index_head_dim=index_head_dim)
+        _refuse(given, "needs a model: add --model")
+        figures = _pairs(_given("tokens", tokens), _given("top_k", top_k))
+    else:
+        from dsa.cost import Storage, config_for, model_report, read_model, saved_config
+
+        shape, own = read_model(model)
+        own = own if indexers is None else saved_config(indexers)
+        config = config_for(
+            shape, own, top_k=top_k, share=share, index_heads=index_heads, index_head_dim=index_head_dim
+        )
+        storage = Storage(weight_bytes, cache_bytes)
+        length = _given("tokens", tokens)
+        figures = model_report(shape, config, length, decoded, storage)
+        money = _money(price, prefill_speed, decode_speed, measured, length)
+        if money is not None:
+            figures["money"] = money
+        _show_model(shape, config, own, figures)
+        if plot is not None:
+            from dsa.cost.plot import draw_costs
+
+            draw_costs(shape, config, length, plot, storage)
+            out.print(f"Drawn: {plot}", markup=False, soft_wrap=True)
     if json is not None:
-        write_json(json, pairs.to_json())
+        write_json(json, figures)
         out.print(f"Figures written to {json}", markup=False, soft_wrap=True)
 
 
-def show(pairs: Pairs) -> None:
-    """Prints the pairs as a table."""
-    from rich import box
-    from rich.table import Table
+def _given(name: str, value: int | None) -> int:
+    option = f"--{name.replace('_', '-')}"
+    if value is None:
+        raise ValueError(f"{name}: expected a number of tokens; add {option} N")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+    return value
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
-    table.add_column("pairs a head and layer")
-    for heading in ("dense", "DSA", "reduction"):
-        table.add_column(heading, justify="right")
-    table.add_row("every query with every key", f"{pairs.dense:,}", f"{pairs.dsa:,}", f"{pairs.reduction:,.1f}x")
-    table.add_row("causal", f"{pairs.dense_causal:,}", f"{pairs.dsa_causal:,}", f"{pairs.reduction_causal:,.1f}x")
-    table.add_row("  scored by the indexer", "-", f"{pairs.scanned_causal:,}", "")
-    out.print(table, width=min(80, out.width))
+
+def _refuse(given: dict[str, Any], why: str) -> None:
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(f"{name}: --{name.replace('_', '-')} {why}")
+
+
+def _pairs(tokens: int, top_k: int) -> dict[str, Any]:
+    from dsa.cli.cost_table import show_pairs
+    from dsa.cost import Pairs
+
+    pairs = Pairs(tokens, top_k)
+    if top_k >= tokens:
+        note(f"K = {top_k:,} is not below the document's {tokens:,} tokens: DSA leaves nothing out and is dense here.")
+    show_pairs(pairs)
+    return pairs.to_json()
+
+
+def _published(positions: int) -> dict[str, Any]:
+    from dsa.cli.cost_table import show_published
+    from dsa.cost.published import Assumptions, Curve
+
+    figures = Curve(Assumptions(positions_a_step=positions)).to_json([2048, 8192, 32768, 65536, 131072])
+    show_published(figures)
+    return figures
+
+
+def _money(
+    price: float | None, prefill: str | None, decode: str | None, measured: Path | None, tokens: int
+) -> dict[str, Any] | None:
+    from dsa.cost.money import Speeds, measured_speeds, parse_speeds, prices
+
+    given = {"prefill_speed": prefill, "decode_speed": decode, "measured": measured}
+    if price is None:
+        _refuse(given, "needs a price: add --price X, of one device for one hour")
+        return None
+    speeds: dict[str, Speeds] = {}
+    length = None
+    if measured is not None:
+        length, speeds = measured_speeds(measured, tokens)
+        if length != tokens:
+            note(f"{measured} has no row of {tokens:,} tokens; the speeds are those at {length:,}.")
+    for phase, text in (("prefill", prefill), ("decode", decode)):
+        if text is not None:
+            speeds[phase] = parse_speeds(text, f"{phase}_speed")
+    if not speeds:
+        raise ValueError(
+            "price: a price needs speeds: add --prefill-speed DENSE,DSA, --decode-speed DENSE,DSA or --measured FILE"
+        )
+    return {
+        "price_per_device_hour": price,
+        "measured_at_tokens": length,
+        **{phase: prices(price, each) for phase, each in speeds.items()},
+    }
+
+
+def _show_model(shape: ModelShape, config: DSAConfig, own: DSAConfig | None, figures: dict[str, Any]) -> None:
+    from dsa.cli.cost_table import show_model
+
+    if own is None:
+        note(
+            f"{shape.name} comes with no DSA: counted are {config.index_heads} index heads of "
+            f"{config.index_head_dim} and K = {config.top_k:,}."
+        )
+    if config.top_k >= figures["tokens"]:
+        note(
+            f"K = {config.top_k:,} is not below {figures['tokens']:,} tokens: DSA leaves nothing out and is dense here."
+        )
+    longest = figures["tokens"] + figures["decoded"]
+    if shape.positions is not None and longest > shape.positions:
+        note(f"{longest:,} tokens are more than the {shape.positions:,} positions that {shape.name} names.")
+    show_model(figures)

@@ -14,8 +14,9 @@ from dsa.cost.attention import (
 from dsa.cost.crossing import crossing_point
 from dsa.cost.pairs import Pairs
 from dsa.cost.reading import shape_from
+from dsa.cost.report import config_for, model_report
 from dsa.cost.shape import ModelShape
-from dsa.cost.source import read_model
+from dsa.cost.source import read_model, saved_config
 from dsa.cost.work import PARTS, Memory, Storage, Work, decode_work, memory, prefill_work, request_work, total
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "Pairs",
     "Storage",
     "Work",
+    "config_for",
     "crossing_point",
     "decode_work",
     "kind_of",
@@ -37,9 +39,11 @@ __all__ = [
     "mean_scanned",
     "memory",
     "model_cost",
+    "model_report",
     "prefill_work",
     "read_model",
     "request_work",
+    "saved_config",
     "shape_from",
     "total",
 ]

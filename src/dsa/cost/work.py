@@ -117,6 +117,19 @@ def prefill_work(shape: ModelShape, config: DSAConfig | None, tokens: int, stora
     return _work(shape, config, 1, tokens, storage or Storage(), prompt=True)
 
 
+def prompt_token_work(
+    shape: ModelShape, config: DSAConfig | None, position: int, storage: Storage | None = None
+) -> Parts:
+    """One token in the middle of a prompt, which sees `position` tokens: no head, and its share of shared reads.
+
+    Arguments as in `decode_work`.
+    """
+    if position < 1:
+        raise ValueError(f"position must be at least 1, got {position}")
+    parts = _work(shape, config, position, position, storage or Storage(), prompt=True)
+    return {**parts, "lm_head": Work()}
+
+
 def request_work(
     shape: ModelShape, config: DSAConfig | None, tokens: int, decoded: int, storage: Storage | None = None
 ) -> Parts:
