@@ -62,7 +62,7 @@ def config_for(
         source = reading[place - place % share]
         own_top_k = config.layers.get(number, LayerConfig()).top_k
         layers[number] = LayerConfig(top_k=own_top_k) if source == number else LayerConfig(share=source)
-    return config.replace(layers=layers)
+    return config.replace(layers={number: layer for number, layer in layers.items() if layer != LayerConfig()})
 
 
 def variants_of(config: DSAConfig) -> Variants:
