@@ -301,7 +301,7 @@ void guess_thresholds(const Problem& p, const Workspace& space, const Segment& s
         const Range& range = space.ranges()[r];
         if (range.begin >= range.end) continue;
         Candidates& best = space.best()[r];
-        const float guess = best.wanted() == 0 ? __builtin_nanf("") : best.lowest_kept();
+        const float guess = best.wanted() == 0 ? __builtin_nanf("") : best.bound_of_kept();
         best.begin(p.wanted, space.order(r), space.position(r), guess);
     }
 }

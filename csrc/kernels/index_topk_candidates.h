@@ -44,13 +44,15 @@ class Candidates {
     // Whether the guess was too high. Asked when all keys have come.
     bool guessed_too_high() const { return guessed_ && count_ < wanted_; }
 
-    // The `wanted`th best score of what came, NaN if fewer came. Afterwards only `begin` may follow.
-    float lowest_kept() {
+    // A bound that the `wanted` best scores of what came exceed, close below the lowest of them: scores that equal it
+    // may be many, zero above all. NaN if fewer came. Afterwards only `begin` may follow.
+    float bound_of_kept() {
         if (count_ < wanted_) return __builtin_nanf("");
         shrink(wanted_);
         int32_t lowest = INT32_MAX;
         for (int64_t i = 0; i < count_; ++i) lowest = smaller(lowest, order_[i]);
-        return score_of(lowest);
+        // One step lower, but below zero comes minus zero, which zero does not exceed.
+        return lowest <= INT32_MIN + 1 ? __builtin_nanf("") : score_of(lowest == 0 ? -2 : lowest - 1);
     }
 
     int64_t wanted() const { return wanted_; }

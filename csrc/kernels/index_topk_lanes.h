@@ -118,7 +118,9 @@ DSA_INLINE I32 dot(I32 sum, I32 key, I32 query) {
 #else
     // Queries of at most 63 keep the sums of two products within 16 bits: 2 * 255 * 63 < 2^15.
     const __m256i pairs = _mm256_maddubs_epi16(key.v, query.v);
-    return {_mm256_add_epi32(sum.v, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))};
+    sum.v = _mm256_add_epi32(sum.v, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    __asm__("" : "+x"(sum.v));  // GCC would sum in another order, with more sums than there are registers.
+    return sum;
 #endif
 }
 

@@ -49,11 +49,7 @@ struct Floats {
 };
 
 // Heads whose sums fit the registers beside the keys.
-#if defined(__AVX2__) && !defined(__AVX512F__)
-constexpr int kHeadsAtATime = 2;
-#else
 constexpr int kHeadsAtATime = 4;
-#endif
 
 // Adds `kHeads` heads to the scores of kChunk keys.
 template <class Keys, int kHeads>
