@@ -62,6 +62,15 @@ def test_equal_scores_over_many_tiles() -> None:
     assert torch.equal(*both(q, nothing, w, 700))
 
 
+@on_every_isa
+def test_the_best_scores_are_mostly_zero(isa: str) -> None:
+    """The threshold guessed from a sample is the zero that many keys share."""
+    q, k, w = make(40, KEYS)
+    w = -w.abs()
+    w[:, ::2, 0] *= -0.01
+    assert torch.equal(*both(q, quantize_index_keys(k), w, 700, sinks=1, local=3))
+
+
 def test_scores_in_order_and_in_reverse() -> None:
     """Rising with age or falling with it: every key is a candidate, or none after the first."""
     q, _, w = make(40, KEYS)
