@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from dsa import DSAConfig, LayerConfig, attach
+from dsa import DSAConfig, LayerConfig, accelerate, attach
 from dsa.cost import PARTS, Storage, decode_work, read_model, total
 from dsa.testing.counting import count_decoding
+from dsa.testing.native_models import native_model
 from dsa.testing.tiny_models import tiny_model, tiny_tokens
 
 FP32 = Storage(weights=4, cache=4)
@@ -52,6 +53,26 @@ def test_predicted_and_counted(case: str, dense: bool, tmp_path: Path) -> None:
     for part in PARTS:
         assert predicted[part].to_json() == pytest.approx(counted.parts[part].to_json(), rel=0.01), part
     assert total(predicted).to_json() == pytest.approx(total(counted.parts).to_json(), rel=0.01)
+    assert counted.elsewhere.multiply_adds == counted.elsewhere.bytes == 0
+
+
+@pytest.mark.parametrize("top_k", [8, 29, 64])
+@pytest.mark.parametrize("model_type", ["deepseek_v32", "glm_moe_dsa"])
+def test_latent_attention(model_type: str, top_k: int, tmp_path: Path) -> None:
+    model = native_model(model_type, index_topk=top_k, n_shared_experts=1)
+    model.config.save_pretrained(tmp_path)
+    shape, native = read_model(str(tmp_path))
+    accelerate(model, index_dtype="int8")
+    counted = count_decoding(model, tiny_tokens(1, 29))
+    predicted = decode_work(shape, native, 1, 29, FP32)
+    for part in PARTS:
+        plain, seen = predicted[part].to_json(), counted.parts[part].to_json()
+        if part == "attention":
+            # The reference reads a row's latent once as a key and once as a value, a kernel reads the row once.
+            latent, rope = 20, 8
+            assert plain["cache_read"] * (2 * latent + rope) / (latent + rope) == pytest.approx(seen["cache_read"])
+            del plain["cache_read"], seen["cache_read"], plain["bytes"], seen["bytes"]
+        assert plain == pytest.approx(seen, rel=0.01), part
     assert counted.elsewhere.multiply_adds == counted.elsewhere.bytes == 0
 
 

@@ -23,7 +23,10 @@ from dsa import ops
 from dsa.cost import PARTS, Work
 from dsa.models import attention, layer
 from dsa.models.families import decoder_of, family_of
+from dsa.models.native.acceleration import is_accelerated
+from dsa.models.native.families import decoder_layers
 from dsa.modules import cache as caches
+from dsa.modules.latents import LatentLayer
 
 aten = torch.ops.aten
 
@@ -131,7 +134,7 @@ def count_decoding(model: PreTrainedModel, tokens: torch.Tensor) -> Counter:
     throws away.
 
     Args:
-        model: Attached, in evaluation mode.
+        model: Attached or accelerated, in evaluation mode.
         tokens: `[1, n]`.
     """
     cache = DynamicCache(config=decoder_of(model).config)
@@ -151,16 +154,24 @@ def count_decoding(model: PreTrainedModel, tokens: torch.Tensor) -> Counter:
 
 def _hooks(model: PreTrainedModel, counter: Counter) -> Iterator[Any]:
     """Marks the regions of modules: in a decoder layer all that is not attention is the feed-forward block."""
-    family = family_of(model)
-    for block in getattr(decoder_of(model), family.layers):
+    for block, attention_name in _blocks(model):
         for name, child in block.named_children():
-            yield from _region(child, "attention_projections" if name == family.attention else "feed_forward", counter)
-        for name, child in getattr(block, family.attention).named_modules():
+            yield from _region(child, "attention_projections" if name == attention_name else "feed_forward", counter)
+        for name, child in getattr(block, attention_name).named_modules():
             if ".indexer." in f".{name}":
                 yield from _region(child, "indexer_projections", counter)
     head = model.get_output_embeddings()
     assert head is not None
     yield from _region(head, "lm_head", counter)
+
+
+def _blocks(model: PreTrainedModel) -> Iterator[tuple[Any, str]]:
+    """The decoder's layers, each with the name of its attention."""
+    if is_accelerated(model):
+        yield from ((block, "self_attn") for block in decoder_layers(model))
+    else:
+        family = family_of(model)
+        yield from ((block, family.attention) for block in getattr(decoder_of(model), family.layers))
 
 
 def _region(module: nn.Module, part: str, counter: Counter) -> Iterator[Any]:
@@ -188,6 +199,8 @@ def _reference_only(counter: Counter) -> Iterator[Any]:
     append = caches.IndexedLayer.append_index
     yield mock.patch.object(caches.IndexedLayer, "append_index", counter.wrapped("indexer_projections", append))
     yield mock.patch.object(caches.IndexedLayer, "update", counter.wrapped("attention", caches.IndexedLayer.update))
+    rows = counter.wrapped("attention", LatentLayer.append_rows)
+    yield mock.patch.object(LatentLayer, "append_rows", rows)
     # Dense layers ask whether the compiled kernel takes their tensors and would turn to torch's own otherwise.
     yield mock.patch.object(layer.native_support, "gap", return_value=None)
     yield mock.patch.object(attention, "_index_few_tokens", return_value=False)
