@@ -79,6 +79,18 @@ def test_the_default_model_with_a_price(dsa: Run, tmp_path: Path) -> None:
     assert "prefill" not in money
 
 
+def test_measured_speeds_with_a_price(dsa: Run, tmp_path: Path) -> None:
+    bench = tmp_path / "e2e.json"
+    timings = {"SDPA prefill": {"median_s": 8.192}, "DSA prefill": {"median_s": 4.096}}
+    bench.write_text(json.dumps({"rows": [{"name": "prompt", "length": 8192, "timings": timings}]}))
+    arguments = ("--model", "default", "--price", "3.6", "--measured", str(bench))
+    same, other = dsa("cost", *arguments, "--tokens", "8192"), dsa("cost", *arguments, "--tokens", "9000")
+    assert same.exit_code == other.exit_code == 0, same.output + other.output
+    assert "1.000   0.500     2.00x" in same.stdout
+    assert "those at 8,192" not in same.stderr
+    assert "has no prefill of 9,000 tokens" in " ".join(other.stderr.split())
+
+
 def test_the_published_curve(dsa: Run, tmp_path: Path) -> None:
     file = tmp_path / "curve.json"
     result = dsa("cost", "--published", "--json", str(file))

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dsa.cost.money import Speeds, measured_speeds, parse_speeds, price_per_million, prices
+from dsa.cost.money import Measured, Speeds, measured_speeds, parse_speeds, price_per_million, prices
 from dsa.cost.published import PUBLISHED_AT, Assumptions, Curve
 
 
@@ -34,24 +34,28 @@ def test_speeds_that_are_none(text: str) -> None:
         parse_speeds(text, "prefill_speed")
 
 
+def row(name: str, length: int | None, **seconds: float) -> dict[str, Any]:
+    timings = {contender.replace("_", " "): {"median_s": each} for contender, each in seconds.items()}
+    return {"name": name, "length": length, "timings": timings}
+
+
 def test_measured_speeds(tmp_path: Path) -> None:
     file = tmp_path / "e2e.json"
-    rows: list[dict[str, Any]] = [
-        {
-            "length": length,
-            "timings": {
-                "SDPA prefill": {"median_s": 8.0},
-                "DSA prefill": {"median_s": 2.0},
-                "SDPA token": {"median_s": 0.5},
-                "DSA token": {"median_s": 0.25},
-            },
-        }
-        for length in (512, 4096)
+    whole = {"SDPA_prefill": 8.0, "DSA_prefill": 2.0, "SDPA_token": 0.5, "DSA_token": 0.25}
+    rows = [
+        row("short", 512, **whole),
+        row("prompt", 4096, **whole),
+        row("decode", 8192, SDPA=1.0, DSA=0.5),
+        row("decode", 8192, SDPA=1.0, DSA=0.125),
+        row("prompt", 8000, DSA_prefill=1.0),
+        row("decode", None, **{"8,192_cached": 1.0}),
     ]
-    file.write_text(json.dumps({"rows": [*rows, {"length": 9000, "timings": {"DSA token": {"median_s": 1.0}}}]}))
-    length, speeds = measured_speeds(file, 8000)
-    assert length == 4096
-    assert speeds == {"prefill": Speeds(512, 2048), "decode": Speeds(2, 4)}
+    file.write_text(json.dumps({"rows": rows}))
+    assert measured_speeds(file, 8000) == {
+        "prefill": Measured(4096, Speeds(512, 2048)),
+        "decode": Measured(8192, Speeds(1, 8)),
+    }
+    assert measured_speeds(file, 100)["decode"] == Measured(512, Speeds(2, 4))
     for text, message in (("{", "is not what"), ("[]", "is not what"), ('{"rows": []}', "has no row")):
         file.write_text(text)
         with pytest.raises(ValueError, match=message):

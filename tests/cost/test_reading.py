@@ -10,7 +10,7 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from dsa import DSAConfig, attach
 from dsa.cost import read_model, shape_from
 from dsa.cost.presets import PRESETS
-from dsa.models.families import FAMILIES, decoder_of, full_attention_layers
+from dsa.models.families import FAMILIES, full_attention_layers
 from dsa.testing.tiny_models import tiny_model
 
 PUBLISHED = {
@@ -51,7 +51,6 @@ def test_every_family_against_a_model(model_type: str, tmp_path: Path) -> None:
     full = full_attention_layers(model.config)
     assert shape.full_layers == tuple(number for number, is_full in enumerate(full) if is_full)
     assert len(shape.layers) == len(FAMILIES[model_type].attention_layers(model))
-    assert decoder_of(model) is not model
 
 
 def test_experts_in_some_layers(tmp_path: Path) -> None:
@@ -139,3 +138,36 @@ def test_mistakes_in_a_name(tmp_path: Path) -> None:
         read_model(str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps(PRESETS["SmolLM2-360M"]))
     assert read_model(str(tmp_path))[0].hidden == 960
+
+
+def test_a_configuration_from_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is fetched is the file as it stands, not what a configuration class makes of it."""
+    files = {"org/whole": PRESETS["Qwen3-0.6B"], "org/part": {"model_type": "llama", "hidden_size": 64}}
+
+    def fetch(cls: type, name: str, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        if name not in files:
+            raise OSError("We couldn't connect to the Hub")
+        return dict(files[name]), {}
+
+    monkeypatch.setattr("transformers.PreTrainedConfig.get_config_dict", classmethod(fetch))
+    assert read_model("org/whole")[0].hidden == 1024
+    with pytest.raises(ValueError, match="model org/part: the field 'num_hidden_layers' is missing"):
+        read_model("org/part")
+    with pytest.raises(OSError, match="the Hub has no configuration of it or cannot be reached"):
+        read_model("org/none")
+
+
+def test_the_text_part_of_a_model_that_sees() -> None:
+    text = {name: value for name, value in PRESETS["SmolLM2-360M"].items() if name != "tie_word_embeddings"}
+    raw = {"model_type": "some_vision_model", "text_config": text, "tie_word_embeddings": False}
+    shape = shape_from(raw, "mine")
+    assert (shape.model_type, shape.hidden, shape.tied) == ("llama", 960, False)
+
+
+def test_a_broken_budget_of_an_attached_model() -> None:
+    from dsa.cost.source import _read
+
+    with pytest.raises(ValueError, match=r"the field 'dsa' must be what dsa\.attach wrote, got 5"):
+        _read({**PRESETS["SmolLM2-360M"], "dsa": 5}, "mine")
+    with pytest.raises(ValueError, match="no field 'topk'"):
+        _read({**PRESETS["SmolLM2-360M"], "dsa": {"topk": 5}}, "mine")

@@ -172,21 +172,23 @@ def _money(
         _refuse(given, "needs a price: add --price X, of one device for one hour")
         return None
     speeds: dict[str, Speeds] = {}
-    length = None
+    lengths = {}
     if measured is not None:
-        length, speeds = measured_speeds(measured, tokens)
-        if length != tokens:
-            note(f"{measured} has no row of {tokens:,} tokens; the speeds are those at {length:,}.")
+        for phase, each in measured_speeds(measured, tokens).items():
+            speeds[phase], lengths[phase] = each.speeds, each.tokens
+            if each.tokens != tokens:
+                note(f"{measured} has no {phase} of {tokens:,} tokens; its speeds are those at {each.tokens:,}.")
     for phase, text in (("prefill", prefill), ("decode", decode)):
         if text is not None:
             speeds[phase] = parse_speeds(text, f"{phase}_speed")
+            lengths.pop(phase, None)
     if not speeds:
         raise ValueError(
             "price: a price needs speeds: add --prefill-speed DENSE,DSA, --decode-speed DENSE,DSA or --measured FILE"
         )
     return {
         "price_per_device_hour": price,
-        "measured_at_tokens": length,
+        "measured_at_tokens": lengths,
         **{phase: prices(price, each) for phase, each in speeds.items()},
     }
 

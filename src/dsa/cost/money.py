@@ -65,34 +65,58 @@ def prices(price: float, speeds: Speeds) -> dict[str, float]:
     }
 
 
-def measured_speeds(path: str | Path, tokens: int) -> tuple[int, dict[str, Speeds]]:
-    """The speeds that `dsa bench e2e --json` measured at the length nearest to `tokens`.
+@dataclass(frozen=True)
+class Measured:
+    """Speeds that were measured with a context or prompt of `tokens` tokens."""
+
+    tokens: int
+    speeds: Speeds
+
+
+PHASES = {"prefill": ("SDPA prefill", "DSA prefill"), "decode": ("SDPA token", "DSA token")}
+"""What a row of `dsa bench e2e` calls the two contenders' seconds."""
+
+DECODE_ROW = ("SDPA", "DSA")
+"""Their names in rows that decode over a cache and nothing else."""
+
+
+def measured_speeds(path: str | Path, tokens: int) -> dict[str, Measured]:
+    """The speeds that `dsa bench e2e --json` measured at the lengths nearest to `tokens`, the newest of them.
 
     Returns:
-        That length, and the speeds of prefill and decoding, whichever were measured with both dense and DSA.
+        Those of `"prefill"` and `"decode"`, whichever were measured with both dense and DSA.
 
     Raises:
         ValueError: Not such a file, or nothing in it was measured both ways.
         OSError: It cannot be read.
     """
+    found: dict[str, list[Measured]] = {phase: [] for phase in PHASES}
     try:
-        rows = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))["rows"]
-        found = {int(row["length"]): _speeds_of(row) for row in rows if row.get("length")}
+        for row in json.loads(Path(path).expanduser().read_text(encoding="utf-8"))["rows"]:
+            for phase, speeds in _speeds_of(row).items():
+                found[phase].append(Measured(int(row["length"]), speeds))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"measured: {path} is not what `dsa bench e2e --json` writes ({type(error).__name__}: {error})"
         ) from error
-    found = {length: speeds for length, speeds in found.items() if speeds}
-    if not found:
+    # Later rows are newer; of equals `min` takes the first.
+    nearest = {
+        phase: min(reversed(rows), key=lambda measured: abs(measured.tokens - tokens))
+        for phase, rows in found.items()
+        if rows
+    }
+    if not nearest:
         raise ValueError(f"measured: {path} has no row that was measured both dense and with DSA; run `dsa bench e2e`")
-    nearest = min(found, key=lambda length: abs(length - tokens))
-    return nearest, found[nearest]
+    return nearest
 
 
 def _speeds_of(row: Mapping[str, Any]) -> dict[str, Speeds]:
+    if not row["length"]:
+        return {}
     seconds = {name: timing["median_s"] for name, timing in row["timings"].items()}
-    speeds = {}
-    for phase, name, count in (("prefill", "prefill", row["length"]), ("decode", "token", 1)):
-        if f"SDPA {name}" in seconds and f"DSA {name}" in seconds:
-            speeds[phase] = Speeds(count / seconds[f"SDPA {name}"], count / seconds[f"DSA {name}"])
-    return speeds
+    names = {**PHASES, "decode": DECODE_ROW} if row["name"] == "decode" else PHASES
+    return {
+        phase: Speeds(*((row["length"] if phase == "prefill" else 1) / seconds[each] for each in pair))
+        for phase, pair in names.items()
+        if all(each in seconds for each in pair)
+    }
