@@ -117,7 +117,7 @@ def test_generate_reads_stdin_and_files(dsa: Run, tiny: str, text: str) -> None:
 def test_a_question_follows_the_file(dsa: Run, tiny: str, text: str) -> None:
     Path(text).write_text("Some words.")
     asked = dsa("generate", tiny, "--file", text, "--ask", " Which? ", "--max-new-tokens", "4")
-    prompted = dsa("generate", tiny, "--prompt", "Some words.\n\nWhich?", "--max-new-tokens", "4")
+    prompted = dsa("generate", tiny, "--prompt", "Some words.\n\nQuestion: Which?\nAnswer:", "--max-new-tokens", "4")
     assert asked.exit_code == 0, asked.output
     assert asked.stdout == prompted.stdout
 

@@ -9,10 +9,10 @@ import pytest
 
 import dsa
 from dsa.documents import SourceDocument
+from dsa.documents.prompt import make_prompt
 from dsa.models.loading import LoadedModel
 from dsa.report.explanation import Explanation, explain
 from dsa.report.page import write_page
-from dsa.report.prompt import make_prompt
 from dsa.testing.tiny_models import tiny_model
 from dsa.testing.tiny_tokenizer import BYTE_VOCABULARY, tiny_tokenizer
 
@@ -40,7 +40,7 @@ def loaded() -> LoadedModel:
 @pytest.fixture(scope="session")
 def explanation(loaded: LoadedModel) -> Explanation:
     document = SourceDocument.of_pages("folder/<b>odd.pdf", PAGES)
-    prompt = make_prompt(loaded, document, "What <i>is</i> it?")
+    prompt = make_prompt(loaded.tokenizer, document, "What <i>is</i> it?")
     return explain(loaded, document, prompt, ask="What <i>is</i> it?", new_tokens=6)
 
 

@@ -56,6 +56,7 @@ def explain(
       dsa explain default --file thesis.txt --tokens 8000
     """
     from dsa.documents import read_source
+    from dsa.documents.prompt import make_prompt
     from dsa.eval.output import check_writable, write_json
 
     check_writable(report, "out")
@@ -67,14 +68,13 @@ def explain(
     from dsa.models.loading import attach_indexers, load_model, scaling_wanted
     from dsa.report.explanation import explain as explained
     from dsa.report.page import write_page
-    from dsa.report.prompt import make_prompt
 
     if threads is not None:
         torch.set_num_threads(threads)
     with notes(), Steps() as steps:
         scaling = scaling_wanted(rope_scaling, indexers)
         loaded = load_model(model, device=device, status=steps.status, rope_scaling=scaling)
-        prompt = make_prompt(loaded, document, ask, tokens, chat=chat, begin=begin)
+        prompt = make_prompt(loaded.tokenizer, document, ask, tokens=tokens, chat=chat, begin=begin)
         attached, _ = attach_indexers(loaded, indexers, **options.overrides(top_k, local))
         err.print(str(attached), markup=False, soft_wrap=True)
         explanation = explained(

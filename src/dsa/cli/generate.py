@@ -17,6 +17,7 @@ from dsa.cli.console import Steps, err, note, notes
 if TYPE_CHECKING:
     import torch
 
+    from dsa.documents import SourceDocument
     from dsa.models.loading import LoadedModel
 
 PREFILL_CHUNK = 4096
@@ -72,9 +73,8 @@ def generate(
       dsa generate default --file report.pdf --ask "Who wrote this report?"
       cat notes.txt | dsa generate default --chat --temperature 0.7 --seed 1
     """
-    if ask is not None:
-        prompt = question(ask, prompt, file)
-    text = prompt_text(prompt, file)
+    check_question(ask, prompt, file)
+    document, follow = read_prompt(prompt, file)
     import torch
 
     from dsa.models.loading import attach_indexers, load_model, scaling_wanted
@@ -86,55 +86,56 @@ def generate(
     with notes(), Steps() as steps:
         scaling = scaling_wanted(rope_scaling, indexers)
         loaded = load_model(model, device=device, status=steps.status, rope_scaling=scaling)
-        chat = chat or (ask is not None and bool(loaded.tokenizer.chat_template))
-        ids = prompt_ids(loaded, text, chat)
+        ids = prompt_ids(loaded, document, ask, follow=follow, chat=chat or None)
         _note_positions(loaded, ids.shape[1], max_new_tokens)
         report, _ = attach_indexers(loaded, indexers, **options.overrides(top_k, local))
         err.print(str(report), markup=False, soft_wrap=True)
         stream(loaded, ids, steps, max_new_tokens, temperature, top_p)
 
 
-def question(ask: str, prompt: str | None, file: Path | None) -> str:
-    """What follows a file that a question is asked about.
+def check_question(ask: str | None, prompt: str | None, file: Path | None) -> None:
+    """Whether there is one, and something to ask it about.
 
     Raises:
         ValueError: The question is empty, there is no file, or a prompt besides.
     """
+    if ask is None:
+        return
     if not ask.strip():
         raise ValueError("ask: the question is empty; give --ask TEXT, or leave it out to continue the file")
     if file is None:
         raise ValueError("ask: there is no document to ask about; add --file FILE, or give the question as --prompt")
     if prompt is not None:
         raise ValueError("ask: got a prompt too, expected one of them; put all of it into --ask")
-    return f"\n\n{ask.strip()}"
 
 
-def prompt_text(prompt: str | None, file: Path | None) -> str:
-    """The prompt from wherever it comes.
+def read_prompt(prompt: str | None, file: Path | None) -> tuple[SourceDocument, str | None]:
+    """What is read, from wherever it comes, and what follows it.
 
     Raises:
         ValueError: No prompt, an empty one, or stdin that is not UTF-8.
         OSError: The file cannot be read.
     """
-    from dsa.eval.documents import read_document
+    from dsa.documents import SourceDocument, read_source
 
     if file is not None and str(file) != "-":
         with notes(), Steps() as reading:
-            text = read_document(file, progress=reading).text
-    elif file is not None or (prompt is None and not sys.stdin.isatty()):
+            return read_source(file, progress=reading), prompt
+    if file is not None or (prompt is None and not sys.stdin.isatty()):
         try:
-            text = sys.stdin.read()
+            text, name = sys.stdin.read(), "stdin"
         except UnicodeDecodeError as error:
             raise ValueError(f"stdin is not UTF-8 text ({error.reason}); convert it first") from error
     else:
-        text = ""
-    text += prompt or ""
+        text, name, prompt = prompt or "", "the prompt", None
     if not text.strip():
         raise ValueError("the prompt is empty: give --prompt TEXT, --file FILE, or pipe text in")
-    return text
+    return SourceDocument(text, name), prompt
 
 
-def prompt_ids(loaded: LoadedModel, text: str, chat: bool) -> torch.Tensor:
+def prompt_ids(
+    loaded: LoadedModel, document: SourceDocument, ask: str | None, *, follow: str | None, chat: bool | None
+) -> torch.Tensor:
     """Token ids int64 `[1, n]`.
 
     Raises:
@@ -142,15 +143,15 @@ def prompt_ids(loaded: LoadedModel, text: str, chat: bool) -> torch.Tensor:
     """
     import torch
 
+    from dsa.documents.prompt import make_prompt, word_prompt
+
     tokenizer = loaded.tokenizer
-    if chat:
-        if not tokenizer.chat_template:
-            raise ValueError(f"chat: the tokenizer of {loaded.name} has no chat template; leave --chat out")
-        turns = [{"role": "user", "content": text}]
-        encoded = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)
+    if tokenizer.is_fast:
+        ids = make_prompt(tokenizer, document, ask, follow=follow, chat=chat, least=1).ids
     else:
-        encoded = tokenizer(text, verbose=False)
-    return torch.tensor([encoded["input_ids"]], dtype=torch.int64)
+        words = word_prompt(tokenizer, document.text, ask, follow=follow, chat=chat)
+        ids = tokenizer(words.text, add_special_tokens=words.add_special_tokens, verbose=False)["input_ids"]
+    return torch.tensor([ids], dtype=torch.int64)
 
 
 def stream(

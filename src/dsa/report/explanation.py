@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from dsa.documents import SourceDocument
+from dsa.documents.prompt import Prompt
 from dsa.eval.comparison import new_cache
 from dsa.eval.machine import describe_machine, peak_rss_mb, reset_peak_rss
 from dsa.eval.progress import Progress, layer_progress, silent
@@ -24,7 +25,6 @@ from dsa.models.context import DSAContext
 from dsa.models.loading import LoadedModel
 from dsa.modules.cache import IndexedLayer
 from dsa.report.passages import Passage, Reading, cut, most_read, shares
-from dsa.report.prompt import Prompt
 from dsa.report.recording import Recorder
 
 CHUNK = 4096
