@@ -81,6 +81,21 @@ def test_fp8_keys_keep_three_bits() -> None:
     assert (error <= torch.maximum(rotated.abs() / 16, keys.scale.unsqueeze(-1) / 1000) * 1.001).all()
 
 
+@pytest.mark.parametrize(("dtype", "levels"), [("int8", 127), ("fp8", 448)])
+def test_scales_that_are_powers_of_two(dtype: str, levels: int) -> None:
+    # 24 dims are not rotated, so the largest is what is given.
+    largest = torch.tensor([1.0, 1.0001, 2.0, 3.0, 0.75, 4.0, 2.0**-60, 0.0]) * levels
+    k = torch.zeros(1, 8, 24)
+    k[0, :, 5] = -largest
+    keys = quantize_index_keys(k, dtype, power_of_two=True)
+    assert keys.scale.tolist() == [[1.0, 2.0, 2.0, 4.0, 1.0, 4.0, 2.0**-60, 1.0]]
+    k[0, 0, 0], k[0, 1, 0] = torch.nan, torch.inf
+    assert quantize_index_keys(k, dtype, power_of_two=True).scale[0, :2].isnan().all()
+    for impl in ("native", "triton"):
+        with pytest.raises(NotImplementedError, match="powers of two"):
+            quantize_index_keys(k, dtype, power_of_two=True, impl=impl)
+
+
 def test_slices_are_views() -> None:
     keys = quantize_index_keys(torch.randn(3, 10, 16))
     part = keys[1:, 2:7]

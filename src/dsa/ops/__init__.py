@@ -4,17 +4,24 @@ from dsa.ops.dense_attention import dense_attention
 from dsa.ops.index_projection import IndexWeights, index_projection
 from dsa.ops.index_topk import index_topk
 from dsa.ops.indexer_loss import indexer_loss
+from dsa.ops.packed_latents import PackedLatents, pack_latents
+from dsa.ops.paging import PagedKeys, PagedLatents, physical_indices
 from dsa.ops.quantize import QuantizedKeys, hadamard_transform, quantize_index_keys, quantize_index_queries
 from dsa.ops.sparse_attention import sparse_attention
 
 __all__ = [
     "IndexWeights",
+    "PackedLatents",
+    "PagedKeys",
+    "PagedLatents",
     "QuantizedKeys",
     "dense_attention",
     "hadamard_transform",
     "index_projection",
     "index_topk",
     "indexer_loss",
+    "pack_latents",
+    "physical_indices",
     "quantize_index_keys",
     "quantize_index_queries",
     "sparse_attention",

@@ -9,6 +9,7 @@ from dsa.ops import native_support, triton_support
 from dsa.ops.blocks import full_precision
 from dsa.ops.checks import check_count, check_scale, check_tensor, describe
 from dsa.ops.index_topk import reference
+from dsa.ops.paging.types import PagedKeys
 from dsa.ops.quantize.types import QuantizedKeys
 from dsa.ops.ranges import resolve_ranges
 from dsa.ops.types import Impl, resolve_impl
@@ -21,7 +22,7 @@ _NATIVE_LARGEST_DIM = 1 << 16
 
 def index_topk(
     q: Tensor,
-    k: Tensor | QuantizedKeys,
+    k: Tensor | QuantizedKeys | PagedKeys,
     w: Tensor,
     top_k: int,
     *,
@@ -42,7 +43,8 @@ def index_topk(
     Args:
         q: Index queries `[B, T, Hi, Di]`, any strides.
         k: Index keys `[B, S, Di]`, or `QuantizedKeys` of that shape. With int8 keys the queries are quantised
-            too and the dot products are exact integers, so the selection is the same everywhere.
+            too and the dot products are exact integers, so the selection is the same everywhere. `PagedKeys` are
+            brought into one piece first; the selection is that of positions in the sequences.
         w: Head weights `[B, T, Hi]`.
         top_k: `K`, at least 1.
         scale: Factor on the scores; `None` means `Di**-0.5`.
@@ -60,14 +62,15 @@ def index_topk(
 
     Raises:
         TypeError: An argument of the wrong type or kind of dtype.
-        ValueError: Shapes, devices or ranges that do not fit, or `sinks + local > top_k`.
+        ValueError: Shapes, devices or ranges that do not fit, `sinks + local > top_k`, or an entry of the block table
+            that is needed and is not a page.
         NotImplementedError: The implementation asked for cannot run this input.
     """
     check_tensor(_OP, "q", q, "[B, T, Hi, Di]", (None,) * 4)
     batch, tokens, heads, head_dim = q.shape
     if heads == 0 or head_dim == 0:
         raise ValueError(f"{_OP}: q must have at least one head and one dim, got {describe(q)}")
-    if isinstance(k, QuantizedKeys):
+    if isinstance(k, QuantizedKeys | PagedKeys):
         if (k.shape[0], k.shape[2]) != (batch, head_dim):
             raise ValueError(f"{_OP}: k must be [B, S, Di] = [{batch}, any, {head_dim}], got {list(k.shape)}")
         if k.device != q.device:
@@ -84,6 +87,8 @@ def index_topk(
             f"local={local}, top_k={top_k}; raise top_k or lower local"
         )
     scale = check_scale(_OP, "scale", scale, head_dim**-0.5)
+    if isinstance(k, PagedKeys):
+        k = k.gather()
     native_gap = _native_gap(q, k, w)
     chosen = "native"
     if impl != "auto" or native_gap is not None:

@@ -14,11 +14,14 @@ from dsa.ops.quantize import reference
 from dsa.ops.quantize.types import QuantizedKeys
 from dsa.ops.types import Impl, resolve_impl
 
+_REFERENCES = {"int8": reference.quantize_keys_int8, "fp8": reference.quantize_keys_fp8}
+
 
 def quantize_index_keys(
     k: Tensor,
     dtype: Literal["int8", "fp8"] = "int8",
     *,
+    power_of_two: bool = False,
     out: QuantizedKeys | None = None,
     impl: Impl = "auto",
 ) -> QuantizedKeys:
@@ -28,6 +31,7 @@ def quantize_index_keys(
         k: Index keys `[B, S, Di]`; converted to fp32 first. No gradient passes.
         dtype: `"int8"`: `scale = max|k| / 127`, round half to even. `"fp8"`: e4m3, `scale = max|k| / 448`.
             A zero row has scale 1. A row with NaN or infinity has scale NaN and zeros as data.
+        power_of_two: Round each scale up to a power of two, as caches do that keep no more than its exponent (ue8m0).
         out: Where to write in place of new tensors: the next tokens of a preallocated cache, `cache[:, a:b]`.
         impl: Which implementation runs; an explicit choice never falls back. All give the same bytes.
 
@@ -51,7 +55,10 @@ def quantize_index_keys(
             f"got {out.dtype} {list(out.shape)} on {out.device}; slice it"
         )
     native_gap = native_support.gap(k) if dtype == "int8" else "the CPU kernels keep index keys in int8 or fp32"
-    chosen = resolve_impl(op, impl, triton_support.beside({"native": native_gap, "reference": None}, k))
+    gaps = triton_support.beside({"native": native_gap, "reference": None}, k)
+    if power_of_two:
+        gaps.update(dict.fromkeys(("native", "triton"), "the kernels do not round scales to powers of two"))
+    chosen = resolve_impl(op, impl, gaps)
     if chosen == "triton":
         from dsa.ops.quantize import triton
 
@@ -61,7 +68,7 @@ def quantize_index_keys(
 
         return native.quantize_keys_int8(k.detach(), out)
     with torch.no_grad(), full_precision(k.device):
-        keys = reference.quantize_keys_int8(k) if dtype == "int8" else reference.quantize_keys_fp8(k)
+        keys = _REFERENCES[dtype](k, power_of_two)
     if out is None:
         return keys
     out.data.copy_(keys.data)

@@ -50,18 +50,22 @@ def rotate(x: Tensor) -> Tensor:
     return hadamard_transform(x) if is_power_of_two(x.shape[-1]) else x
 
 
-def quantize_keys_int8(k: Tensor) -> QuantizedKeys:
+def quantize_keys_int8(k: Tensor, power_of_two: bool = False) -> QuantizedKeys:
     """`[B, S, Di]` to int8 in `[-127, 127]`."""
-    data, scale = _round_to_levels(rotate(k), KEY_LEVELS)
+    data, scale = _round_to_levels(rotate(k), KEY_LEVELS, power_of_two)
     return QuantizedKeys(data, scale)
 
 
-def quantize_keys_fp8(k: Tensor) -> QuantizedKeys:
+def quantize_keys_fp8(k: Tensor, power_of_two: bool = False) -> QuantizedKeys:
     """`[B, S, Di]` to e4m3 in `[-448, 448]`."""
-    rotated = rotate(k)
-    scale = _scale(rotated, FP8_LARGEST)
-    data = (rotated / scale.unsqueeze(-1)).nan_to_num(nan=0.0).clamp(-FP8_LARGEST, FP8_LARGEST)
-    return QuantizedKeys(data.to(torch.float8_e4m3fn), scale)
+    return QuantizedKeys(*round_to_fp8(rotate(k), power_of_two))
+
+
+def round_to_fp8(x: Tensor, power_of_two: bool = False) -> tuple[Tensor, Tensor]:
+    """fp32 `[..., n]` to e4m3 in `[-448, 448]` with one fp32 scale for the `n` of them, `[...]`."""
+    scale = _scale(x, FP8_LARGEST, power_of_two)
+    data = (x / scale.unsqueeze(-1)).nan_to_num(nan=0.0).clamp(-FP8_LARGEST, FP8_LARGEST)
+    return data.to(torch.float8_e4m3fn), scale
 
 
 def quantize_queries_int8(q: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,15 +73,22 @@ def quantize_queries_int8(q: Tensor) -> tuple[Tensor, Tensor]:
     return _round_to_levels(rotate(q), QUERY_LEVELS)
 
 
-def _round_to_levels(rotated: Tensor, levels: int) -> tuple[Tensor, Tensor]:
-    scale = _scale(rotated, levels)
+def _round_to_levels(rotated: Tensor, levels: int, power_of_two: bool = False) -> tuple[Tensor, Tensor]:
+    scale = _scale(rotated, levels, power_of_two)
     data = (rotated / scale.unsqueeze(-1)).nan_to_num(nan=0.0).round().clamp(-levels, levels)
     return data.to(torch.int8), scale
 
 
-def _scale(rotated: Tensor, largest: float) -> Tensor:
-    """`max|x| / largest` along the last dim: 1 where that is zero, NaN where it is not finite."""
-    highest = rotated.abs().amax(dim=-1)
+def _scale(x: Tensor, largest: float, power_of_two: bool) -> Tensor:
+    """`max|x| / largest` along the last dim: 1 where that is zero, NaN where it is not finite.
+
+    `power_of_two` rounds it up to the next power of two.
+    """
+    highest = x.abs().amax(dim=-1)
     # A tensor, because torch divides by a number on CUDA as it multiplies by the rounded reciprocal.
     scale = highest / torch.full_like(highest, largest)
-    return scale.masked_fill(scale == 0, 1.0).masked_fill(~scale.isfinite(), torch.nan)
+    if power_of_two:
+        # scale = mantissa * 2**exponent with the mantissa in [1/2, 1): a power of two is where it is 1/2.
+        mantissa, exponent = torch.frexp(scale)
+        scale = torch.where(scale == 0, scale, torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).int()))
+    return scale.masked_fill(scale == 0, 1.0).masked_fill(~highest.isfinite(), torch.nan)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from dsa.ops import native_support, triton_support
 from dsa.ops.blocks import full_precision
-from dsa.ops.checks import check_attention, check_indices, check_scale, check_tensor
+from dsa.ops.checks import check_attention, check_indices, check_scale, check_softcap, check_tensor, describe
+from dsa.ops.packed_latents.types import PackedLatents
+from dsa.ops.paging.types import PagedLatents
 from dsa.ops.sparse_attention import reference
 from dsa.ops.types import Impl, resolve_impl
 
@@ -15,8 +20,8 @@ _OP = "sparse_attention"
 
 def sparse_attention(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    k: Tensor | PackedLatents | PagedLatents,
+    v: Tensor | None,
     indices: Tensor,
     *,
     scale: float | None = None,
@@ -35,8 +40,10 @@ def sparse_attention(
     Args:
         q: `[B, T, H, D]`, any strides.
         k: `[B, S, G, D]`, `G` a divisor of `H`; may be narrower in dtype than `q`. Query head `h` reads KV
-            head `h // (H / G)`.
-        v: `[B, S, G, Dv]`; may be narrower than `q`, and a view into `k` (MLA: `v = k[..., :Dv]`).
+            head `h // (H / G)`. Or FP8 rows of MLA, one after the other or in pages: `D = L + R`, read where they lie
+            and decoded as they are read. They pass no gradient, and the backward pass says so.
+        v: `[B, S, G, Dv]`; may be narrower than `q`, and a view into `k` (MLA: `v = k[..., :Dv]`). `None` with FP8
+            rows, whose first `L = Dv` numbers are the values.
         indices: Integers `[B, T, K]` in `[-1, S)`, any order; `-1` is skipped wherever it stands. A position
             that stands twice counts twice.
         scale: Factor on `q . k`; `None` means `D**-0.5`.
@@ -51,10 +58,15 @@ def sparse_attention(
 
     Raises:
         TypeError: An argument of the wrong type or kind of dtype, or `k` or `v` wider than `q`.
-        ValueError: Shapes or devices that do not fit, or an index outside `[-1, S)`. The Triton kernels skip such
-            an index, without waiting for the device to look; `DSA_CHECK_INDICES=1` makes them raise too.
+        ValueError: Shapes or devices that do not fit, an index outside `[-1, S)`, or an entry of the block table that
+            an index needs and that is not a page; nothing is read then. The Triton kernels skip an index outside,
+            without waiting for the device to look; `DSA_CHECK_INDICES=1` makes them raise too.
         NotImplementedError: The implementation asked for cannot run this input.
     """
+    if isinstance(k, PackedLatents | PagedLatents):
+        return _over_packed(q, k, v, indices, scale, softcap, sink_logits, impl)
+    if v is None:
+        raise TypeError(f"{_OP}: v must be a tensor [B, S, G, Dv] unless k is PackedLatents or PagedLatents, got None")
     check_attention(_OP, q, k, v, sink_logits, softcap)
     batch, tokens, _, head_dim = q.shape
     check_tensor(_OP, "indices", indices, "[B, T, K]", (batch, tokens, None), device=q.device, integer=True)
@@ -78,4 +90,58 @@ def sparse_attention(
     with full_precision(q.device):
         return reference.sparse_attention(
             q, k, v, indices, scale=scale, softcap=softcap, sink_logits=sink_logits, padded=padded
+        )
+
+
+def _over_packed(
+    q: Tensor,
+    k: PackedLatents | PagedLatents,
+    v: Tensor | None,
+    indices: Tensor,
+    scale: float | None,
+    softcap: float | None,
+    sink_logits: Tensor | None,
+    impl: Impl,
+) -> tuple[Tensor, Tensor]:
+    """The same over FP8 rows."""
+    check_softcap(_OP, softcap)
+    batch, _, width = k.shape
+    check_tensor(_OP, "q", q, "[B, T, H, L + R]", (batch, None, None, width), device=k.device)
+    tokens, heads = q.shape[1:3]
+    if heads == 0:
+        raise ValueError(f"{_OP}: q must have at least one head, got {describe(q)}")
+    if v is not None:
+        raise TypeError(
+            f"{_OP}: v must be None where k is {type(k).__name__}, whose latents are the values, got {describe(v)}"
+        )
+    if sink_logits is not None:
+        check_tensor(_OP, "sink_logits", sink_logits, "[H]", (heads,), device=q.device)
+    check_tensor(_OP, "indices", indices, "[B, T, K]", (batch, tokens, None), device=q.device, integer=True)
+    scale = check_scale(_OP, "scale", scale, width**-0.5)
+    if isinstance(k, PagedLatents):
+        rows, indices = k.pool(), k.physical(indices)
+    else:
+        rows = k
+    resolve_impl(_OP, impl, {"reference": None})
+    padded = check_indices(_OP, indices, rows.shape[1])
+    with torch.no_grad(), full_precision(q.device):
+        out, lse = reference.packed_attention(
+            q, rows, indices, scale=scale, softcap=softcap, sink_logits=sink_logits, padded=padded
+        )
+    if torch.is_grad_enabled() and (q.requires_grad or (sink_logits is not None and sink_logits.requires_grad)):
+        return _WithoutGradient.apply(out, q, sink_logits), lse
+    return out, lse
+
+
+class _WithoutGradient(torch.autograd.Function):
+    """Passes `out` on as made from the inputs, so that a backward pass ends in a message and not in silence."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, *inputs: Tensor | None) -> Tensor:
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        raise NotImplementedError(
+            f"{_OP}: FP8 rows pass no gradient; train with k and v as tensors (a model: use_cache=False)"
         )

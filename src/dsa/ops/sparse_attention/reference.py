@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dsa.ops.blocks import compute_dtype, full_precision, rows_per_block
+from dsa.ops.packed_latents.types import PackedLatents, decode_rows
 from dsa.ops.selected import gather_tokens, mix_per_group, scatter_tokens, scores_per_group, spread_per_group
 
 
@@ -43,19 +44,10 @@ class SparseAttention(torch.autograd.Function):
         out = q.new_zeros(batch, tokens, heads, v.shape[-1])
         lse = torch.full((batch, tokens, heads), -torch.inf, dtype=wide, device=q.device)
         if k.shape[1] and indices.shape[-1]:
-            for b, rows in _blocks(q, k, v, indices):
+            for b, rows in _blocks(q, k.shape[2] * (k.shape[3] + v.shape[3]), indices):
                 keys, values, hidden = _gather(k[b], v[b], indices[b, rows], wide, options.padded)
-                scores, _ = _scores(q[b, rows].to(wide), keys, hidden, options)
-                top = scores.amax(dim=-1, keepdim=True)
-                top = top.masked_fill(top == -torch.inf, 0.0)
-                weights = scores.sub_(top).exp_()
-                total = weights.sum(dim=-1)
-                top = top.squeeze(-1)
-                lse[b, rows] = total.log() + top
-                if sink_logits is not None:
-                    total = total + (sink_logits.to(wide) - top).exp()
-                mixed = mix_per_group(weights, values)
-                out[b, rows] = (mixed / total.masked_fill(total == 0, 1.0).unsqueeze(-1)).to(out.dtype)
+                mixed, lse[b, rows] = _attend(q[b, rows].to(wide), keys, values, hidden, sink_logits, options)
+                out[b, rows] = mixed.to(out.dtype)
         ctx.save_for_backward(q, k, v, indices, sink_logits, lse)
         ctx.options = options
         ctx.mark_non_differentiable(lse)
@@ -75,7 +67,7 @@ class SparseAttention(torch.autograd.Function):
             normaliser = lse if sink_logits is None else torch.logaddexp(lse, sink_logits.to(wide))
             normaliser = normaliser.masked_fill(normaliser == -torch.inf, 0.0)
             if k.shape[1] and indices.shape[-1]:
-                for b, rows in _blocks(q, k, v, indices):
+                for b, rows in _blocks(q, k.shape[2] * (k.shape[3] + v.shape[3]), indices):
                     queries, grad = q[b, rows].to(wide), grad_out[b, rows].to(wide)
                     keys, values, hidden = _gather(k[b], v[b], indices[b, rows], wide, options.padded)
                     scores, slope = _scores(queries, keys, hidden, options)
@@ -118,14 +110,61 @@ def sparse_attention(
     return SparseAttention.apply(q, k, v, indices, sink_logits, Options(scale, softcap, padded))
 
 
-def _blocks(q: Tensor, k: Tensor, v: Tensor, indices: Tensor) -> Iterator[tuple[int, slice]]:
-    """Batch row and query tokens of each block, sized by what it gathers."""
+def packed_attention(
+    q: Tensor,
+    rows: PackedLatents,
+    indices: Tensor,
+    *,
+    scale: float,
+    softcap: float | None,
+    sink_logits: Tensor | None,
+    padded: bool,
+) -> tuple[Tensor, Tensor]:
+    """The same over rows of eight bits, decoded as they are gathered: one KV head, whose values are the latents."""
+    batch, tokens, heads, width = q.shape
+    wide, options = compute_dtype(q), Options(scale, softcap, padded)
+    out = q.new_zeros(batch, tokens, heads, rows.latent_dim)
+    lse = torch.full((batch, tokens, heads), -torch.inf, dtype=wide, device=q.device)
+    if rows.shape[1] and indices.shape[-1]:
+        for b, some in _blocks(q, 2 * (width + rows.latent_dim), indices):
+            places = indices[b, some]
+            hidden = places < 0 if padded else None
+            data = rows.data[b].index_select(0, places.clamp_min(0).flatten()).view(*places.shape, -1)
+            keys = decode_rows(data, rows.latent_dim, rows.rope_dim).to(wide)
+            if hidden is not None:
+                keys.masked_fill_(hidden.unsqueeze(-1), 0.0)
+            keys = keys.unsqueeze(2)
+            values = keys[..., : rows.latent_dim]
+            mixed, lse[b, some] = _attend(q[b, some].to(wide), keys, values, hidden, sink_logits, options)
+            out[b, some] = mixed.to(out.dtype)
+    return out, lse
+
+
+def _blocks(q: Tensor, gathered: int, indices: Tensor) -> Iterator[tuple[int, slice]]:
+    """Batch row and query tokens of each block, sized by the `gathered` numbers of a selected token."""
     batch, tokens, heads, _ = q.shape
-    per_selected = k.shape[2] * (k.shape[3] + v.shape[3]) + 2 * heads
+    per_selected = gathered + 2 * heads
     size = rows_per_block(indices.shape[-1] * per_selected * compute_dtype(q).itemsize, q.device)
     for b in range(batch):
         for row in range(0, tokens, size):
             yield b, slice(row, min(row + size, tokens))
+
+
+def _attend(
+    q: Tensor, keys: Tensor, values: Tensor, hidden: Tensor | None, sink_logits: Tensor | None, options: Options
+) -> tuple[Tensor, Tensor]:
+    """One block: what its queries `[n, H, D]` mix, `[n, H, Dv]`, and their `lse` `[n, H]`."""
+    scores, _ = _scores(q, keys, hidden, options)
+    top = scores.amax(dim=-1, keepdim=True)
+    top = top.masked_fill(top == -torch.inf, 0.0)
+    weights = scores.sub_(top).exp_()
+    total = weights.sum(dim=-1)
+    top = top.squeeze(-1)
+    lse = total.log() + top
+    if sink_logits is not None:
+        total = total + (sink_logits.to(q.dtype) - top).exp()
+    mixed = mix_per_group(weights, values)
+    return mixed / total.masked_fill(total == 0, 1.0).unsqueeze(-1), lse
 
 
 def _gather(
