@@ -143,14 +143,6 @@ def test_sampling_is_repeatable(dsa: Run, tiny: str) -> None:
     assert first != dsa("generate", tiny, *options, "--seed", "2").stdout
 
 
-def test_generate_says_what_is_extrapolated(dsa: Run, tiny: str, text: str) -> None:
-    result = dsa("generate", tiny, "--file", text, "--max-new-tokens", "4")
-    assert result.exit_code == 0, result.output
-    assert "the prompt has 324 tokens and up to 4 follow" in result.stderr
-    assert "those from 256 on are extrapolated" in result.stderr
-    assert result.stderr.count("extrapolated") == 1
-
-
 def test_a_saved_attached_model(dsa: Run, tiny: str, text: str, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny)
     library.attach(model, top_k=24, local=4)

@@ -61,13 +61,28 @@ def test_a_pdf_without_a_suffix(tmp_path: Path) -> None:
 
 def test_pages_without_text_are_said_and_counted(tmp_path: Path) -> None:
     file = write_pdf(tmp_path / "a.pdf", "First.", "", "Third.")
-    with pytest.warns(UserWarning, match=r"1 of the 3 pages of .* have no text .*ocrmypdf"):
+    with pytest.warns(UserWarning, match=r"1 of the 3 pages read of .* have no text .*ocrmypdf"):
         document = read_source(file)
     assert document.page_of(document.text.index("Third")) == 3
 
 
+def test_some_pages(tmp_path: Path) -> None:
+    file = write_pdf(tmp_path / "a.pdf", "First.", "Second.", "Third.", "Fourth.")
+    document = read_source(file, pages="2,4-")
+    assert document.text == "Second.\n\nFourth.\n\n"
+    assert [page.number for page in document.pages] == [2, 4]
+    assert document.page_of(document.text.index("Fourth")) == 4
+
+
+def test_pages_of_what_has_none(tmp_path: Path) -> None:
+    file = tmp_path / "a.txt"
+    file.write_text("Some words.")
+    with pytest.raises(ValueError, match=r"pages: .*a.txt is no PDF and has no pages"):
+        read_source(file, pages="1")
+
+
 def test_a_scan(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"none of the 2 page\(s\) of .*a.pdf has text.*ocrmypdf"):
+    with pytest.raises(ValueError, match=r"none of the 2 page\(s\) read of .*a.pdf has text.*ocrmypdf"):
         read_source(write_pdf(tmp_path / "a.pdf", "", ""))
 
 

@@ -25,9 +25,8 @@ def explain(
     begin: Annotated[
         str | None, typer.Option(metavar="TEXT", help="Begin the answer with this, and let the model go on.")
     ] = None,
-    tokens: Annotated[
-        int | None, typer.Option(min=2, metavar="N", help="Read the document's first N tokens; by default all of it.")
-    ] = None,
+    pages: options.Pages = None,
+    tokens: options.FirstTokens = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, max=512, metavar="N", help="Tokens to write at most.")] = 48,
     chat: Annotated[
         bool,
@@ -62,7 +61,7 @@ def explain(
     check_writable(report, "out")
     if json is not None:
         check_writable(json)
-    document = read_source(file)
+    document = read_source(file, pages=pages)
     import torch
 
     from dsa.models.loading import attach_indexers, load_model, scaling_wanted

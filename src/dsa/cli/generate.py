@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 import time
+import warnings
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,12 +14,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dsa.cli import options
-from dsa.cli.console import Steps, err, note, notes
+from dsa.cli.console import Steps, err, notes
+from dsa.cli.generate_table import show_run
 
 if TYPE_CHECKING:
     import torch
 
     from dsa.documents import SourceDocument
+    from dsa.models import AttachReport
+    from dsa.models.extension import Demand
     from dsa.models.loading import LoadedModel
 
 PREFILL_CHUNK = 4096
@@ -44,6 +49,8 @@ def generate(
             metavar="TEXT", help="A question about the file: put behind it, in the model's chat template if it has one."
         ),
     ] = None,
+    pages: options.Pages = None,
+    tokens: options.FirstTokens = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens to write at most.")] = 128,
     top_k: options.TopK = None,
     local: options.Local = None,
@@ -58,39 +65,60 @@ def generate(
         float, typer.Option(min=0.0, max=1.0, metavar="P", help="Sample from the likeliest tokens of this mass.")
     ] = 1.0,
     seed: Annotated[int | None, typer.Option(metavar="N", help="Make sampling repeatable.")] = None,
+    json: options.Json = None,
     threads: options.Threads = None,
     device: options.Device = None,
-    rope_scaling: options.RopeScaling = None,
+    rope_scaling: options.Extension = None,
 ) -> None:
     """Continue a prompt with sparse attention, streaming to stdout.
 
-    The prompt is --prompt, --file, or what is piped in; with a prompt and a file, the prompt follows the file.
+    The prompt is --prompt, --file, or what is piped in; with a prompt and a file, the prompt follows the file. What is
+    longer than the model's positions is read with stretched positions. The answer goes to stdout, what it took beside
+    dense attention to stderr.
 
     [bold]Examples[/]
 
       dsa generate default --prompt "The lightning indexer is"
       dsa generate default --file thesis.txt --prompt "In short," --top-k 1024
-      dsa generate default --file report.pdf --ask "Who wrote this report?"
+      dsa generate default --file report.pdf --ask "Who wrote this report?" --pages 1-50
       cat notes.txt | dsa generate default --chat --temperature 0.7 --seed 1
     """
     check_question(ask, prompt, file)
-    document, follow = read_prompt(prompt, file)
+    if json is not None:
+        from dsa.eval.output import check_writable
+
+        check_writable(json)
+    document, follow = read_prompt(prompt, file, pages)
     import torch
 
-    from dsa.models.loading import attach_indexers, load_model, scaling_wanted
+    from dsa.eval.free_memory import check_room
+    from dsa.models.extension import chosen_scaling
+    from dsa.models.loading import attach_indexers, load_model
 
     if threads is not None:
         torch.set_num_threads(threads)
     if seed is not None:
         torch.manual_seed(seed)
     with notes(), Steps() as steps:
-        scaling = scaling_wanted(rope_scaling, indexers)
+
+        @functools.cache
+        def encoded(tokenizer: Any) -> tuple[list[int], Demand]:
+            return encode_prompt(tokenizer, document, ask, tokens, follow, chat or None, max_new_tokens)
+
+        scaling = chosen_scaling(model, rope_scaling, indexers, lambda tokenizer: encoded(tokenizer)[1])
         loaded = load_model(model, device=device, status=steps.status, rope_scaling=scaling)
-        ids = prompt_ids(loaded, document, ask, follow=follow, chat=chat or None)
-        _note_positions(loaded, ids.shape[1], max_new_tokens)
+        # attached models say the same when they get there
+        warnings.filterwarnings("ignore", POSITIONS_WARNING, UserWarning)
+        ids, demand = encoded(loaded.tokenizer)
         report, _ = attach_indexers(loaded, indexers, **options.overrides(top_k, local))
+        check_room(loaded, report.config, demand, PREFILL_CHUNK)
         err.print(str(report), markup=False, soft_wrap=True)
-        stream(loaded, ids, steps, max_new_tokens, temperature, top_p)
+        answer, times = stream(loaded, ids, steps, max_new_tokens, temperature, top_p)
+        figures = run_figures(loaded, report, len(ids), times)
+        show_run(figures)
+        if json is not None:
+            asked = {"model": model, "document": document.name, "pages": pages, "ask": ask, "answer": answer}
+            write_figures(json, {**asked, **figures}, loaded)
 
 
 def check_question(ask: str | None, prompt: str | None, file: Path | None) -> None:
@@ -109,7 +137,7 @@ def check_question(ask: str | None, prompt: str | None, file: Path | None) -> No
         raise ValueError("ask: got a prompt too, expected one of them; put all of it into --ask")
 
 
-def read_prompt(prompt: str | None, file: Path | None) -> tuple[SourceDocument, str | None]:
+def read_prompt(prompt: str | None, file: Path | None, pages: str | None) -> tuple[SourceDocument, str | None]:
     """What is read, from wherever it comes, and what follows it.
 
     Raises:
@@ -120,7 +148,9 @@ def read_prompt(prompt: str | None, file: Path | None) -> tuple[SourceDocument, 
 
     if file is not None and str(file) != "-":
         with notes(), Steps() as reading:
-            return read_source(file, progress=reading), prompt
+            return read_source(file, progress=reading, pages=pages), prompt
+    if pages is not None:
+        raise ValueError("pages: there is no PDF to take pages of; add --file FILE, or leave --pages out")
     if file is not None or (prompt is None and not sys.stdin.isatty()):
         try:
             text, name = sys.stdin.read(), "stdin"
@@ -133,31 +163,41 @@ def read_prompt(prompt: str | None, file: Path | None) -> tuple[SourceDocument, 
     return SourceDocument(text, name), prompt
 
 
-def prompt_ids(
-    loaded: LoadedModel, document: SourceDocument, ask: str | None, *, follow: str | None, chat: bool | None
-) -> torch.Tensor:
-    """Token ids int64 `[1, n]`.
+def encode_prompt(
+    tokenizer: Any,
+    document: SourceDocument,
+    ask: str | None,
+    tokens: int | None,
+    follow: str | None,
+    chat: bool | None,
+    new: int,
+) -> tuple[list[int], Demand]:
+    """Token ids, and how many of them are what; the other arguments as in `dsa.documents.prompt.make_prompt`.
 
     Raises:
-        ValueError: A chat was asked for and the tokenizer has no template.
+        ValueError: A chat was asked for and the tokenizer has no template, or a cut text and it cannot tell where.
     """
-    import torch
-
     from dsa.documents.prompt import make_prompt, word_prompt
+    from dsa.models.extension import Demand
 
-    tokenizer = loaded.tokenizer
-    if tokenizer.is_fast:
-        ids = make_prompt(tokenizer, document, ask, follow=follow, chat=chat, least=1).ids
-    else:
-        words = word_prompt(tokenizer, document.text, ask, follow=follow, chat=chat)
-        ids = tokenizer(words.text, add_special_tokens=words.add_special_tokens, verbose=False)["input_ids"]
-    return torch.tensor([ids], dtype=torch.int64)
+    if tokens is not None or tokenizer.is_fast:
+        made = make_prompt(tokenizer, document, ask, tokens=tokens, follow=follow, chat=chat, least=1)
+        read = made.parts.count("document")
+        return made.ids, Demand(read, len(made.ids) - read, new)
+    words = word_prompt(tokenizer, document.text, ask, follow=follow, chat=chat)
+    ids = tokenizer(words.text, add_special_tokens=words.add_special_tokens, verbose=False)["input_ids"]
+    return ids, Demand(len(ids), 0, new)
 
 
 def stream(
-    loaded: LoadedModel, ids: torch.Tensor, steps: Steps, max_new_tokens: int, temperature: float, top_p: float
-) -> None:
-    """Generates to stdout as the tokens come, then says on stderr how fast."""
+    loaded: LoadedModel, ids: list[int], steps: Steps, max_new_tokens: int, temperature: float, top_p: float
+) -> tuple[str, list[float]]:
+    """Generates to stdout as the tokens come.
+
+    Returns:
+        The text, and when the prompt was handed over and each token came, in seconds.
+    """
+    import torch
     from transformers import DynamicCache, TextStreamer
 
     from dsa.eval.progress import layer_progress
@@ -166,11 +206,11 @@ def stream(
 
     model, tokenizer = loaded.model, loaded.tokenizer
     cache = DynamicCache(config=model.config)
-    reserve(cache, ids.shape[1] + max_new_tokens)
+    reserve(cache, len(ids) + max_new_tokens)
     times: list[float] = []
     with ExitStack() as prefill:
-        passes = math.ceil(ids.shape[1] / PREFILL_CHUNK)
-        prefill.enter_context(layer_progress(model, f"Reading {ids.shape[1]:,} tokens", steps, passes))
+        passes = math.ceil(len(ids) / PREFILL_CHUNK)
+        prefill.enter_context(layer_progress(model, f"Reading {len(ids):,} tokens", steps, passes))
 
         class Streamer(TextStreamer):
             """Ends the prefill's bar at the first new token, so that it does not run into the text."""
@@ -188,8 +228,8 @@ def stream(
         end = model.generation_config.eos_token_id
         padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end
         with quiet_transformers():
-            model.generate(
-                ids.to(model.device),
+            made = model.generate(
+                torch.tensor([ids], device=model.device),
                 past_key_values=cache,
                 prefill_chunk_size=PREFILL_CHUNK,
                 max_new_tokens=max_new_tokens,
@@ -197,21 +237,37 @@ def stream(
                 streamer=Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
                 **sampling,
             )
-    made = len(times) - 1
-    speed = f", then {(made - 1) / (times[-1] - times[1]):.1f} tokens/s" if made > 1 else ""
-    err.print(f"{ids.shape[1]:,} tokens read in {times[1] - times[0]:.1f} s, {made} written{speed}", markup=False)
+    return tokenizer.decode(made[0, len(ids) :], skip_special_tokens=True), times
 
 
-def _note_positions(loaded: LoadedModel, prompt_tokens: int, max_new_tokens: int) -> None:
-    import warnings
+def run_figures(loaded: LoadedModel, report: AttachReport, read: int, times: list[float]) -> dict[str, Any]:
+    """What a run took, as `dsa.cli.generate_table.show_run` shows it, in plain JSON types."""
+    from dsa.cost.run import run_cost
+    from dsa.eval.free_memory import loaded_shape, storage_of
 
-    trained = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
-    total = prompt_tokens + max_new_tokens
-    if trained is None or total <= trained:
-        return
-    note(
-        f"the prompt has {prompt_tokens:,} tokens and up to {max_new_tokens:,} follow, but {loaded.name} was trained "
-        f"on {trained:,} positions: those from {trained:,} on are extrapolated, and quality may fall"
-    )
-    # attached models say the same when they get there
-    warnings.filterwarnings("ignore", POSITIONS_WARNING, UserWarning)
+    written = len(times) - 1
+    token_s = (times[-1] - times[1]) / (written - 1) if written > 1 else None
+    counted, problem = None, None
+    try:
+        counted = run_cost(loaded_shape(loaded), report.config, read, written, storage_of(loaded.model))
+    except ValueError as error:
+        problem = str(error)
+    return {
+        "tokens_read": read,
+        "tokens_written": written,
+        "measured": {"read_s": times[1] - times[0], "token_s": token_s},
+        "counted": counted,
+        "not_counted": problem,
+        "config": report.config.to_dict(),
+        "indexers_trained": report.trained,
+    }
+
+
+def write_figures(path: Path, figures: dict[str, Any], loaded: LoadedModel) -> None:
+    """Writes them as JSON, with the RoPE scaling that was used and the machine."""
+    from dsa.eval.machine import describe_machine
+    from dsa.eval.output import write_json
+    from dsa.models.rope import scaling_of
+
+    scaling, machine = scaling_of(loaded.model.config), describe_machine(loaded.model.device)
+    write_json(path, {**figures, "rope_scaling": scaling, "environment": machine})

@@ -20,12 +20,28 @@ Indexers = Annotated[
 ]
 TopK = Annotated[int | None, typer.Option("--top-k", metavar="K", help="Tokens each query reads.")]
 Local = Annotated[int | None, typer.Option(metavar="N", help="How many of the K are always the most recent tokens.")]
+Pages = Annotated[
+    str | None,
+    typer.Option(metavar="PAGES", help="Read these pages of a PDF only, counted from 1: `12`, `1-50`, `1-10,40-`."),
+]
+FirstTokens = Annotated[
+    int | None, typer.Option("--tokens", min=2, metavar="N", help="Read the document's first N tokens only.")
+]
 RopeScaling = Annotated[
     str | None,
     typer.Option(
         metavar="KIND:X",
-        help="For texts longer than the model's positions: `yarn:4`, `linear:2`, or JSON as transformers takes it; by "
-        "default what the indexers were trained with",
+        help="For texts longer than the model's positions: `yarn:4`, `linear:2`, JSON as transformers takes it, or "
+        "`off`; by default what the indexers were trained with",
+    ),
+]
+Extension = Annotated[
+    str | None,
+    typer.Option(
+        "--rope-scaling",
+        metavar="KIND:X",
+        help="For texts longer than the model's positions: `yarn:4`, `linear:2`, JSON as transformers takes it, or "
+        "`off` to refuse them; by default what the indexers were trained with, else YaRN as far as needed",
     ),
 ]
 Tokens = Annotated[

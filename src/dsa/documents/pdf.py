@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+from dsa.documents.pages import chosen_pages
 from dsa.documents.source import SourceDocument
 from dsa.text import tidy
 
@@ -21,7 +22,9 @@ Progress = Callable[[str, int], AbstractContextManager[Callable[[], None]]]
 _LIGATURES = {0xFB00: "ff", 0xFB01: "fi", 0xFB02: "fl", 0xFB03: "ffi", 0xFB04: "ffl", 0xFB05: "st", 0xFB06: "st"}
 
 
-def read_pdf(raw: bytes, name: str, argument: str, progress: Progress | None = None) -> SourceDocument:
+def read_pdf(
+    raw: bytes, name: str, argument: str, progress: Progress | None = None, wanted: str | None = None
+) -> SourceDocument:
     """A PDF as text, with its pages.
 
     Args:
@@ -29,19 +32,22 @@ def read_pdf(raw: bytes, name: str, argument: str, progress: Progress | None = N
         name: What to call it.
         argument: What the user called it, for messages.
         progress: Shows how far it is; a page takes about 60 ms.
+        wanted: Which pages, as `dsa.documents.pages.chosen_pages` takes it; `None` takes all.
 
     Raises:
-        ValueError: It is encrypted, corrupt, has no pages or no text, or pypdf is not installed.
+        ValueError: It is encrypted, corrupt, has no pages or no text, or not those wanted, or pypdf is not installed.
     """
     with _quiet():
         pages = _pages(raw, name, argument)
-        count = len(pages)
+        total = len(pages)
+        numbers = list(range(1, total + 1)) if wanted is None else chosen_pages(wanted, total, name)
+        count = len(numbers)
         texts = []
         shown = nullcontext(lambda: None) if progress is None else progress(f"Reading {count} pages of {name}", count)
         with shown as advance:
-            for number, page in enumerate(pages, 1):
+            for number in numbers:
                 try:
-                    texts.append(_clean(page.extract_text()))
+                    texts.append(_clean(pages[number - 1].extract_text()))
                 # pypdf fails in many ways on damaged files, KeyError and RecursionError among them
                 except Exception as error:
                     raise ValueError(_corrupt(name, argument, f"page {number}: {error}")) from error
@@ -49,17 +55,17 @@ def read_pdf(raw: bytes, name: str, argument: str, progress: Progress | None = N
     without = sum(not text for text in texts)
     if without == count:
         raise ValueError(
-            f"{argument}: none of the {count} page(s) of {name} has text: they are pictures, as of a scan; recognise "
-            "the text first, e.g. with `ocrmypdf IN.pdf OUT.pdf`"
+            f"{argument}: none of the {count} page(s) read of {name} has text: they are pictures, as of a scan; "
+            "recognise the text first, e.g. with `ocrmypdf IN.pdf OUT.pdf`"
         )
     if without:
         warnings.warn(
-            f"{without} of the {count} pages of {name} have no text (empty, or scanned pictures) and are left out; "
-            "`ocrmypdf` recognises text in pictures",
+            f"{without} of the {count} pages read of {name} have no text (empty, or scanned pictures) and are left "
+            "out; `ocrmypdf` recognises text in pictures",
             UserWarning,
             stacklevel=3,
         )
-    return SourceDocument.of_pages(name, texts)
+    return SourceDocument.of_pages(name, texts, numbers)
 
 
 def _pages(raw: bytes, name: str, argument: str) -> list[Any]:

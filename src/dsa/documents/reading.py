@@ -29,7 +29,9 @@ _OTHERS = {
 _MOST_CONTROLS = 0.02
 
 
-def read_source(path: str | Path, argument: str = "file", *, progress: Progress | None = None) -> SourceDocument:
+def read_source(
+    path: str | Path, argument: str = "file", *, progress: Progress | None = None, pages: str | None = None
+) -> SourceDocument:
     """Reads a document that a user names.
 
     PDF keeps its pages. Of HTML the visible text is taken. Markdown and any other text are taken as they are. The
@@ -39,10 +41,12 @@ def read_source(path: str | Path, argument: str = "file", *, progress: Progress 
         path: The file.
         argument: What the user called it, for messages.
         progress: Shows how far reading a PDF is.
+        pages: Which pages of a PDF, such as `"1-50"` (`dsa.documents.pages.chosen_pages`); `None` takes all.
 
     Raises:
         OSError: No such file, a directory, or no permission.
-        ValueError: The file is empty, encrypted, corrupt, holds no text, or something else than its name says.
+        ValueError: The file is empty, encrypted, corrupt, holds no text, or something else than its name says; or it
+            has no such pages.
     """
     raw = read_bytes(path, argument, EXPECTED)
     name = str(path)
@@ -52,7 +56,9 @@ def read_source(path: str | Path, argument: str = "file", *, progress: Progress 
     held = _held(raw, named)
     _check_name(raw, name, named, held, argument)
     if held == _PDF:
-        return read_pdf(raw, name, argument, progress)
+        return read_pdf(raw, name, argument, progress, pages)
+    if pages is not None:
+        raise ValueError(f"pages: {name} is no PDF and has no pages to choose from; leave --pages out")
     if _HTML in (named, held) and named != _TEXT:
         text = tidy(html_text(_decode_html(raw, name, argument)))
         if not text:

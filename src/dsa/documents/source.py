@@ -46,11 +46,17 @@ class SourceDocument:
             object.__setattr__(self, "pages", (Page(1, 0, len(self.text)),))
 
     @classmethod
-    def of_pages(cls, name: str, texts: Sequence[str]) -> SourceDocument:
-        """A document out of the texts of its pages; an empty line is put behind each page that has text."""
+    def of_pages(cls, name: str, texts: Sequence[str], numbers: Sequence[int] | None = None) -> SourceDocument:
+        """A document out of the texts of its pages; an empty line is put behind each page that has text.
+
+        Args:
+            name: See above.
+            texts: Of each page.
+            numbers: Of the pages; `None` counts from 1.
+        """
         parts = [f"{text}\n\n" if text else "" for text in texts]
         pages, start = [], 0
-        for number, part in enumerate(parts, 1):
+        for number, part in zip(numbers or range(1, len(parts) + 1), parts, strict=True):
             pages.append(Page(number, start, start + len(part)))
             start += len(part)
         return cls("".join(parts), name, tuple(pages))

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dsa.models.rope import RopeScaling, extend_positions, parse_scaling
+from dsa.models.rope import OFF, RopeScaling, extend_positions, parse_scaling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -40,6 +40,9 @@ CAUSAL_SUFFIXES = ("ForCausalLM", "LMHeadModel")
 
 Status = Callable[[str], None]
 """Told in a few words, before it begins, what will take a while."""
+
+ChooseScaling = Callable[["PreTrainedConfig", Any], RopeScaling | None]
+"""Chooses a RoPE scaling by configuration and tokenizer, before there is a model."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ def load_model(
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
     status: Status | None = None,
-    rope_scaling: RopeScaling | None = None,
+    rope_scaling: RopeScaling | ChooseScaling | None = None,
     place: bool = True,
 ) -> LoadedModel:
     """Loads a causal language model. Weights are read from safetensors only.
@@ -76,7 +79,8 @@ def load_model(
             AMX or AVX512-BF16, and the checkpoint's own dtype elsewhere.
         device: `None` means CUDA where there is one, else the CPU.
         status: Told what takes long: converting the default model, or reading a checkpoint.
-        rope_scaling: For texts longer than the model's positions, as `dsa.models.rope.parse_scaling` returns it.
+        rope_scaling: For texts longer than the model's positions, as `dsa.models.rope.parse_scaling` returns it; or
+            what chooses it, see `dsa.models.extension.chosen_scaling`.
         place: Put the weights on the device; otherwise they stay on the CPU, for who moves them in parts.
 
     Raises:
@@ -91,12 +95,14 @@ def load_model(
     tell(f"Loading {name}")
     with quiet_transformers():
         config = _check_causal(name, source)
+        tokenizer = _read_tokenizer(name, source)
+        if callable(rope_scaling):
+            rope_scaling = rope_scaling(config, tokenizer)
         if rope_scaling is not None:
             extend_positions(config, rope_scaling)
         if dtype is None:
             dtype = torch.float32 if target.type == "cpu" else None
         model = _read_weights(name, source, dtype, config, given=rope_scaling is not None)
-        tokenizer = _read_tokenizer(name, source)
     return LoadedModel((model.to(target) if place else model).eval(), tokenizer, name, is_default)
 
 
@@ -153,7 +159,7 @@ def scaling_wanted(text: str | None, indexers: str | Path | None) -> RopeScaling
     """The RoPE scaling that a user asks for, or else the one that the indexers named were trained with.
 
     Args:
-        text: As `dsa.models.rope.parse_scaling` takes it.
+        text: As `dsa.models.rope.parse_scaling` takes it; `"off"` for none at all.
         indexers: As in `dsa.attach`.
 
     Raises:
@@ -162,6 +168,8 @@ def scaling_wanted(text: str | None, indexers: str | Path | None) -> RopeScaling
     """
     from dsa.models.checkpoint import read_indexers
 
+    if text == OFF:
+        return None
     if text is not None:
         return parse_scaling(text)
     return None if indexers is None else read_indexers(indexers).base_model.get("rope_scaling")

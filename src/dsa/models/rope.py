@@ -18,6 +18,9 @@ FIXED = ("linear", "yarn", "llama3")
 KEEPS_LENGTH = ("yarn", "llama3")
 """Those that need to know how many positions the model was trained on."""
 
+OFF = "off"
+"""What a user says in place of a scaling to have none."""
+
 RopeScaling = dict[str, Any]
 
 

@@ -1,0 +1,149 @@
+"""A document longer than the model's positions: the RoPE scaling that makes room for it, when a user names none."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dsa.models.rope import OFF, RopeScaling, describe, extend_positions, scaling_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+STEPS = 4
+"""Factors are multiples of a quarter: texts of nearly the same length are read with the same angles."""
+
+
+@dataclass(frozen=True)
+class Demand:
+    """Tokens that one run puts into the context.
+
+    Args:
+        document: Of the document, as much of it as is read.
+        around: Of the question and of the chat template.
+        new: Written at most.
+    """
+
+    document: int
+    around: int
+    new: int
+
+    @property
+    def prompt(self) -> int:
+        """What is read."""
+        return self.document + self.around
+
+    @property
+    def total(self) -> int:
+        """Positions in all."""
+        return self.prompt + self.new
+
+    def fitting(self, total: int) -> int:
+        """How many tokens of the document fit into `total` positions; 0 where none do."""
+        return max(0, total - self.around - self.new)
+
+
+def chosen_scaling(
+    name: str, asked: str | None, indexers: str | Path | None, demand: Callable[[Any], Demand]
+) -> Callable[[PreTrainedConfig, Any], RopeScaling | None]:
+    """What `load_model(rope_scaling=...)` takes to have as many positions as a run needs.
+
+    A scaling that the user asks for is taken, else the one that the indexers named were trained with; without either
+    the smallest YaRN factor with room enough, where the model has plain RoPE. What then falls short or is stretched is
+    warned of.
+
+    Args:
+        name: What to call the model in messages.
+        asked: `"off"` for the model's own positions, or as `dsa.models.rope.parse_scaling` takes it.
+        indexers: As in `dsa.attach`.
+        demand: Given the tokenizer, how much the run needs.
+
+    Raises:
+        ValueError: The text is no scaling, or the indexers cannot be read. What is returned raises it where `"off"`
+            leaves too few positions.
+        OSError: There are no such indexers.
+    """
+    from dsa.models.loading import scaling_wanted
+
+    wanted = scaling_wanted(asked, indexers)
+
+    def choose(config: PreTrainedConfig, tokenizer: Any) -> RopeScaling | None:
+        needed = demand(tokenizer)
+        positions = positions_of(config)
+        if positions is None:
+            return wanted
+        if asked == OFF and needed.total > positions:
+            raise ValueError(_too_long(name, needed, positions))
+        if asked == OFF or wanted is not None:
+            extended = positions if wanted is None else _positions_with(config, wanted)
+            if needed.total > extended:
+                _warn_extrapolated(name, needed, extended, describe(wanted))
+            return wanted
+        if needed.total <= positions:
+            return None
+        scaling = smallest_scaling(needed.total, positions)
+        try:
+            extend_positions(copy.deepcopy(config), scaling)
+        except ValueError:
+            _warn_extrapolated(name, needed, positions, describe(scaling_of(config)))
+            return None
+        warnings.warn(
+            f"the prompt has {needed.prompt:,} tokens and up to {needed.new:,} follow, but {name} was trained on "
+            f"{positions:,} positions: its RoPE is stretched {scaling['factor']:g} times "
+            f"(yarn:{scaling['factor']:g}). It was never trained so: it will find and understand less than in texts "
+            "that fit, the less the further it is stretched. Shorter input (--tokens, --pages) or a model with more "
+            "positions keeps the quality",
+            UserWarning,
+            stacklevel=2,
+        )
+        return scaling
+
+    return choose
+
+
+def smallest_scaling(needed: int, positions: int) -> RopeScaling:
+    """YaRN (arXiv 2309.00071) by the smallest multiple of a quarter that makes `needed` positions out of fewer."""
+    assert needed > positions
+    return {"rope_type": "yarn", "factor": math.ceil(STEPS * needed / positions) / STEPS}
+
+
+def positions_of(config: PreTrainedConfig) -> int | None:
+    """How many positions a model was made for; `None` where its configuration does not say."""
+    return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+
+def _positions_with(config: PreTrainedConfig, scaling: RopeScaling) -> int:
+    """Positions under a scaling. Raises `ValueError` as `extend_positions` does."""
+    scaled = copy.deepcopy(config)
+    extend_positions(scaled, scaling)
+    positions = positions_of(scaled)
+    assert positions is not None
+    return positions
+
+
+def _warn_extrapolated(name: str, needed: Demand, positions: int, rope: str) -> None:
+    warnings.warn(
+        f"the prompt has {needed.prompt:,} tokens and up to {needed.new:,} follow, but {name} has {positions:,} "
+        f"positions with {rope}: those from {positions:,} on are extrapolated, and quality may fall",
+        UserWarning,
+        stacklevel=3,
+    )
+
+
+def _too_long(name: str, needed: Demand, positions: int) -> str:
+    fitting = needed.fitting(positions)
+    advice = (
+        f"{fitting:,} tokens of it fit: give --tokens {fitting} or fewer --pages, or leave --rope-scaling out to "
+        "stretch the positions"
+        if fitting > 1
+        else "the question or --max-new-tokens alone fill them"
+    )
+    return (
+        f"rope-scaling is off and {name} has {positions:,} positions, but the text with its question has "
+        f"{needed.prompt:,} tokens and up to {needed.new:,} follow; {advice}"
+    )
