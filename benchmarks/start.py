@@ -212,7 +212,7 @@ def main() -> int:
         print(f"KL {row['kl']:.3f}: fitted after {row['fitted_updates']} updates, random {needed}")
     if given.json is not None:
         plain = {
-            "texts": {"train": given.train, "unseen": given.unseen},
+            "texts": {"train": Path(given.train).stem, "unseen": Path(given.unseen).stem},
             "tokens": given.tokens,
             "config": config.to_dict(),
             "settings": settings.to_dict(),

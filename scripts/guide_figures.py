@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Draws the figures of docs/guide.md from the records in benchmarks/results.
+"""Draws the figures of docs/guide.md and docs/training.md from the records in benchmarks/results.
 
     python scripts/guide_figures.py
     python scripts/guide_figures.py --measure benchmarks/results/2026-11-25-guide-attention.json
@@ -279,6 +279,26 @@ def draw_time(record: dict[str, Any], file: Path) -> None:
     _save(figure, file)
 
 
+def draw_start(record: dict[str, Any], file: Path) -> None:
+    """Held-out loss over updates, from random weights and from the fit: each layer, and their mean."""
+    from matplotlib import pyplot
+
+    figure, place = pyplot.subplots(figsize=(7.2, 3.8))
+    every = record["settings"]["updates_per_sequence"] // record["settings"]["steps"]
+    for start, color in (("random", "#b45309"), ("fitted", "#1d4ed8")):
+        curves = [(layer[start]["kl"], {"alpha": 0.3, "linewidth": 1}) for layer in record["layers"]]
+        label = f"{start}, mean of {len(record['layers'])} layers"
+        for losses, style in [*curves, (record["mean"][start]["kl"], {"marker": "o", "label": label})]:
+            place.plot([every * step for step in range(len(losses))], losses, color=color, **style)
+    place.set_yscale("log")
+    ticks = [0.2, 0.5, 1, 2, 5]
+    place.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    place.minorticks_off()
+    place.set(xlabel=f"updates of {record['settings']['queries_per_update']} queries", ylabel="KL on another text, nats")
+    place.legend(frameon=False)
+    _save(figure, file)
+
+
 def _save(figure: Any, file: Path) -> None:
     from matplotlib import pyplot
 
@@ -321,6 +341,7 @@ def main() -> None:
     draw_quality(newest("quality-perplexity"), images / "guide-quality.svg")
     draw_work(images / "guide-work.svg")
     draw_time(newest("e2e"), images / "guide-time.svg")
+    draw_start(newest("start"), images / "training-start.svg")
 
 
 if __name__ == "__main__":
