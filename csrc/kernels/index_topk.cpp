@@ -13,6 +13,9 @@ namespace {
 constexpr int64_t kQueriesAtATime = 32;
 // Packed keys of a tile: together with one query they fit the first cache.
 constexpr int64_t kTileBytes = 16 << 10;
+// One query alone uses a tile once, and keys come from memory while they are packed: in small tiles they go on coming
+// while the last ones are scored.
+constexpr int64_t kTileBytesOfOneQuery = 2 << 10;
 // Keys that a threshold is guessed from, and how many queries make looking at them worth it.
 constexpr int64_t kSampledKeys = 1024;
 constexpr int64_t kQueriesForSample = 8;
@@ -38,8 +41,8 @@ class Problem {
           wanted(top_k - args.sinks - args.local),
           quantised(args.key.dtype == DSA_I8),
           words(quantised ? Bytes::words(dim) : Floats::words(dim)),
-          tile(larger<int64_t>(1, kTileBytes / (words * 4 * kChunk)) * kChunk),
           block(smaller<int64_t>(tokens, larger<int64_t>(1, kQueriesAtATime * 2048 / larger<int64_t>(2048, wanted)))),
+          tile(larger<int64_t>(1, (block == 1 ? kTileBytesOfOneQuery : kTileBytes) / (words * 4 * kChunk)) * kChunk),
           blocks(block == 0 ? 0 : ceil_div(tokens, block)) {
         const int64_t items = batch * blocks;
         segments = 1;
@@ -71,7 +74,7 @@ class Problem {
     const int64_t batch, tokens, heads, dim, keys, top_k;
     const int64_t wanted;  // how many a query chooses beside sinks and local tokens
     const bool quantised;
-    const int64_t words, tile, block, blocks;
+    const int64_t words, block, tile, blocks;
     int64_t segments;  // into which the keys of a block are split among threads
 };
 
