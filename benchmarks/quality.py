@@ -33,7 +33,8 @@ from dsa.config import DSAConfig
 from dsa.eval.comparison import READERS, attached, budget, contexts, text_losses
 from dsa.eval.documents import Document, encode, read_document
 from dsa.eval.mass import LayerMass, MassObserver
-from dsa.eval.needles import ask, cells, make_haystack
+from dsa.eval.needle_cells import cells
+from dsa.eval.needles import ask, make_haystack
 from dsa.eval.output import check_writable, write_json
 from dsa.eval.ratio import PerplexityRatio, perplexity_ratio
 from dsa.models.attachment import Attachment, take_off

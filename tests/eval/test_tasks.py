@@ -1,17 +1,20 @@
 """The tasks: repeatable, in agreement with the comparison, and pointing at a layer that is broken."""
 
+import io
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
+from dsa.cli.eval_table import show_tasks
 from dsa.eval.agreement import agreement, choices, places_in
 from dsa.eval.comparison import contexts
 from dsa.eval.documents import Document
 from dsa.eval.layers import suspect_layers
 from dsa.eval.mass import MassObserver
 from dsa.eval.plot import draw_tasks
-from dsa.eval.tasks import parse_lengths, parse_tasks, run_tasks
+from dsa.eval.tasks import parse_kinds, parse_lengths, parse_tasks, run_tasks
 from dsa.models import attach, is_attached
 from dsa.models.context import DSAContext
 from dsa.models.loading import LoadedModel
@@ -69,6 +72,15 @@ def test_names_of_tasks() -> None:
         parse_tasks("comparison,mass")
 
 
+def test_kinds_of_needles() -> None:
+    assert parse_kinds("multi-key,single") == ["multi-key", "single"]
+    assert parse_kinds("all") == ["single", "multi-key", "multi-value", "variable-tracking"]
+    with pytest.raises(ValueError, match=r"needle-kinds: expected some of single, .*; did you mean multi-key\?"):
+        parse_kinds("multikey")
+    with pytest.raises(ValueError, match="got none"):
+        parse_kinds(" ")
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 def test_choices_are_the_greedy_continuation_s(family: str) -> None:
     model, ids = tiny_model(family), tiny_tokens(1, 50)
@@ -103,6 +115,30 @@ def test_needles_and_agreement() -> None:
     assert runs[0]["agreement"] == runs[1]["agreement"]
     with pytest.raises(ValueError, match="length must leave room"):
         run_tasks(loaded, [text], ["needles"], tokens=60, lengths=[100])
+
+
+def test_every_kind_of_needle_is_measured_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr("dsa.eval.tasks.HAYSTACKS", 1)
+    model = tiny_model("llama", vocab_size=BYTE_VOCABULARY, max_position_embeddings=4096)
+    attach(model, TINY_CONFIG)
+    text = Document("It was a quiet day, and nothing much went on. Nobody minded that! " * 40, "a text")
+    loaded = LoadedModel(model, tiny_tokenizer(), "tiny", False)
+    kinds = ["multi-key", "multi-value", "variable-tracking"]
+    found = run_tasks(loaded, [text], ["needles"], tokens=60, lengths=[3000], needle_kinds=kinds)
+    rows = [row for row in found["needles"] if row["reader"] == "dsa"]
+    assert [(row["kind"], row["length"]) for row in rows] == [(kind, 3000) for kind in kinds]
+    assert [row["cells"][-1]["asked"] for row in rows] == [10, 30, 30]
+    assert [cell["depth"] for cell in rows[0]["cells"]] == [*range(10), None]
+    assert all(cell["log_probability"] < 0 for row in rows for cell in row["cells"])
+    file = tmp_path / "figures.svg"
+    draw_tasks(found, file)
+    assert "<svg" in file.read_text()
+    console = Console(file=io.StringIO(), width=80)
+    show_tasks(found, console)
+    printed = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "variable-tracking" in printed
+    assert max(map(len, printed.splitlines())) <= 80
 
 
 def test_it_is_drawn(tiny: LoadedModel, document: Document, tmp_path: Path) -> None:

@@ -34,7 +34,17 @@ def evaluate(
     threads: options.Threads = None,
     device: options.Device = None,
     rope_scaling: options.RopeScaling = None,
-    lengths: Annotated[str, typer.Option(metavar="N,N", help="Tokens of the texts with needles.")] = "2048,4096",
+    needle_kinds: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES",
+            help="Needles to plant, or `all`: `single`, `multi-key`, `multi-value`, `variable-tracking`; by default "
+            "`single`.",
+        ),
+    ] = None,
+    lengths: Annotated[
+        str | None, typer.Option(metavar="N,N", help="Tokens of the texts with needles; by default 2048,4096.")
+    ] = None,
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw the tasks' figures: .svg, .png or .pdf.")
     ] = None,
@@ -51,13 +61,19 @@ def evaluate(
       dsa eval Qwen/Qwen3-0.6B --file thesis.txt --indexers runs/qwen
       dsa eval default --file thesis.txt --tokens 32768 --rope-scaling yarn:4
       dsa eval default --file a.txt --file b.txt --tasks perplexity,mass
+      dsa eval default --file a.txt --tasks needles --needle-kinds all
     """
     from dsa.eval.documents import read_document
     from dsa.eval.output import check_writable, write_json
     from dsa.eval.plot import check_plot, draw_tasks
-    from dsa.eval.tasks import parse_lengths, parse_tasks, run_tasks
+    from dsa.eval.tasks import parse_kinds, parse_lengths, parse_tasks, run_tasks
 
     names = parse_tasks(tasks)
+    for argument, given in (("needle-kinds", needle_kinds), ("lengths", lengths)):
+        if given is not None and "needles" not in names:
+            raise ValueError(f"{argument}: only needles have them; add the task: --tasks needles")
+    kinds = parse_kinds("single" if needle_kinds is None else needle_kinds)
+    tokens_of_needles = parse_lengths("2048,4096" if lengths is None else lengths)
     if names == ["comparison"]:
         if len(file) > 1:
             raise ValueError(f"file: the comparison reads one text, got {len(file)}; add --tasks perplexity,mass")
@@ -90,7 +106,8 @@ def evaluate(
             top_k=top_k,
             local=local,
             indexers=indexers,
-            lengths=parse_lengths(lengths),
+            lengths=tokens_of_needles,
+            needle_kinds=kinds,
             seed=seed,
             progress=steps,
         )

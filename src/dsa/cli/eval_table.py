@@ -30,13 +30,8 @@ def show_tasks(result: dict[str, Any], console: Console) -> None:
         )
     if table.row_count:
         console.print(table, width=width)
-    for row in result.get("needles", []):
-        together = row["cells"][-1]
-        console.print(
-            f"Needles in {row['length']:,} tokens: {row['reader']} finds {together['found']:.2f}, "
-            f"dense {together['found_dense']:.2f} of {together['asked']}",
-            width=width,
-        )
+    if result.get("needles"):
+        _show_needles(result["needles"], console, width)
     for reader, row in result.get("agreement", {}).items():
         console.print(
             f"Greedy continuations, {reader}: {row['top1']:.3f} of the dense model's tokens are its first choice, the "
@@ -49,3 +44,38 @@ def show_tasks(result: dict[str, Any], console: Console) -> None:
             "{median:.3f}. Retrain it, or leave it dense.".format(**suspect),
             width=width,
         )
+
+
+def _show_needles(rows: list[dict[str, Any]], console: Console, width: int) -> None:
+    """Two tables, kinds and lengths down, readers across: answers found, and their log-probability beside dense's."""
+    readers = list(dict.fromkeys(row["reader"] for row in rows))
+    by_place: dict[tuple[str, int], dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        by_place.setdefault((row["kind"], row["length"]), {})[row["reader"]] = row["cells"][-1]
+    found = _needle_table("Needles: share of the answers found", ["dense", *readers])
+    nearness = _needle_table("Needles: log-probability of an answer less dense attention's, nats", readers)
+    for (kind, length), cells in by_place.items():
+        shares = [next(iter(cells.values()))["found_dense"], *(cells[reader]["found"] for reader in readers)]
+        found.add_row(kind, f"{length:,}", *(f"{share:.2f}" for share in shares))
+        nearness.add_row(kind, f"{length:,}", *(_difference(cells[reader]) for reader in readers))
+    console.print(found, width=width)
+    console.print(nearness, width=width)
+    console.print(
+        "Over the answers that dense attention finds (-: none); *: the whole 95 % interval lies below zero.",
+        width=width,
+    )
+
+
+def _needle_table(title: str, readers: list[str]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, header_style="bold", title=title)
+    table.add_column("")
+    for heading in ("tokens", *("DSA" if reader == "dsa" else reader for reader in readers)):
+        table.add_column(heading, justify="right")
+    return table
+
+
+def _difference(cell: dict[str, Any]) -> str:
+    if cell["difference"] is None:
+        return "-"
+    half = cell["half_width"]
+    return f"{cell['difference']:+.2f}{'*' if half is not None and cell['difference'] + half < 0 else ''}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,16 +37,16 @@ def draw_tasks(result: dict[str, Any], path: Path) -> None:
         panels.append(_ratios)
     if "mass" in result:
         panels += [_by_layer, _by_position]
-    if "needles" in result:
-        panels.append(_needles)
+    for kind in dict.fromkeys(row["kind"] for row in result.get("needles", [])):
+        panels += [partial(_needles_by_length, kind=kind), partial(_needles_by_depth, kind=kind)]
     if "agreement" in result:
         panels.append(_agreement)
     columns = min(2, len(panels))
     lines = -(-len(panels) // columns)
     figure, axes = pyplot.subplots(lines, columns, figsize=(6 * columns, 4 * lines), squeeze=False, dpi=150)
     for place, panel in zip(axes.ravel(), panels, strict=False):
-        panel(place, result)
         place.grid(alpha=0.3)
+        panel(place, result)
     for place in axes.ravel()[len(panels) :]:
         place.remove()
     figure.suptitle(f"{result['model']}, K = {result['top_k']:,}", fontsize=9)
@@ -86,18 +87,41 @@ def _by_position(place: Any, result: dict[str, Any]) -> None:
     place.legend(frameon=False, fontsize=7)
 
 
-def _needles(place: Any, result: dict[str, Any]) -> None:
-    by_reader: dict[str, list[tuple[int, float]]] = {}
+def _needles_by_length(place: Any, result: dict[str, Any], kind: str) -> None:
+    by_reader: dict[str, list[tuple[int, float]]] = {"dense": []}
     for row in result["needles"]:
+        if row["kind"] != kind:
+            continue
         together = row["cells"][-1]
         by_reader.setdefault(row["reader"], []).append((row["length"], together["found"]))
-        points = by_reader.setdefault("dense", [])
-        if row["length"] not in [length for length, _ in points]:
-            points.append((row["length"], together["found_dense"]))
+        if row["length"] not in [length for length, _ in by_reader["dense"]]:
+            by_reader["dense"].append((row["length"], together["found_dense"]))
     for name, points in by_reader.items():
         place.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
-    place.set(title="needles found", xlabel="tokens", ylim=(-0.05, 1.05))
+    place.set(title=f"{kind} needles found", xlabel="tokens", ylim=(-0.05, 1.05))
     place.legend(frameon=False, fontsize=7)
+
+
+def _needles_by_depth(place: Any, result: dict[str, Any], kind: str) -> None:
+    """What DSA finds as colours, with dense attention's share behind it in figures."""
+    rows = sorted(
+        (row for row in result["needles"] if (row["kind"], row["reader"]) == (kind, "dsa")),
+        key=lambda row: row["length"],
+    )
+    columns = [row["cells"][:-1] for row in rows]
+    depths = range(len(columns[0]))
+    shares = [[cells[depth]["found"] for cells in columns] for depth in depths]
+    place.grid(visible=False)
+    place.imshow(shares, aspect="auto", cmap="viridis", vmin=0, vmax=1)
+    for depth in depths:
+        for column, cells in enumerate(columns):
+            cell = cells[depth]
+            text = f"{cell['found']:.2f} / {cell['found_dense']:.2f}"
+            colour = "black" if cell["found"] > 0.5 else "white"
+            place.text(column, depth, text, ha="center", va="center", fontsize=7, color=colour)
+    place.set_xticks(range(len(rows)), [f"{row['length']:,}" for row in rows])
+    place.set_yticks(depths, [f"{100 * depth // len(depths)} %" for depth in depths])
+    place.set(title=f"{kind} needles found: DSA / dense", xlabel="tokens", ylabel="depth, from")
 
 
 def _agreement(place: Any, result: dict[str, Any]) -> None:

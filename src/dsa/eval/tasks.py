@@ -18,7 +18,9 @@ from dsa.eval.comparison import READERS, attached, budget, contexts, text_losses
 from dsa.eval.documents import Document, encode
 from dsa.eval.layers import LayerObserver, indexer_selection, suspect_layers
 from dsa.eval.machine import describe_machine
-from dsa.eval.needles import Haystack, Reply, ask, cells, make_haystack
+from dsa.eval.needle_cells import cells
+from dsa.eval.needle_kinds import KINDS
+from dsa.eval.needles import Haystack, Reply, ask, make_haystack
 from dsa.eval.progress import Progress, silent
 from dsa.eval.ratio import perplexity_ratio
 from dsa.eval.selections import SELECTIONS, selection
@@ -39,16 +41,31 @@ def parse_tasks(text: str) -> list[str]:
     Raises:
         ValueError: No such task.
     """
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    for name in names:
-        if name not in TASKS:
-            near = difflib.get_close_matches(name, TASKS, 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(f"tasks: expected some of {', '.join(TASKS)}, got {name!r}{hint}")
-    if not names:
-        raise ValueError(f"tasks: expected some of {', '.join(TASKS)}, got none")
+    names = _chosen(text, TASKS, "tasks")
     if "comparison" in names and len(names) > 1:
         raise ValueError("tasks: comparison times whole models and runs alone; leave it out, or the others")
+    return names
+
+
+def parse_kinds(text: str) -> list[str]:
+    """Kinds of needles out of a list with commas; `all` are all.
+
+    Raises:
+        ValueError: No such kind.
+    """
+    return list(KINDS) if text.strip() == "all" else _chosen(text, KINDS, "needle-kinds")
+
+
+def _chosen(text: str, known: Sequence[str], argument: str) -> list[str]:
+    """Names out of a list with commas, each once."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"{argument}: expected some of {', '.join(known)}, got {name!r}{hint}")
+    if not names:
+        raise ValueError(f"{argument}: expected some of {', '.join(known)}, got none")
     return list(dict.fromkeys(names))
 
 
@@ -74,6 +91,7 @@ def run_tasks(
     local: int | None = None,
     indexers: str | Path | None = None,
     lengths: Sequence[int] = (2048, 4096),
+    needle_kinds: Sequence[str] = ("single",),
     seed: int = 0,
     progress: Progress = silent,
 ) -> dict[str, Any]:
@@ -88,6 +106,7 @@ def run_tasks(
         local: Most recent tokens always read.
         indexers: As in `dsa.attach`.
         lengths: Tokens of the haystacks.
+        needle_kinds: Some of `dsa.eval.needle_kinds.KINDS`.
         seed: Of the random selection and the needles.
         progress: Shows the steps.
 
@@ -100,7 +119,7 @@ def run_tasks(
     began = time.perf_counter()
     texts = [encode(each, loaded.tokenizer, tokens) for each in documents]
     model = loaded.model
-    haystacks = _haystacks(loaded, documents, lengths, seed) if "needles" in tasks else {}
+    haystacks = _haystacks(loaded, documents, needle_kinds, lengths, seed) if "needles" in tasks else {}
     before = None
     if is_attached(model):
         before = take_off(model)
@@ -206,34 +225,41 @@ def _mean(values: Sequence[Any]) -> Any:
 
 
 def _haystacks(
-    loaded: LoadedModel, documents: Sequence[Document], lengths: Sequence[int], seed: int
-) -> dict[int, list[Haystack]]:
-    """Haystacks of every length, the texts in turn; made before anything runs, so that a short text is refused."""
+    loaded: LoadedModel, documents: Sequence[Document], kinds: Sequence[str], lengths: Sequence[int], seed: int
+) -> dict[tuple[str, int], list[Haystack]]:
+    """Haystacks of every kind and length, the texts in turn; made before anything runs: a short text is refused."""
     tokenizer = loaded.tokenizer
     texts = [tokenizer(each.text, add_special_tokens=False, verbose=False)["input_ids"] for each in documents]
     return {
-        length: [
-            make_haystack(texts[number % len(texts)], tokenizer, length, seed + number) for number in range(HAYSTACKS)
+        (kind, length): [
+            make_haystack(texts[number % len(texts)], tokenizer, length, seed + number, kind)
+            for number in range(HAYSTACKS)
         ]
+        for kind in kinds
         for length in lengths
     }
 
 
 def _needles(
-    model: Any, haystacks: dict[int, list[Haystack]], config: DSAConfig, seed: int, progress: Progress
+    model: Any,
+    haystacks: dict[tuple[str, int], list[Haystack]],
+    config: DSAConfig,
+    seed: int,
+    progress: Progress,
 ) -> list[dict[str, Any]]:
-    """One row per length and reader: `found` and `found_dense` over all depths, and the cells of each tenth."""
+    """One row per kind, length and reader; `cells` has one for each tenth of the text and, last, one for all."""
     rows = []
-    for length, made in haystacks.items():
+    for (kind, length), made in haystacks.items():
         replies: list[dict[str, list[Reply]]] = [{} for _ in made]
-        with progress(f"Needles in {length:,} tokens", len(made) * len(READERS)) as advance:
+        with progress(f"Needles ({kind}) in {length:,} tokens", len(made) * len(READERS)) as advance:
             for hay, by_reader in zip(made, replies, strict=True):
                 for reader in READERS:
                     by_reader[reader] = ask(model, hay, contexts(reader, config, seed))
                     advance()
         for reader in READERS[1:]:
             found = cells(length, replies, reader)
-            rows.append({"length": length, "reader": reader, "cells": [asdict(each) for each in found]})
+            plain = [asdict(each) for each in found]
+            rows.append({"kind": kind, "length": length, "reader": reader, "cells": plain})
     return rows
 
 
