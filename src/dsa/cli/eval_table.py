@@ -57,25 +57,28 @@ def _show_needles(rows: list[dict[str, Any]], console: Console, width: int) -> N
     for (kind, length), cells in by_place.items():
         shares = [next(iter(cells.values()))["found_dense"], *(cells[reader]["found"] for reader in readers)]
         found.add_row(kind, f"{length:,}", *(f"{share:.2f}" for share in shares))
-        nearness.add_row(kind, f"{length:,}", *(_difference(cells[reader]) for reader in readers))
-    console.print(found, width=width)
-    console.print(nearness, width=width)
+        nearness.add_row(kind, f"{length:,}", *(_difference(cells[reader], reader == "dsa") for reader in readers))
+    for table in (found, nearness):
+        console.print()
+        console.print(table, width=width)
     console.print(
-        "Over the answers that dense attention finds (-: none); *: the whole 95 % interval lies below zero.",
+        "Over the answers that dense attention finds (-: none), with the 95 % interval for DSA; *: the whole interval "
+        "lies below zero.",
         width=width,
     )
 
 
 def _needle_table(title: str, readers: list[str]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, header_style="bold", title=title)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=0, header_style="bold", title=title)
     table.add_column("")
     for heading in ("tokens", *("DSA" if reader == "dsa" else reader for reader in readers)):
         table.add_column(heading, justify="right")
     return table
 
 
-def _difference(cell: dict[str, Any]) -> str:
-    if cell["difference"] is None:
+def _difference(cell: dict[str, Any], with_interval: bool) -> str:
+    difference, half = cell["difference"], cell["half_width"]
+    if difference is None:
         return "-"
-    half = cell["half_width"]
-    return f"{cell['difference']:+.2f}{'*' if half is not None and cell['difference'] + half < 0 else ''}"
+    interval = f"±{half:.2f}" if with_interval and half is not None else ""
+    return f"{difference:+.2f}{interval}{'*' if half is not None and difference + half < 0 else ''}"

@@ -88,17 +88,19 @@ def _by_position(place: Any, result: dict[str, Any]) -> None:
 
 
 def _needles_by_length(place: Any, result: dict[str, Any], kind: str) -> None:
-    by_reader: dict[str, list[tuple[int, float]]] = {"dense": []}
+    by_reader: dict[str, list[tuple[int, float, float]]] = {"dense": []}
     for row in result["needles"]:
         if row["kind"] != kind:
             continue
         together = row["cells"][-1]
-        by_reader.setdefault(row["reader"], []).append((row["length"], together["found"]))
-        if row["length"] not in [length for length, _ in by_reader["dense"]]:
-            by_reader["dense"].append((row["length"], together["found_dense"]))
+        half = together["found_half_width"] if row["reader"] == "dsa" else None
+        by_reader.setdefault(row["reader"], []).append((row["length"], together["found"], half or 0.0))
+        if row["length"] not in [length for length, _, _ in by_reader["dense"]]:
+            by_reader["dense"].append((row["length"], together["found_dense"], 0.0))
     for name, points in by_reader.items():
-        place.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
-    place.set(title=f"{kind} needles found", xlabel="tokens", ylim=(-0.05, 1.05))
+        lengths, shares, halves = zip(*sorted(points), strict=True)
+        place.errorbar(lengths, shares, yerr=halves if any(halves) else None, marker="o", capsize=3, label=name)
+    place.set(title=f"{kind} needles found (bar: 95 % interval)", xlabel="tokens", ylim=(-0.05, 1.05))
     place.legend(frameon=False, fontsize=7)
 
 
