@@ -294,7 +294,9 @@ def draw_start(record: dict[str, Any], file: Path) -> None:
     ticks = [0.2, 0.5, 1, 2, 5]
     place.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     place.minorticks_off()
-    place.set(xlabel=f"updates of {record['settings']['queries_per_update']} queries", ylabel="KL on another text, nats")
+    place.set(
+        xlabel=f"updates of {record['settings']['queries_per_update']} queries", ylabel="KL on another text, nats"
+    )
     place.legend(frameon=False)
     _save(figure, file)
 
