@@ -66,4 +66,5 @@ def test_the_shuffled_layer_is_named(fitted: LoadedModel, layer: int) -> None:
     try:
         assert suspects(fitted) == [layer]
     finally:
-        indexer.load_state_dict(before)
+        # The evaluation takes the indexers off and puts them on again, as new modules.
+        indexers_of(fitted.model)[layer].load_state_dict(before)

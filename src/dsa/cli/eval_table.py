@@ -15,19 +15,18 @@ HEADINGS = {"dense": "dense", "dsa": "DSA", "window": "4 sinks + window", "patte
 def show_tasks(result: dict[str, Any], console: Console) -> None:
     """Prints what every selection came to at the same budget, and the layers that stand out."""
     width = min(WIDTH, console.width)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold", title=f"K = {result['top_k']:,}")
-    table.add_column("")
-    for heading in ("perplexity", "ratio to dense, 95 %", "mass kept", "top-k recall"):
-        table.add_column(heading, justify="right")
+    table = _table(f"K = {result['top_k']:,}", (0, 1, 0, 0))
     losses, mass = result.get("perplexity", {}), result.get("mass", {"kept": {}, "recall": {}})
+    headings = ["perplexity", "ratio to dense, 95 %"] if losses else []
+    for heading in [*headings, *(["mass kept", "top-k recall"] if mass["kept"] else [])]:
+        table.add_column(heading, justify="right")
     for name in dict.fromkeys([*losses, *mass["kept"]]):
-        table.add_row(
-            HEADINGS.get(name, name),
-            f"{losses[name]['perplexity']:.3f}" if name in losses else "",
-            "{ratio:.4f} ({low:.4f}-{high:.4f})".format(**losses[name]) if name in losses else "",
-            f"{mass['kept'][name]:.3f}" if name in mass["kept"] else "",
-            f"{mass['recall'][name]:.3f}" if name in mass["recall"] else "",
-        )
+        cells = [HEADINGS.get(name, name)]
+        if losses:
+            row = losses[name]
+            cells += [f"{row['perplexity']:.3f}", "{ratio:.4f} ({low:.4f}-{high:.4f})".format(**row)]
+        cells += [f"{mass[figure][name]:.3f}" if name in mass[figure] else "" for figure in ("kept", "recall")]
+        table.add_row(*cells[: len(table.columns)])
     if table.row_count:
         console.print(table, width=width)
     if result.get("needles"):
@@ -69,10 +68,17 @@ def _show_needles(rows: list[dict[str, Any]], console: Console, width: int) -> N
 
 
 def _needle_table(title: str, readers: list[str]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=0, header_style="bold", title=title)
-    table.add_column("")
+    table = _table(title, 0)
     for heading in ("tokens", *("DSA" if reader == "dsa" else reader for reader in readers)):
         table.add_column(heading, justify="right")
+    return table
+
+
+def _table(title: str, padding: int | tuple[int, int, int, int]) -> Table:
+    table = Table(
+        box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=padding, header_style="bold", title=title
+    )
+    table.add_column("")
     return table
 
 
