@@ -7,7 +7,8 @@ from dsa.models.context import AttentionCall, DSAContext
 from dsa.models.loading import LoadedModel
 from dsa.report.explanation import Explanation
 from dsa.report.packing import rate_level, varints, visible, weight_level
-from dsa.report.passages import cut, most_read
+from dsa.report.passages import cut, most_read, shares
+from dsa.report.recording import Row
 
 
 @pytest.fixture
@@ -76,8 +77,19 @@ def test_passages_cover_everything_and_cross_no_page() -> None:
 
 
 def test_what_every_token_reads_ranks_last() -> None:
-    everyone = [{0: 0.5, 1: 0.0}, {0: 0.5, 1: 0.0}, {0: 0.5, 1: 0.1}]
-    assert [each.passage for each in most_read(everyone, everyone[2], 2)] == [1, 0]
+    everyone = torch.tensor([[0.5, 0.0, 0.0], [0.5, 0.0, 0.0], [0.5, 0.1, 0.0]])
+    assert [each.passage for each in most_read(everyone[2], everyone.mean(dim=0), 3)] == [1, 0]
+
+
+def test_shares_leave_out_what_is_always_read() -> None:
+    rows = {
+        layer: Row(torch.tensor([0, 3, 5, 9], dtype=torch.int32), torch.tensor([0.1, 0.2, 0.3, 0.4]), 4, 1, 1, 0, 0)
+        for layer in range(3)
+    }
+    passage_of = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1, 2, 2])
+    # Layer 2 reads everything; layer 1's window reaches back to 5.
+    found = shares(rows, 9, passage_of, 2, {0: 2, 1: 5})
+    assert torch.allclose(found, torch.tensor([0.2, 0.15, 0.0]))
 
 
 def test_json_names_pages(explanation: Explanation) -> None:

@@ -9,7 +9,8 @@ prefill, unless the dense prefill itself is asked for.
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,6 @@ class Explanation:
     dense: Cost
     notes: list[str]
     environment: dict[str, Any]
-    _shares: dict[int, dict[int, float]] = field(default_factory=dict)
 
     @property
     def queries(self) -> list[int]:
@@ -109,18 +109,34 @@ class Explanation:
 
     def most_read(self, query: int, count: int = 10) -> list[Reading]:
         """The passages that distinguish what a query read, over all layers that select."""
-        if not self._shares:
-            passage_of = [number for number, each in enumerate(self.passages) for _ in range(each.start, each.end)]
-            selecting = self.selecting()
-            self._shares = {
-                each: shares(rows, each, passage_of, self.recorder.config.sinks, selecting)
-                for each, rows in self.recorder.rows.items()
-            }
-        return most_read(self._shares.values(), self._shares[query], count)
+        return most_read(self._shares[query], self._usual, count)
+
+    @cached_property
+    def _shares(self) -> dict[int, torch.Tensor]:
+        """fp32 `[passages]` by kept query: the attention on each passage."""
+        lengths = torch.tensor([each.end - each.start for each in self.passages])
+        passage_of = torch.arange(len(self.passages)).repeat_interleave(lengths)
+        sinks, selecting = self.recorder.config.sinks, self.selecting()
+        return {query: shares(rows, query, passage_of, sinks, selecting) for query, rows in self.recorder.rows.items()}
+
+    @cached_property
+    def _usual(self) -> torch.Tensor:
+        """fp32 `[passages]`: the mean over all kept queries."""
+        return torch.stack(list(self._shares.values())).mean(dim=0)
 
     def selecting(self) -> dict[int, int]:
         """The layers that do not read everything, with the number of last tokens that they always read."""
         return {layer: each.local for layer, each in self.recorder.counts.items() if each.top_k is not None}
+
+    @property
+    def mass_kept(self) -> float | None:
+        """Share of dense attention that the selections hold, mean over layers and sampled tokens of the prompt."""
+        return _mean([each.kept / each.sampled for each in self.recorder.counts.values() if each.sampled])
+
+    @property
+    def mass_kept_window(self) -> float | None:
+        """The same for sinks and a window of the same budget."""
+        return _mean([each.window_kept / each.sampled for each in self.recorder.counts.values() if each.sampled])
 
     def text(self, start: int, end: int) -> str:
         """The text of some tokens, the answer's behind the prompt's."""
@@ -154,7 +170,6 @@ class Explanation:
                     ],
                 }
             )
-        counts = [each for each in self.recorder.counts.values() if each.sampled]
         return {
             "model": self.model,
             "document": self.document,
@@ -163,8 +178,8 @@ class Explanation:
             "document_tokens": self.prompt.parts.count("document"),
             "answer": "".join(each.text for each in self.answer),
             "tokens": tokens,
-            "mass_kept": _mean([each.kept / each.sampled for each in counts]),
-            "mass_kept_window": _mean([each.window_kept / each.sampled for each in counts]),
+            "mass_kept": self.mass_kept,
+            "mass_kept_window": self.mass_kept_window,
             "dsa": asdict(self.dsa),
             "dense": asdict(self.dense),
             "config": self.report.config.to_dict(),

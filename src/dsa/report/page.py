@@ -31,18 +31,18 @@ def render(explanation: Explanation) -> str:
     script = "\n".join((folder / name).read_text("utf-8") for name in SCRIPTS)
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["number"] = lambda value: f"{value:,.0f}"
-    plain = explanation.to_json()
+    prompt = explanation.prompt
     return environment.from_string((folder / "report.html.j2").read_text("utf-8")).render(
         document=visible(explanation.document),
         model=visible(explanation.model),
         ask=None if explanation.ask is None else visible(explanation.ask),
-        prompt_tokens=plain["prompt_tokens"],
-        document_tokens=plain["document_tokens"],
-        pages=len({page for page in explanation.prompt.pages if page is not None}),
+        prompt_tokens=len(prompt.ids),
+        document_tokens=prompt.parts.count("document"),
+        pages=len({page for page in prompt.pages if page is not None}),
         notes=explanation.notes,
         config=explanation.report.config,
-        kept=plain["mass_kept"],
-        kept_window=plain["mass_kept_window"],
+        kept=explanation.mass_kept,
+        kept_window=explanation.mass_kept_window,
         costs=_costs(explanation.dsa, explanation.dense),
         is_estimated=explanation.dense.is_estimated,
         environment=explanation.environment,

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import torch
+from torch import Tensor
 
 from dsa.report.recording import Row
 
@@ -75,39 +78,36 @@ def cut(tokens: Sequence[str], pages: Sequence[int | None], parts: Sequence[str]
     return passages
 
 
-def shares(rows: dict[int, Row], query: int, passage_of: Sequence[int], sinks: int, locals_: dict[int, int]) -> dict:
+def shares(rows: dict[int, Row], query: int, passage_of: Tensor, sinks: int, locals_: dict[int, int]) -> Tensor:
     """Attention of one query on each passage beyond sinks and local window, mean over the layers that select.
 
     Args:
         rows: What the query read, by layer.
         query: Its position.
-        passage_of: Number of the passage of every token.
+        passage_of: int64 `[n]`, the number of every token's passage, ascending.
         sinks: Tokens at the start that are always read.
         locals_: By layer that selects: how many of the last are always read.
+
+    Returns:
+        fp32 `[passages]`.
     """
-    found: dict[int, float] = {}
+    found = torch.zeros(int(passage_of[-1]) + 1)
     layers = [layer for layer in rows if layer in locals_]
     for layer in layers:
-        row, end = rows[layer], query + 1 - locals_[layer]
-        for position, weight in zip(row.positions.tolist(), row.weights.tolist(), strict=True):
-            if sinks <= position < end:
-                passage = passage_of[position]
-                found[passage] = found.get(passage, 0.0) + weight / len(layers)
+        row = rows[layer]
+        far = (row.positions >= sinks) & (row.positions < query + 1 - locals_[layer])
+        found.index_add_(0, passage_of[row.positions[far].long()], row.weights[far] / len(layers))
     return found
 
 
-def most_read(all_shares: Iterable[dict[int, float]], own: dict[int, float], count: int) -> list[Reading]:
+def most_read(own: Tensor, usual: Tensor, count: int) -> list[Reading]:
     """The passages that one token read most beyond what the kept tokens read of them on average.
 
     Args:
-        all_shares: `shares` of all kept queries.
-        own: That of this one.
-        count: How many to return.
+        own: fp32 `[passages]`, `shares` of this token.
+        usual: The mean of that over all kept queries.
+        count: How many to return at most; passages that were not read are none of them.
     """
-    everyone = list(all_shares)
-    usual: dict[int, float] = {}
-    for each in everyone:
-        for passage, share in each.items():
-            usual[passage] = usual.get(passage, 0.0) + share / len(everyone)
-    readings = [Reading(passage, share, usual.get(passage, 0.0)) for passage, share in own.items()]
-    return sorted(readings, key=lambda reading: (-reading.excess, reading.passage))[:count]
+    read = own.nonzero().flatten()
+    best = (own - usual)[read].sort(descending=True, stable=True).indices[:count]
+    return [Reading(int(each), float(own[each]), float(usual[each])) for each in read[best]]

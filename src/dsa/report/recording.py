@@ -27,7 +27,7 @@ PARTS = 192
 SAMPLED_EVERY = 8
 """Of every so many queries one says from how far it selected."""
 
-ENTRIES_AT_MOST = 7_000_000
+ENTRIES_AT_MOST = 6_000_000
 """Selected tokens kept exactly, over all layers and kept queries: what keeps a report below 20 MB."""
 
 

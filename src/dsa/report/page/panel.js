@@ -10,7 +10,7 @@ class Panel {
     this.rows = rows;
     this.passageOf = new Uint32Array(meta.tokens + meta.answer_tokens);
     meta.passages.forEach((_, i) => this.passageOf.fill(i, passageStart(i), passageEnd(i)));
-    this.shares = new Map();
+    this.key = null;
   }
 
   stat(query, layer, which) { return this.rows.stats[(query * layerCount + layer) * STATS + which]; }
@@ -28,35 +28,33 @@ class Panel {
     for (let i = begins[row]; i < begins[row + 1]; i++) visit(positions[i], weightOf[weights[i]]);
   }
 
-  // Attention on every passage beyond sinks and local window.
-  onPassages(query, layers) {
-    const key = `${query}:${layers.join()}`;
-    if (!this.shares.has(key)) {
-      const found = new Map();
-      for (const layer of layers) {
-        const end = meta.queries[query] + 1 - meta.layers[layer].local;
-        this.each(query, layer, (position, weight) => {
-          if (position < meta.sinks || position >= end) return;
-          const passage = this.passageOf[position];
-          found.set(passage, (found.get(passage) ?? 0) + weight / layers.length);
-        });
-      }
-      this.shares.set(key, found);
+  // Attention on every passage beyond sinks and local window: of every kept query, and the mean of them. Those of the
+  // layers looked at last are kept.
+  sharesOf(layers) {
+    const key = layers.join();
+    if (this.key !== key) {
+      const count = meta.passages.length, usual = new Float32Array(count);
+      const shares = meta.queries.map((at, query) => {
+        const found = new Float32Array(count);
+        for (const layer of layers) {
+          const end = at + 1 - meta.layers[layer].local;
+          this.each(query, layer, (position, weight) => {
+            if (position >= meta.sinks && position < end) found[this.passageOf[position]] += weight / layers.length;
+          });
+        }
+        for (let i = 0; i < count; i++) usual[i] += found[i] / meta.queries.length;
+        return found;
+      });
+      Object.assign(this, { key, shares, usual });
     }
-    return this.shares.get(key);
+    return this;
   }
 
   mostRead(query, layers, count) {
-    const usual = new Map();
-    for (let each = 0; each < meta.queries.length; each++) {
-      for (const [passage, share] of this.onPassages(each, layers)) {
-        usual.set(passage, (usual.get(passage) ?? 0) + share / meta.queries.length);
-      }
-    }
-    return [...this.onPassages(query, layers)]
-      .map(([passage, share]) => ({ passage, share, usual: usual.get(passage) }))
-      .sort((a, b) => b.share - b.usual - (a.share - a.usual) || a.passage - b.passage)
-      .slice(0, count);
+    const { shares, usual } = this.sharesOf(layers);
+    const own = shares[query], read = [];
+    own.forEach((share, passage) => { if (share) read.push({ passage, share, usual: usual[passage] }); });
+    return read.sort((a, b) => b.share - b.usual - (a.share - a.usual) || a.passage - b.passage).slice(0, count);
   }
 
   mean(query, layers, which) {
