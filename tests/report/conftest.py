@@ -1,6 +1,5 @@
 """A small report of a text with everything in it that could do harm, and a browser to open it in."""
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from dsa.documents.prompt import make_prompt
 from dsa.models.loading import LoadedModel
 from dsa.report.explanation import Explanation, explain
 from dsa.report.page import write_page
+from dsa.testing.browser import NoBrowserError, chromium
 from dsa.testing.tiny_models import tiny_model
 from dsa.testing.tiny_tokenizer import BYTE_VOCABULARY, tiny_tokenizer
 
@@ -21,8 +21,6 @@ PAGES = (
     "The second page has an odd \x07 character and a \u202e mark. Caf\u00e9 costs 3 \u20ac. \U0001f600 It ends here.\n",
     "The third page closes: </script><script>fetch('http://example.com/')</script> and </textarea>. Good bye.\n",
 )
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-ARGUMENTS = ["--no-sandbox", "--headless", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
 
 
 @pytest.fixture(scope="session")
@@ -52,11 +50,8 @@ def page_file(explanation: Explanation, tmp_path_factory: pytest.TempPathFactory
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Any]:
     """Headless Chromium."""
-    sync_api = pytest.importorskip("playwright.sync_api", reason="needs the Python package playwright")
-    path = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if path is None:
-        pytest.skip("needs Chromium, e.g. Debian's package chromium")
-    with sync_api.sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=path, args=ARGUMENTS)
-        yield opened
-        opened.close()
+    try:
+        with chromium() as opened:
+            yield opened
+    except NoBrowserError as error:
+        pytest.skip(str(error))

@@ -13,10 +13,10 @@ import random
 import torch
 
 from dsa.config import DSAConfig
+from dsa.documents.prompt import Prompt
 from dsa.models.attachment import AttachReport, LayerReport
 from dsa.report.explanation import Cost, Explanation, Written
 from dsa.report.passages import cut
-from dsa.report.prompt import Prompt
 from dsa.report.recording import PARTS, LayerCounts, Recorder, Row
 
 PAGE = 400

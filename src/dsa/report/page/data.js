@@ -3,11 +3,18 @@
 const meta = JSON.parse(document.getElementById("meta").textContent);
 const byId = (id) => document.getElementById(id);
 
-async function inflate(name) {
-  const element = byId(`data-${name}`);
-  const binary = atob(element.textContent);
+// Younger browsers do this themselves.
+function bytesOf(base64) {
+  if (Uint8Array.fromBase64) return Uint8Array.fromBase64(base64);
+  const binary = atob(base64);
   const bytes = new Uint8Array(binary.length);
   for (let i = 0; i < bytes.length; i++) bytes[i] = binary.charCodeAt(i);
+  return bytes;
+}
+
+async function inflate(name) {
+  const element = byId(`data-${name}`);
+  const bytes = bytesOf(element.textContent);
   element.remove();
   const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
   return new Response(stream).arrayBuffer();
@@ -50,9 +57,15 @@ async function readRows() {
 
 const weightOf = new Float32Array(256);
 for (let level = 1; level < 256; level++) weightOf[level] = 2 ** ((level - 160) / 8);
-const rateOf = (level) => (level ? 2 ** ((level - 15) / 1.5) : 0);
+const rateOf = Float32Array.from({ length: 16 }, (_, level) => (level ? 2 ** ((level - 15) / 1.5) : 0));
 
 const layerCount = meta.layers.length;
 const selecting = meta.layers.map((layer, i) => i).filter((i) => meta.layers[i].top_k !== null);
 const number = (value) => Math.round(value).toLocaleString("en");
 const percent = (share) => `${(100 * share).toFixed(share < 0.0995 ? 1 : 0)} %`;
+
+// What is made at its first use only.
+function once(make) {
+  let made = null;
+  return () => (made ??= make());
+}

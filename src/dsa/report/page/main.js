@@ -92,8 +92,8 @@ async function start() {
   const [counts, rows] = await Promise.all([readCounts(), readRows()]);
   const panel = new Panel(text, rows);
   const offered = choices(text);
-  const mean = meanLevels(counts.rates);
-  const rates = rateMap(counts.rates);
+  const mean = once(() => meanLevels(counts.rates));
+  const rates = once(() => rateMap(counts.rates));
 
   const map = new Map2D(byId("map"), (row, across) => {
     if (state.map !== "parts") {
@@ -106,16 +106,17 @@ async function start() {
   });
 
   function shadeText() {
-    const levels = state.layer === "all" ? mean : counts.rates.subarray(Number(state.layer) * meta.tokens, (Number(state.layer) + 1) * meta.tokens);
+    const layer = Number(state.layer);
+    const levels = () => (state.layer === "all" ? mean() : counts.rates.subarray(layer * meta.tokens, (layer + 1) * meta.tokens));
     const legend = byId("legend");
     if (state.shade === "token") {
       pane.shadeBy(shadeByToken(panel.weights(state.query, layersChosen())));
       legend.replaceChildren(swatch(colour("--mark"), 0.1), "little ", swatch(colour("--mark"), 0.7), "much of the chosen token's attention");
     } else if (state.shade === "rate") {
-      pane.shadeBy(shadeByRate(levels));
+      pane.shadeBy(shadeByRate(levels()));
       legend.replaceChildren(swatch(colour("--mark"), RATE_ALPHA[6]), "rarely ", swatch(colour("--mark"), RATE_ALPHA[15]), "always selected by the later tokens that had the choice");
     } else {
-      pane.shadeBy(shadeByDistance(levels, counts.distances));
+      pane.shadeBy(shadeByDistance(levels(), counts.distances));
       legend.replaceChildren(swatch(mixed(0), 0.6), "selected from near ", swatch(mixed(1), 0.6), "from far; stronger where more often");
     }
   }
@@ -129,7 +130,7 @@ async function start() {
     };
     byId("map-note").textContent = notes[state.map];
     if (state.map === "token") map.show(tokenMap(rows, state.query), layerCount, columnsFor(), "Attention of the chosen token, layers by positions; the table below has its figures.", chosen);
-    else if (state.map === "rate") map.show(rates, layerCount, columnsFor(), "How often each position was selected in each layer.", chosen);
+    else if (state.map === "rate") map.show(rates(), layerCount, columnsFor(), "How often each position was selected in each layer.", chosen);
     else map.show(Float32Array.from(counts.parts, (value) => value / 255), meta.parts, meta.parts, "Which part of the text selected which.");
   }
 

@@ -68,12 +68,11 @@ function tokenMap(rows, query) {
 function rateMap(rates) {
   const columns = columnsFor();
   const values = new Float32Array(layerCount * columns), counts = new Float32Array(columns);
-  for (let i = 0; i < meta.tokens; i++) counts[Math.floor((i * columns) / meta.tokens)]++;
+  const columnOf = Uint16Array.from({ length: meta.tokens }, (_, i) => Math.floor((i * columns) / meta.tokens));
+  for (const column of columnOf) counts[column]++;
   for (let layer = 0; layer < layerCount; layer++) {
-    for (let i = 0; i < meta.tokens; i++) {
-      const column = Math.floor((i * columns) / meta.tokens);
-      values[layer * columns + column] += rateOf(rates[layer * meta.tokens + i]) / counts[column];
-    }
+    const from = layer * meta.tokens, to = layer * columns;
+    for (let i = 0; i < meta.tokens; i++) values[to + columnOf[i]] += rateOf[rates[from + i]];
   }
-  return values.map((value) => Math.sqrt(value));
+  return values.map((value, i) => Math.sqrt(value / counts[i % columns]));
 }

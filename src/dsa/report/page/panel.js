@@ -31,16 +31,17 @@ class Panel {
   // Attention on every passage beyond sinks and local window: of every kept query, and the mean of them. Those of the
   // layers looked at last are kept.
   sharesOf(layers) {
-    const key = layers.join();
+    const key = layers.join(), { passageOf } = this, { begins, positions, weights } = this.rows;
     if (this.key !== key) {
       const count = meta.passages.length, usual = new Float32Array(count);
       const shares = meta.queries.map((at, query) => {
         const found = new Float32Array(count);
         for (const layer of layers) {
-          const end = at + 1 - meta.layers[layer].local;
-          this.each(query, layer, (position, weight) => {
-            if (position >= meta.sinks && position < end) found[this.passageOf[position]] += weight / layers.length;
-          });
+          const end = at + 1 - meta.layers[layer].local, row = query * layerCount + layer;
+          for (let i = begins[row]; i < begins[row + 1]; i++) {
+            const position = positions[i];
+            if (position >= meta.sinks && position < end) found[passageOf[position]] += weightOf[weights[i]] / layers.length;
+          }
         }
         for (let i = 0; i < count; i++) usual[i] += found[i] / meta.queries.length;
         return found;

@@ -156,7 +156,7 @@ function shadeByDistance(levels, distances) {
 // How often a token was selected, over all layers: the mean of the rates, as a level again.
 function meanLevels(rates) {
   const sums = new Float32Array(meta.tokens);
-  for (const layer of selecting) for (let i = 0; i < meta.tokens; i++) sums[i] += rateOf(rates[layer * meta.tokens + i]);
+  for (const layer of selecting) for (let i = 0; i < meta.tokens; i++) sums[i] += rateOf[rates[layer * meta.tokens + i]];
   const levels = new Uint8Array(meta.tokens);
   for (let i = 0; i < meta.tokens; i++) {
     const mean = sums[i] / Math.max(1, selecting.length);
