@@ -25,6 +25,28 @@ def test_the_report_and_its_figures(dsa: Run, tiny: str, text: str, tmp_path: Pa
     assert 1 <= len(plain["tokens"]) <= 4
 
 
+def test_positions_are_stretched_as_for_generate(dsa: Run, tiny: str, text: str, tmp_path: Path) -> None:
+    command = ("explain", tiny, "--file", text, "--out", str(tmp_path / "out.html"), *SMALL)
+    result = dsa(*command)
+    assert result.exit_code == 0, result.output
+    said = " ".join(result.stderr.split())
+    assert "stretched 1.5 times (yarn:1.5)" in said
+    assert "extrapolated" not in said
+    refused = dsa(*command, "--rope-scaling", "off")
+    assert refused.exit_code == 2
+    assert "252 tokens of it fit: give --tokens 252" in " ".join(refused.stderr.split())
+
+
+def test_memory_is_checked_before_reading(
+    dsa: Run, tiny: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dsa.eval.free_memory.available_memory", lambda device: 300_000)
+    result = dsa("explain", tiny, "--file", text, "--out", str(tmp_path / "out.html"), *SMALL)
+    assert result.exit_code == 2
+    assert "memory: reading 324 tokens" in " ".join(result.stderr.split())
+    assert not (tmp_path / "out.html").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -33,6 +55,8 @@ def test_the_report_and_its_figures(dsa: Run, tiny: str, text: str, tmp_path: Pa
         (["--file", "{text}", "--out", "{folder}"], "out: {folder} is a directory"),
         (["--file", "{text}", "--out", "{folder}/no/out.html"], "there is no directory"),
         (["--file", "{text}", "--chat"], "has no chat template"),
+        (["--file", "{text}", "--ask", " "], "ask: the question is empty"),
+        (["--file", "{text}", "--pages", "1"], "is no PDF and has no pages to choose from"),
     ],
 )
 def test_mistakes(dsa: Run, tiny: str, text: str, tmp_path: Path, arguments: list[str], expected: str) -> None:

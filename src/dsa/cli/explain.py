@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from dsa.cli import options
 from dsa.cli.console import Steps, err, note, notes, out
+from dsa.cli.generate import POSITIONS_WARNING, check_question
+
+if TYPE_CHECKING:
+    from dsa.documents.prompt import Prompt
+    from dsa.models.extension import Demand
 
 
 def register(app: typer.Typer) -> None:
@@ -21,7 +28,13 @@ def explain(
     file: Annotated[
         Path, typer.Option(metavar="FILE", help="PDF, HTML, Markdown or UTF-8 text to read.", show_default=False)
     ],
-    ask: Annotated[str | None, typer.Option(metavar="TEXT", help="A question to put behind the document.")] = None,
+    ask: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT",
+            help="A question to put behind the document, in the model's chat template if it has one.",
+        ),
+    ] = None,
     begin: Annotated[
         str | None, typer.Option(metavar="TEXT", help="Begin the answer with this, and let the model go on.")
     ] = None,
@@ -42,12 +55,13 @@ def explain(
     json: options.Json = None,
     threads: options.Threads = None,
     device: options.Device = None,
-    rope_scaling: options.RopeScaling = None,
+    rope_scaling: options.Extension = None,
 ) -> None:
     """Show what a model reads of a document: one HTML file that opens in any browser, without a network.
 
     It has the text, shaded by what was selected; what each token of the answer read, by layer and passage, with the
-    page; what a sliding window of the same size would have missed; time and memory beside dense attention.
+    page; what a sliding window of the same size would have missed; time and memory beside dense attention. The question
+    is asked as `dsa generate` asks it, and what is longer than the model's positions is read with stretched ones.
 
     [bold]Examples[/]
 
@@ -58,23 +72,38 @@ def explain(
     from dsa.documents.prompt import make_prompt
     from dsa.eval.output import check_writable, write_json
 
+    check_question(ask, None, file)
     check_writable(report, "out")
     if json is not None:
         check_writable(json)
-    document = read_source(file, pages=pages)
+    with notes(), Steps() as reading:
+        document = read_source(file, progress=reading, pages=pages)
     import torch
 
-    from dsa.models.loading import attach_indexers, load_model, scaling_wanted
+    from dsa.eval.free_memory import check_room
+    from dsa.models.extension import Demand, chosen_scaling
+    from dsa.models.loading import attach_indexers, load_model
+    from dsa.report.explanation import CHUNK
     from dsa.report.explanation import explain as explained
     from dsa.report.page import write_page
 
     if threads is not None:
         torch.set_num_threads(threads)
     with notes(), Steps() as steps:
-        scaling = scaling_wanted(rope_scaling, indexers)
+
+        @functools.cache
+        def asked(tokenizer: Any) -> tuple[Prompt, Demand]:
+            made = make_prompt(tokenizer, document, ask, tokens=tokens, chat=chat or None, begin=begin)
+            read = made.parts.count("document")
+            return made, Demand(read, len(made.ids) - read, max_new_tokens)
+
+        scaling = chosen_scaling(model, rope_scaling, indexers, lambda tokenizer: asked(tokenizer)[1])
         loaded = load_model(model, device=device, status=steps.status, rope_scaling=scaling)
-        prompt = make_prompt(loaded.tokenizer, document, ask, tokens=tokens, chat=chat, begin=begin)
+        # The same is said above, and in the report.
+        warnings.filterwarnings("ignore", POSITIONS_WARNING, UserWarning)
+        prompt, demand = asked(loaded.tokenizer)
         attached, _ = attach_indexers(loaded, indexers, **options.overrides(top_k, local))
+        check_room(loaded, attached.config, demand, CHUNK)
         err.print(str(attached), markup=False, soft_wrap=True)
         explanation = explained(
             loaded, document, prompt, ask=ask, new_tokens=max_new_tokens, measure_dense=dense, progress=steps
