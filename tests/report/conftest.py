@@ -23,6 +23,9 @@ PAGES = (
 )
 
 
+QUESTION = "What <i>is</i> it, \x1b\u202e</script>?"
+
+
 @pytest.fixture(scope="session")
 def loaded() -> LoadedModel:
     """A tiny attached model that reads bytes, one layer dense and one that shares a selection among its four."""
@@ -38,8 +41,8 @@ def loaded() -> LoadedModel:
 @pytest.fixture(scope="session")
 def explanation(loaded: LoadedModel) -> Explanation:
     document = SourceDocument.of_pages("folder/<b>odd.pdf", PAGES)
-    prompt = make_prompt(loaded.tokenizer, document, "What <i>is</i> it?")
-    return explain(loaded, document, prompt, ask="What <i>is</i> it?", new_tokens=6)
+    prompt = make_prompt(loaded.tokenizer, document, QUESTION)
+    return explain(loaded, document, prompt, ask=QUESTION, new_tokens=6)
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """The report in a browser: it opens, a token is chosen, the panel follows, nothing is run and nothing requested."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,14 @@ def test_text_is_text(page: Any, explanation: Explanation) -> None:
     assert "</script><script>fetch(" in shown
     assert "\u2407" in shown
     assert page.title().startswith("What was read of <b>odd.pdf")
-    assert page.locator("#pane script, #pane img, h1 b, i").count() == 0
+    asked = "".join(page.locator("#tokens .asked").all_text_contents()).replace("∅", "").replace("␣", " ")
+    assert "<i>is</i> it, \u241b\u2421</script>?" in asked
+    page.locator("#tokens .asked").last.click()
+    assert (
+        page.locator("#pane script, #pane img, h1 b, i, #tokens script, #passages script, #passages img").count() == 0
+    )
+    hidden = "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2066-\u2069]"
+    assert re.search(hidden, page.evaluate("document.body.innerText")) is None
 
 
 def test_it_fits_a_phone(page: Any) -> None:
@@ -96,3 +104,72 @@ def test_it_can_be_read_aloud(page: Any) -> None:
         "e => !e.getAttribute('aria-label') && !e.getAttribute('aria-labelledby')).length"
     )
     assert unnamed == 0
+
+
+NAMED = """element => {
+  const of = id => document.getElementById(id)?.textContent ?? "";
+  return element.getAttribute("aria-label") || of(element.getAttribute("aria-labelledby")) ||
+    [...(element.labels ?? [])].map(each => each.textContent).join("") || element.textContent;
+}"""
+REACHABLE = """() => [...document.querySelectorAll(
+  "a[href], button, select, input, summary, [tabindex='0']")].filter(each => each.checkVisibility() && (
+  each.type !== "radio" || each.checked)).length"""
+
+
+def test_every_control_is_reached_named_and_seen_to_have_the_focus(page: Any) -> None:
+    reachable = page.evaluate(REACHABLE)
+    for number in range(reachable):
+        page.keyboard.press("Tab")
+        focused = page.evaluate_handle("document.activeElement").as_element()
+        what = focused.evaluate("element => element.outerHTML.slice(0, 120)")
+        assert focused.evaluate("element => element !== document.body"), f"{number} of {reachable}"
+        assert focused.evaluate(NAMED).strip(), what
+        assert focused.evaluate("element => getComputedStyle(element).outlineStyle") == "solid", what
+        assert focused.evaluate("element => parseFloat(getComputedStyle(element).outlineWidth)") >= 2, what
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement === document.body || document.activeElement.className === 'skip'")
+
+
+def test_who_does_not_see_the_place_hears_of_it(page: Any) -> None:
+    page.locator("#passages button", has_text="page 2").first.click()
+    assert page.inner_text("#said") == "The text shows page 2."
+    # At this width the text lies below the passages.
+    assert page.evaluate("document.getElementById('pane').getBoundingClientRect().top < innerHeight")
+    assert page.locator(".back a").is_visible()
+
+
+def test_the_guidelines_for_accessible_pages(page: Any) -> None:
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="needs axe-playwright-python").Axe()
+    page.evaluate("document.querySelectorAll('details').forEach(each => { each.open = true; })")
+    page.locator("#tokens [role=option]").last.click()
+    for shade in ("token", "rate", "distance"):
+        page.check(f"[name=shade][value={shade}]")
+        found = axe.run(page, options={"resultTypes": ["violations"]})
+        assert found.violations_count == 0, found.generate_report()
+
+
+SMALL = """() => [...document.querySelectorAll(
+  "[role=option], button, select, input[type=number], fieldset label, summary, .back a")].filter(each => {
+    const box = each.getBoundingClientRect();
+    return box.width && Math.min(box.width, box.height) < 24;
+  }).map(each => each.outerHTML.slice(0, 120))"""
+
+
+@pytest.mark.parametrize(("wanted", "behavior"), [("reduce", "auto"), ("no-preference", "smooth")])
+def test_nothing_moves_for_who_asks_for_it(browser: Any, page_file: Path, wanted: str, behavior: str) -> None:
+    context = browser.new_context(reduced_motion=wanted)
+    opened = context.new_page()
+    opened.goto(page_file.as_uri())
+    assert opened.evaluate("getComputedStyle(document.getElementById('pane')).scrollBehavior") == behavior
+    context.close()
+
+
+def test_fingers_find_every_control(browser: Any, page_file: Path) -> None:
+    context = browser.new_context(viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True)
+    opened = context.new_page()
+    opened.goto(page_file.as_uri())
+    opened.wait_for_selector("main[aria-busy=false]", timeout=LIMIT_MS)
+    assert opened.evaluate("document.documentElement.scrollWidth") <= 390
+    small = opened.evaluate(SMALL)
+    assert small == []
+    context.close()

@@ -63,7 +63,7 @@ def test_each_token_of_the_answer_has_its_rows(explanation: Explanation) -> None
 
 def test_tokens_are_the_text_and_know_their_page(explanation: Explanation) -> None:
     prompt = explanation.prompt
-    assert "Question: What <i>is</i> it?\nAnswer:" in "".join(prompt.texts)
+    assert "Question: What <i>is</i> it, \x1b\u202e</script>?\nAnswer:" in "".join(prompt.texts)
     inside = [page for page, part in zip(prompt.pages, prompt.parts, strict=True) if part == "document"]
     assert sorted(set(inside)) == [1, 2, 3]
     assert inside == sorted(inside)

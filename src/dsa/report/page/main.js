@@ -7,8 +7,8 @@ function layersChosen() {
   return selecting.length ? selecting : meta.layers.map((_, i) => i);
 }
 
-// A token as it is shown in the list: line breaks and spaces are seen.
-const shown = (token) => token.replace(/\n/g, "⏎").replace(/\t/g, "⇥") || "∅";
+// A token as it is shown in the list: line breaks, tabs and what is nothing but spaces are seen.
+const shown = (token) => token.replace(/^ +$/, (spaces) => "␣".repeat(spaces.length)).replace(/\n/g, "⏎").replace(/\t/g, "⇥") || "∅";
 
 // The query in front of a token of the answer wrote it; a token of the question is its own query.
 function choices(text) {
@@ -22,17 +22,20 @@ function choices(text) {
 }
 
 function fillTokens(list, offered, choose) {
-  let group = null;
+  const groupOf = (name) => {
+    const group = document.createElement("div"), label = document.createElement("span");
+    group.setAttribute("role", "group");
+    group.setAttribute("aria-label", name);
+    label.className = "group";
+    label.setAttribute("aria-hidden", "true");
+    label.textContent = name;
+    group.append(label);
+    list.append(group);
+    return group;
+  };
+  const groups = {};
   for (const each of offered) {
-    const name = each.isAnswer ? "answer" : "prompt";
-    if (name !== group) {
-      group = name;
-      const label = document.createElement("span");
-      label.className = "group";
-      label.setAttribute("aria-hidden", "true");
-      label.textContent = each.isAnswer ? "answer:" : "end of the prompt:";
-      list.append(label);
-    }
+    const group = (groups[each.isAnswer] ??= groupOf(each.isAnswer ? "answer" : "end of the prompt"));
     const option = document.createElement("span");
     option.setAttribute("role", "option");
     option.setAttribute("aria-selected", "false");
@@ -42,7 +45,7 @@ function fillTokens(list, offered, choose) {
     if (each.probability !== null) option.title = `probability ${each.probability}`;
     option.setAttribute("aria-label", `${each.token.trim() || "white space"}, ${each.isAnswer ? `answer, probability ${each.probability}` : "prompt"}`);
     option.addEventListener("click", () => choose(each.query));
-    list.append(option);
+    group.append(option);
   }
   const options = [...list.querySelectorAll("[role=option]")];
   list.addEventListener("keydown", (event) => {
@@ -102,8 +105,14 @@ async function start() {
     }
     update();
     const token = Math.min(meta.tokens - 1, Math.floor(across * meta.tokens));
-    pane.goTo(token, token + 1);
+    lead(token, token + 1, 0);
   });
+
+  // Shows a place in the text; who does not see it hears of it.
+  function lead(begin, end, page) {
+    pane.goTo(begin, end);
+    byId("said").textContent = `The text shows ${meta.has_pages && page ? `page ${page}` : `token ${number(begin)}`}.`;
+  }
 
   function shadeText() {
     const layer = Number(state.layer);
@@ -143,8 +152,8 @@ async function start() {
     const { token, isAnswer } = offered[state.query];
     const label = isAnswer ? `To write “${shown(token)}”, the model` : `“${shown(token)}”`;
     byId("summary").textContent = panel.describe(state.query, layers, label);
-    panel.list(byId("passages"), state.query, layers, (begin, end, part) => {
-      if (part === "document") pane.goTo(begin, end);
+    panel.list(byId("passages"), state.query, layers, (begin, end, page, part) => {
+      if (part === "document") lead(begin, end, page);
     });
     panel.table(document.querySelector("#layers tbody"), state.query);
     const held = panel.mean(state.query, layers, 1), window = panel.mean(state.query, layers, 2);
@@ -167,10 +176,12 @@ async function start() {
   byId("layer").addEventListener("change", (event) => { state.layer = event.target.value; update(); shadeText(); });
   for (const radio of document.querySelectorAll("[name=shade]")) radio.addEventListener("change", () => { state.shade = radio.value; shadeText(); });
   for (const radio of document.querySelectorAll("[name=map]")) radio.addEventListener("change", () => { state.map = radio.value; showMap(); });
-  if (meta.has_pages) {
-    byId("go").hidden = false;
-    byId("page").addEventListener("change", (event) => pane.goToPage(Number(event.target.value)));
-  }
+  byId("page").max = meta.has_pages ? Math.max(...pane.pages.keys()) : meta.document[1];
+  byId("page").addEventListener("change", (event) => {
+    const wanted = Math.max(0, Math.floor(Number(event.target.value)));
+    if (meta.has_pages) pane.goToPage(wanted);
+    else lead(Math.min(wanted, meta.document[1] - 1), Math.min(wanted, meta.document[1] - 1) + 1, 0);
+  });
   if (byId("bars")) showBars(byId("bars"));
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { shadeText(); showMap(); });
   const first = offered.findIndex((each) => each.isAnswer);

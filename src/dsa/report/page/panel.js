@@ -101,7 +101,7 @@ class Panel {
     bar.className = "bar";
     bar.style.width = `${Math.max(1, (100 * share) / most)}%`;
     button.append(where, excerpt, bar);
-    button.addEventListener("click", () => onChoose(start, end, part));
+    button.addEventListener("click", () => onChoose(start, end, page, part));
     item.append(button);
     return item;
   }

@@ -101,12 +101,20 @@ class TextPane {
     const inside = this.pane.getBoundingClientRect();
     const place = target.getBoundingClientRect();
     this.pane.scrollBy({ top: place.top - inside.top - inside.height / 3, behavior: "instant" });
+    this.show();
+  }
+
+  // On a narrow screen the text is below what leads to it.
+  show() {
+    const { top, bottom } = this.pane.getBoundingClientRect();
+    if (bottom < 120 || top > innerHeight - 120) this.pane.scrollIntoView({ block: "center" });
   }
 
   goToPage(page) {
     const heading = this.pages.get(page);
     if (!heading) return;
     this.pane.scrollBy({ top: heading.getBoundingClientRect().top - this.pane.getBoundingClientRect().top - 8, behavior: "instant" });
+    this.show();
   }
 }
 
