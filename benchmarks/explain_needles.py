@@ -31,8 +31,8 @@ from dsa.report.page import write_page
 from dsa.testing.browser import choose_answer_token, chromium, opened_report
 from dsa.text import read_text
 
-ROOM = 64
-"""Tokens of the question and what surrounds it, about."""
+ROOM = 128
+"""Tokens for the question, the answer and what is read again to compare times."""
 PAGE_CHARACTERS = 2000
 WIDTH = 390
 
@@ -59,10 +59,18 @@ def planted(text: str, needle: Needle, depth: float, tokens: int, tokenizer: Any
     return SourceDocument.of_pages("planted.pdf", pages)
 
 
+def question_of(needle: Needle) -> tuple[str, str]:
+    """The question, and the words that the answer begins with."""
+    found = re.fullmatch(r"\s*Question: (.*)\nAnswer: (.*)", needle.question, flags=re.DOTALL)
+    assert found is not None
+    return found[1], found[2]
+
+
 def made(loaded: LoadedModel, document: SourceDocument, needle: Needle) -> tuple[Explanation, float]:
     """The explanation of the question about the fact, and seconds."""
-    asked, begin = re.fullmatch(r"\s*Question: (.*)\nAnswer: (.*)", needle.question, flags=re.DOTALL).groups()  # type: ignore[union-attr]
-    prompt = make_prompt(loaded.tokenizer, document, asked, begin=begin)
+    asked, begin = question_of(needle)
+    # As `dsa eval --tasks needles` asks: without a chat template, in which small models answer less well.
+    prompt = make_prompt(loaded.tokenizer, document, asked, chat=False, begin=begin)
     began = time.perf_counter()
     return explain(loaded, document, prompt, ask=asked, new_tokens=8), time.perf_counter() - began
 
@@ -103,8 +111,14 @@ def main() -> None:
     loaded = load_model(given.model)
     report, _ = attach_indexers(loaded, **({} if given.top_k is None else {"top_k": given.top_k}))
     needles = make_needles(random.Random(given.seed))
-    rows = []
+    result: dict[str, Any] = {
+        "model": given.model,
+        "text": given.file.name if given.file else "pydoc_data.topics",
+        "config": report.config.to_dict(),
+        "rows": [],
+    }
     with tempfile.TemporaryDirectory() as folder, chromium() as browser:
+        result["environment"] = describe_machine(torch.device("cpu")) | {"chromium": browser.version}
         for depth, needle in zip(given.depths, needles, strict=False):
             document = planted(text, needle, depth, given.tokens, loaded.tokenizer)
             page = document.page_of(document.text.index(needle.sentence.strip()))
@@ -122,17 +136,10 @@ def main() -> None:
                 "report_mb": file.stat().st_size / 1e6,
             }
             row["is_shown"] = bool(row["tokens"]) and all(each["rank"] for each in row["tokens"])
-            rows.append(row)
+            result["rows"].append(row)
             print(json.dumps(row), flush=True)
-    result = {
-        "model": given.model,
-        "text": given.file.name if given.file else "pydoc_data.topics",
-        "config": report.config.to_dict(),
-        "rows": rows,
-        "environment": describe_machine(torch.device("cpu")) | {"chromium": browser.version},
-    }
-    if given.json:
-        given.json.write_text(json.dumps(result, indent=1) + "\n")
+            if given.json:
+                given.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

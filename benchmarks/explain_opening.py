@@ -62,18 +62,18 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=150_000)
     parser.add_argument("--top-k", type=int, nargs="+", default=[1024, 3000])
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--folder", type=Path, help="keep the reports here, and take those that are here already")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     given = parser.parse_args()
     rows = []
-    with tempfile.TemporaryDirectory() as folder, chromium() as browser:
+    with tempfile.TemporaryDirectory() as temporary, chromium() as browser:
         for top_k in given.top_k:
-            explanation = synthetic_explanation(given.tokens, top_k=top_k)
-            began = time.perf_counter()
-            report = write_page(Path(folder) / f"{top_k}.html", explanation)
-            written_s, size = time.perf_counter() - began, report.stat().st_size
+            report = (given.folder or Path(temporary)) / f"{given.tokens}-{top_k}.html"
+            if not report.exists():
+                write_page(report, synthetic_explanation(given.tokens, top_k=top_k))
             for width in SIZES:
-                row = {"tokens": given.tokens, "top_k": top_k, "width": width, "size_mb": size / 1e6}
-                rows.append(row | {"write_s": round(written_s, 2)} | measure(browser, report, width, given.repeats))
+                row = {"tokens": given.tokens, "top_k": top_k, "width": width, "size_mb": report.stat().st_size / 1e6}
+                rows.append(row | measure(browser, report, width, given.repeats))
                 print(json.dumps(rows[-1]), flush=True)
         environment = describe_machine(torch.device("cpu")) | {"chromium": browser.version}
     if given.json:
