@@ -12,7 +12,7 @@ import random
 
 import torch
 
-from dsa.config import DSAConfig
+from dsa.config import DSAConfig, LayerConfig
 from dsa.documents.prompt import Prompt
 from dsa.models.attachment import AttachReport, LayerReport
 from dsa.report.explanation import Cost, Explanation, Written
@@ -38,7 +38,7 @@ def synthetic_explanation(
         answered: Tokens of the answer.
         seed: Of everything in it.
     """
-    config = DSAConfig(top_k=top_k, sinks=4, local=min(256, top_k // 4), layers={0: {"dense": True}})
+    config = DSAConfig(top_k=top_k, sinks=4, local=min(256, top_k // 4), layers={0: LayerConfig(dense=True)})
     generator = torch.Generator().manual_seed(seed)
     prompt = _prompt(tokens, asked, random.Random(seed))
     answer = [Written(f" {place}", 0.5) for place in range(answered)]
