@@ -29,7 +29,7 @@ def main(model: str = "default", top_k: str = "64") -> None:
         wrapped = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=4)
         found = simple_evaluate(model=wrapped, tasks=list(TASKS), task_manager=tasks, bootstrap_iters=0)["results"]
         choice, answer = (found[task] for task in TASKS)
-        print(f"{name:<6} right choices {choice['acc,none']:.3f}   exact answers {answer['exact_match,none']:.3f}")
+        print(f"{name:<6} right choices {choice['acc,none']:.3f}   named in answers {answer['contained,none']:.3f}")
 
     score("dense")
     indexers = "default" if loaded.is_default else None

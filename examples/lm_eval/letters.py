@@ -1,6 +1,7 @@
 """The data of the tasks beside it: a few short texts, each with a question."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,3 +17,8 @@ def load(**_: Any) -> DatasetDict:
 def answer(row: dict[str, Any]) -> str:
     """The right choice in words."""
     return str(row["choices"][row["answer"]])
+
+
+def contained(row: dict[str, Any], made: Sequence[str]) -> dict[str, float]:
+    """Whether the generated line names the right choice."""
+    return {"contained": float(answer(row).lower() in made[0].lower())}
