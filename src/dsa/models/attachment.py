@@ -17,7 +17,10 @@ from dsa.config import DSAConfig
 from dsa.models import attention as dsa_attention
 from dsa.models.attention import IMPLEMENTATION, PLAN, WARNED, HookedPlan, before_attention, before_decoder
 from dsa.models.families import Family, decoder_of, family_of, full_attention_layers
-from dsa.modules.indexer import Indexer
+from dsa.models.layer import LayerPlan
+from dsa.models.native import attaching as latent
+from dsa.models.native.attention import LatentAttention
+from dsa.modules.indexer import Indexer, LatentIndexer
 
 logger = logging.getLogger("dsa")
 
@@ -103,6 +106,8 @@ class _Attached:
     implementation: str
     report: AttachReport
     handles: list[RemovableHandle]
+    originals: list[nn.Module]
+    """Attention modules in whose place others stand, layer by layer; for latent attention only."""
 
 
 def attach(
@@ -119,7 +124,8 @@ def attach(
 
     Args:
         model: A causal language model out of the supported families (`dsa.models.families`).
-        config: Sizes and budget. Without one: what was saved with the indexers, or the defaults.
+        config: Sizes and budget. Without one: what was saved with the indexers, or the defaults
+            (`default_config`).
         indexers: A safetensors file written by `dsa train` or `save_indexers`, or the folder it is in;
             `"default"` for those shipped for the embedded default model; `None` for random ones.
         **overrides: Fields of the config to change, `top_k=512` for example.
@@ -140,8 +146,10 @@ def attach(
         raise ValueError(f"{type(model).__name__} is attached already; call dsa.detach(model) first")
     stored = None if indexers is None else checkpoint.read_indexers(indexers)
     if config is None:
-        config = DSAConfig() if stored is None else stored.config
+        config = default_config(model) if stored is None else stored.config
     config = config.replace(**overrides)
+    if family.latent is not None:
+        config = latent.resolved(config, model.config)
     if stored is not None:
         checkpoint.check_indexers(stored, model, config)
     report = install(model, config, family=family, trained=stored is not None)
@@ -154,6 +162,15 @@ def attach(
             report.model,
         )
     return report
+
+
+def default_config(model: PreTrainedModel) -> DSAConfig:
+    """What `attach` gives a model for which nothing is said.
+
+    Models with multi-head latent attention get DeepSeek-V3.2's sizes, and nothing is always selected: what is trained
+    is then what plain transformers runs as `DeepseekV32ForCausalLM`. All others get `DSAConfig()`.
+    """
+    return DSAConfig() if family_of(model).latent is None else latent.default_config(model.config)
 
 
 def install(model: PreTrainedModel, config: DSAConfig, *, family: Family, trained: bool) -> AttachReport:
@@ -178,22 +195,27 @@ def install(model: PreTrainedModel, config: DSAConfig, *, family: Family, traine
             f"{type(model).__name__} refused attn_implementation={IMPLEMENTATION!r}: it does not use transformers' "
             "attention interface"
         )
-    rows, handles = [], []
+    rows, handles, originals = [], [], []
     name = type(model).__name__
-    for layer, module in enumerate(attentions):
+    for layer, (block, module) in enumerate(zip(family.blocks(model), attentions)):
         rows.append(_layer_report(config, layer, full[layer]))
         if not full[layer]:
             continue
+        if family.latent is not None:
+            originals.append(module)
+            layout = latent.layout_of(family, model.config)
+            module = latent.put_in_place(block, family, LayerPlan(layer, config), layout)
+        else:
+            parameters = tuple(inspect.signature(module.forward).parameters)
+            setattr(module, PLAN, HookedPlan(layer, config, family, parameters))
+            handles.append(module.register_forward_pre_hook(before_attention, with_kwargs=True))
         if config.has_indexer(layer):
             module.indexer = _new_indexer(model, module, config)
-        parameters = tuple(inspect.signature(module.forward).parameters)
-        setattr(module, PLAN, HookedPlan(layer, config, family, parameters))
-        handles.append(module.register_forward_pre_hook(before_attention, with_kwargs=True))
     handles.append(decoder_of(model).register_forward_pre_hook(before_decoder, with_kwargs=True))
     saving.become_savable(model, config)
     weights = sum(p.numel() for indexer in indexers_of(model).values() for p in indexer.parameters())
     report = AttachReport(name, tuple(rows), trained, weights, config)
-    setattr(model, ATTACHED, _Attached(config, family, implementation, report, handles))
+    setattr(model, ATTACHED, _Attached(config, family, implementation, report, handles, originals))
     return report
 
 
@@ -213,6 +235,8 @@ def detach(model: PreTrainedModel) -> None:
             del module.indexer
         if hasattr(module, PLAN):
             delattr(module, PLAN)
+    for block, original in zip(attached.family.blocks(model), attached.originals):
+        latent.give_back(block, attached.family.attention, original)
     vars(decoder_of(model)).pop(WARNED, None)
     saving.become_plain(model)
     model.set_attn_implementation(attached.implementation)
@@ -288,9 +312,8 @@ def config_of(model: PreTrainedModel) -> DSAConfig:
 def indexers_of(model: PreTrainedModel) -> dict[int, Indexer]:
     """The indexers by layer number; layers left dense, sliding or sharing have none."""
     attentions = family_of(model).attention_layers(model)
-    return {
-        layer: cast(Indexer, module.indexer) for layer, module in enumerate(attentions) if hasattr(module, "indexer")
-    }
+    found = {layer: getattr(module, "indexer", None) for layer, module in enumerate(attentions)}
+    return {layer: cast(Indexer, indexer) for layer, indexer in found.items() if indexer is not None}
 
 
 def _attached(model: PreTrainedModel) -> _Attached:
@@ -332,6 +355,10 @@ def _layer_report(config: DSAConfig, layer: int, full: bool) -> LayerReport:
 def _new_indexer(model: PreTrainedModel, attention: nn.Module, config: DSAConfig) -> Indexer:
     reference = next(attention.parameters())
     dtype = reference.dtype if reference.is_floating_point() else torch.float32
-    hidden_size = model.config.get_text_config(decoder=True).hidden_size
+    text = model.config.get_text_config(decoder=True)
     with torch.device(reference.device):
-        return Indexer(hidden_size, config).to(dtype).train(attention.training)
+        if isinstance(attention, LatentAttention):
+            indexer: Indexer = LatentIndexer(text.hidden_size, config, text.q_lora_rank)
+        else:
+            indexer = Indexer(text.hidden_size, config)
+        return indexer.to(dtype).train(attention.training)

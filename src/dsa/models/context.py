@@ -5,7 +5,7 @@ keyword argument `dsa_context`. Nothing of a pass is kept in a module, so checkp
 calls cannot mix passes up.
 
 Shapes: `B` batch, `T` query tokens, `S` key tokens, `H`/`G` query / KV heads, `D`/`Dv` head dims of keys / values,
-`K` top-k.
+`K` top-k, `Lq` dims of a query latent.
 """
 
 from __future__ import annotations
@@ -44,6 +44,8 @@ class AttentionCall:
         scale: Factor on `query . key`.
         softcap: `softcap * tanh(scores / softcap)` where the model has it.
         sink_logits: One logit per head in the softmax's denominator where the model has it, `[H]`.
+        query_latent: `[B, T, Lq]`, what the index queries are made of where that is not `hidden_states`: models with
+            multi-head latent attention. Their `query`, `key` and `value` are those of the absorbed form.
     """
 
     layer: int
@@ -61,6 +63,7 @@ class AttentionCall:
     scale: float
     softcap: float | None = None
     sink_logits: torch.Tensor | None = None
+    query_latent: torch.Tensor | None = None
 
 
 @dataclass

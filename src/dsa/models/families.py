@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 RopeLayout = Literal["half", "interleaved", "single"]
+LatentRope = Literal["half", "interleaved", "configured"]
 
 
 def _always(attention: nn.Module) -> bool:
@@ -42,6 +43,9 @@ class Family:
             `"interleaved"` repeats each angle twice, `"single"` has each once; `None` for models without RoPE.
         layer_has_rope: Whether a given full-attention layer applies RoPE.
         module: Module of transformers that has the classes, where it differs from `model_type`.
+        latent: For families with multi-head latent attention, which dims one angle turns in it: `i` and `i + R/2`,
+            `2i` and `2i + 1`, or what `config.rope_interleave` says. Their attention modules are replaced
+            (`dsa.models.native`); `None` for families with keys and values.
     """
 
     model_type: str
@@ -53,6 +57,7 @@ class Family:
     rope: RopeLayout | None = "half"
     layer_has_rope: Callable[[nn.Module], bool] = _always
     module: str | None = None
+    latent: LatentRope | None = None
 
     def config_class(self) -> type[PreTrainedConfig]:
         """The family's configuration class."""
@@ -68,7 +73,11 @@ class Family:
 
     def attention_layers(self, model: PreTrainedModel) -> list[nn.Module]:
         """The self-attention modules, first layer first."""
-        return [getattr(layer, self.attention) for layer in getattr(decoder_of(model), self.layers)]
+        return [getattr(layer, self.attention) for layer in self.blocks(model)]
+
+    def blocks(self, model: PreTrainedModel) -> list[nn.Module]:
+        """The decoder's layers, first one first."""
+        return list(getattr(decoder_of(model), self.layers))
 
     def applies_rope(self, attention: nn.Module, position_embeddings: Any) -> bool:
         """Whether an attention layer that receives these `position_embeddings` rotates by them."""
@@ -110,10 +119,14 @@ FAMILIES = {
     family.model_type: family
     for family in (
         Family("cohere2", "Cohere2ForCausalLM", "Cohere2Config", rope="interleaved", layer_has_rope=_never),
+        # DeepSeek-V2 hands its layers complex numbers, which have each angle once.
+        Family("deepseek_v2", "DeepseekV2ForCausalLM", "DeepseekV2Config", rope="single", latent="interleaved"),
+        Family("deepseek_v3", "DeepseekV3ForCausalLM", "DeepseekV3Config", latent="configured"),
         Family("gemma", "GemmaForCausalLM", "GemmaConfig"),
         Family("gemma2", "Gemma2ForCausalLM", "Gemma2Config"),
         Family("gemma3_text", "Gemma3ForCausalLM", "Gemma3TextConfig", module="gemma3"),
         Family("glm4", "Glm4ForCausalLM", "Glm4Config"),
+        Family("glm4_moe_lite", "Glm4MoeLiteForCausalLM", "Glm4MoeLiteConfig", latent="configured"),
         Family("gpt2", "GPT2LMHeadModel", "GPT2Config", attention="attn", layers="h", rope=None),
         Family("gpt_neox", "GPTNeoXForCausalLM", "GPTNeoXConfig", attention="attention", cache="layer_past"),
         Family("gpt_oss", "GptOssForCausalLM", "GptOssConfig", rope="single"),

@@ -78,6 +78,7 @@ class LayerIndex:
     query: torch.Tensor | None = None
     key: IndexKeys | None = None
     weight: torch.Tensor | None = None
+    query_latent: torch.Tensor | None = None
 
 
 def attend(attention: LayerAttention, index: LayerIndex, context: DSAContext) -> torch.Tensor:
@@ -284,4 +285,5 @@ def _observed_call(attention: LayerAttention, index: LayerIndex) -> AttentionCal
         scale=attention.scale,
         softcap=attention.softcap,
         sink_logits=attention.sink_logits,
+        query_latent=index.query_latent,
     )

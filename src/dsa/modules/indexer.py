@@ -1,6 +1,6 @@
 """The lightning indexer: a few small heads that score every earlier token (arXiv 2512.02556, eq. 1).
 
-Shapes: `B` batch, `T` tokens, `Hi`/`Di` index heads / index head dim, `R` rotated dims.
+Shapes: `B` batch, `T` tokens, `Hi`/`Di` index heads / index head dim, `R` rotated dims, `Lq` dims of a query latent.
 """
 
 from __future__ import annotations
@@ -57,9 +57,23 @@ class Indexer(nn.Module):
         query, weight = self.queries(hidden_states, rope)
         return IndexInputs(query, self.keys(hidden_states, rope), weight)
 
-    def queries(self, hidden_states: torch.Tensor, rope: Rope | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """The index queries `[B, T, Hi, Di]` and weights `[B, T, Hi]` alone; arguments as in `forward`."""
-        query = self.wq(hidden_states).view(*hidden_states.shape[:-1], self.heads, self.head_dim)
+    @property
+    def query_projection(self) -> nn.Linear:
+        """What makes the index queries, under whatever name a checkpoint has it."""
+        return self.wq
+
+    def queries(
+        self, hidden_states: torch.Tensor, rope: Rope | None = None, query_latent: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The index queries `[B, T, Hi, Di]` and weights `[B, T, Hi]` alone; arguments as in `forward`.
+
+        Args:
+            hidden_states: `[B, T, hidden_size]`.
+            rope: Angles for these tokens' positions.
+            query_latent: `[B, T, Lq]`, what the queries are made of where that is not the hidden states.
+        """
+        source = hidden_states if query_latent is None else query_latent
+        query = self.query_projection(source).view(*source.shape[:-1], self.heads, self.head_dim)
         if rope is not None and self.rope_dim:
             cos, sin = rope
             query = rotate_half_split(query, cos.unsqueeze(2), sin.unsqueeze(2))
@@ -94,6 +108,36 @@ class Indexer(nn.Module):
             if type(projection) is not nn.Linear or projection.bias is not None or _is_watched(projection):
                 return None
         return IndexWeights(query.weight, key.weight, head.weight, norm.weight, norm.bias)
+
+
+class LatentIndexer(Indexer):
+    """The indexer of multi-head latent attention, with the names and shapes that DeepSeek-V3.2's has.
+
+    Its queries come from the latent that the attention's own queries come from, where the model has one.
+
+    Args:
+        hidden_size: Width of the hidden states.
+        config: Gives `index_heads`, `index_head_dim` and `rope_dim`.
+        query_latent: `Lq`; `None` for models whose queries come from the hidden states.
+    """
+
+    def __init__(self, hidden_size: int, config: DSAConfig, query_latent: int | None) -> None:
+        super().__init__(hidden_size, config)
+        del self.wq
+        self.wq_b = nn.Linear(query_latent or hidden_size, self.heads * self.head_dim, bias=False)
+
+    @property
+    def query_projection(self) -> nn.Linear:
+        return self.wq_b
+
+    @property
+    def n_heads(self) -> int:
+        """`Hi`, under transformers' name."""
+        return self.heads
+
+    def plain_weights(self) -> None:
+        """`None`: `index_projection` makes queries and keys of one input."""
+        return None
 
 
 def _is_watched(module: nn.Module) -> bool:

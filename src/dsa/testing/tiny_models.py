@@ -27,9 +27,26 @@ _COMMON: dict[str, Any] = {
     "attention_dropout": 0.0,
 }
 
+_LATENT: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 20,
+    "q_lora_rank": 24,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 12,
+    "v_head_dim": 10,
+    "moe_intermediate_size": 16,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 2,
+    "topk_group": 1,
+}
+
 # What a family needs beyond the common sizes; layers alternate where the family mixes windows and full attention.
 _PARTICULAR: dict[str, dict[str, Any]] = {
     "cohere2": {"num_hidden_layers": 4, "sliding_window": 8},
+    # One layer with a feed-forward block and one with experts, which DeepSeek-V2 chooses greedily.
+    "deepseek_v2": {**_LATENT, "first_k_dense_replace": 1},
+    "deepseek_v3": {**_LATENT, "first_k_dense_replace": 1, "num_mtp_layers": 0},
     "gemma2": {"sliding_window": 8, "query_pre_attn_scalar": 8},
     "gemma3_text": {
         "num_hidden_layers": 3,
@@ -38,6 +55,7 @@ _PARTICULAR: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "full_attention", "full_attention"],
     },
     "glm4": {"partial_rotary_factor": 0.5},
+    "glm4_moe_lite": _LATENT,
     "gpt2": {
         "n_embd": 32,
         "n_layer": 2,

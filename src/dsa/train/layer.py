@@ -124,7 +124,7 @@ class LayerTrainer:
     ) -> torch.Tensor:
         sequences = torch.arange(len(rows), device=rows.device)[:, None]
         with torch.enable_grad():
-            index = index_some(self.indexer, hidden, call.rope, rows)
+            index = index_some(self.indexer, hidden, call.rope, rows, _detached(call.query_latent))
             loss = indexer_loss(
                 index.query,
                 index.key,
@@ -162,7 +162,7 @@ class LayerTrainer:
         sequences = torch.arange(len(rows), device=rows.device)[:, None]
         hidden = call.hidden_states.detach()
         with torch.enable_grad(), torch.autocast(hidden.device.type, enabled=False):
-            index = index_some(self.indexer, hidden, call.rope, rows)
+            index = index_some(self.indexer, hidden, call.rope, rows, _detached(call.query_latent))
             loss = indexer_loss(
                 index.query,
                 index.key,
@@ -210,7 +210,13 @@ class LayerTrainer:
         load_state(self.parameters, self.optimizer, tensors, f"layer {self.layer}")
 
 
-def index_some(indexer: Indexer, hidden: torch.Tensor, rope: Rope | None, rows: torch.Tensor) -> IndexInputs:
+def index_some(
+    indexer: Indexer,
+    hidden: torch.Tensor,
+    rope: Rope | None,
+    rows: torch.Tensor,
+    query_latent: torch.Tensor | None = None,
+) -> IndexInputs:
     """Index queries and weights of some tokens, index keys of all.
 
     Taking the rows before the projections keeps the projections of the rest out of both passes.
@@ -220,13 +226,15 @@ def index_some(indexer: Indexer, hidden: torch.Tensor, rope: Rope | None, rows: 
         hidden: `[B, S, hidden_size]`.
         rope: Angles for all tokens, or `None`.
         rows: Positions `[B, Q]`.
+        query_latent: `[B, S, Lq]`, what the queries are made of where that is not the hidden states.
 
     Returns:
         Queries `[B, Q, Hi, Di]`, keys `[B, S, Di]`, weights `[B, Q, Hi]`.
     """
     sequences = torch.arange(len(rows), device=rows.device)[:, None]
     chosen = None if rope is None else (_rows_of(rope[0], rows), _rows_of(rope[1], rows))
-    query, weight = indexer.queries(hidden[sequences, rows].float(), chosen)
+    asking = None if query_latent is None else query_latent[sequences, rows].float()
+    query, weight = indexer.queries(hidden[sequences, rows].float(), chosen, asking)
     return IndexInputs(query, _keys(indexer, hidden, rope), weight)
 
 
@@ -244,6 +252,10 @@ def _keys(indexer: Indexer, hidden: torch.Tensor, rope: Rope | None) -> torch.Te
         angles = None if rope is None else (rope[0][:, part], rope[1][:, part])
         keys.append(cast(torch.Tensor, checkpoint(widened, hidden[:, part], angles, use_reentrant=False)))
     return torch.cat(keys, dim=1)
+
+
+def _detached(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else tensor.detach()
 
 
 def _rows_of(table: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

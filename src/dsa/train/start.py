@@ -15,7 +15,8 @@ The heads are ReLUs, and the fitted score is signed: head 0 takes the query and 
 opposite signs, whose difference is the score itself. The weights have no bias; hidden states behind a norm have a
 direction that is nearly constant, which least squares finds. Other heads keep their random weights.
 
-Shapes: `S` tokens, `Q` queries of the fit, `N` hidden size, `P` pairs of rotated dims, `Di` index head dim.
+Shapes: `S` tokens, `Q` queries of the fit, `N` hidden size, `M` width of what index queries are made of (`N`, or that
+of the query's latent), `P` pairs of rotated dims, `Di` index head dim.
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ class _Fit:
     """One layer's problem: everything in fp32 on the device of the layer.
 
     Args:
-        hidden: `[S, N]`.
+        hidden: `[S, N]`, what index keys are made of.
+        asking: `[Q, M]`, what the index queries are made of: the hidden states, or the latent of the layer's own.
         rows: Positions of the queries, int64 `[Q]`.
         target: `p[Q, S]`, zero where it is not compared; rows sum to 1.
         compared: bool `[Q, S]`.
@@ -65,6 +67,7 @@ class _Fit:
     """
 
     hidden: Tensor
+    asking: Tensor
     rows: Tensor
     target: Tensor
     compared: Tensor
@@ -105,11 +108,11 @@ def fit_indexer(
     rows = rows[:: -(-len(rows) // most)]
     queries = call.query[0, rows] if query_of is None else query_of(rows[None])[0]
     fit = _make_fit(call, queries, hidden, rows, sinks, local)
-    whiten_query, whiten_key = _whitening(hidden[rows]), _whitening(hidden)
+    whiten_query, whiten_key = _whitening(fit.asking), _whitening(hidden)
     pairs = 0 if call.rope is None or not indexer.rope_dim else call.rope[0].shape[-1] // 2
     turned = 2 * pairs
-    query_weight = torch.zeros(indexer.head_dim, hidden.shape[1], device=hidden.device)
-    key_weight = torch.zeros_like(query_weight)
+    query_weight = torch.zeros(indexer.head_dim, fit.asking.shape[1], device=hidden.device)
+    key_weight = torch.zeros(indexer.head_dim, hidden.shape[1], device=hidden.device)
     for pair in reversed(range(pairs)):
         assert call.rope is not None
         angle = torch.complex(call.rope[0][0, :, pair].float(), call.rope[1][0, :, pair + pairs].float())
@@ -143,7 +146,8 @@ def _make_fit(call: AttentionCall, queries: Tensor, hidden: Tensor, rows: Tensor
             target += torch.cat((logits, sink), dim=1).softmax(dim=-1)[:, :-1]
     target.masked_fill_(~compared, 0.0)
     target /= target.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-    return _Fit(hidden, rows, target, compared, torch.zeros_like(target))
+    asking = hidden[rows] if call.query_latent is None else call.query_latent[0, rows].float()
+    return _Fit(hidden, asking, rows, target, compared, torch.zeros_like(target))
 
 
 def _whitening(x: Tensor) -> Tensor:
@@ -153,11 +157,11 @@ def _whitening(x: Tensor) -> Tensor:
 
 
 def _stage(fit: _Fit, whiten_query: Tensor, whiten_key: Tensor, angle: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Finds the best term of one frequency, adds it to the scores and returns its weights, complex `[N]` each.
+    """Finds the best term of one frequency, adds it to the scores and returns its weights, complex `[M]` and `[N]`.
 
     Args:
         fit: The problem; its scores grow by the term.
-        whiten_query: `[N, N]`.
+        whiten_query: `[M, M]`.
         whiten_key: `[N, N]`.
         angle: `e^(i theta s)` for every position, complex `[S]`; `None` for a real term.
     """
@@ -167,7 +171,7 @@ def _stage(fit: _Fit, whiten_query: Tensor, whiten_key: Tensor, angle: Tensor | 
         u, v = _first_singular_pair(fit, residual, whiten_query, whiten_key, angle, real=True)
     else:
         u, v = _first_singular_pair(fit, residual, whiten_query, whiten_key, angle, real=False)
-    query = _times(fit.hidden[fit.rows], u) * angle[fit.rows]
+    query = _times(fit.asking, u) * angle[fit.rows]
     key = _times(fit.hidden, v) * angle
     term = torch.outer(query.real, key.real) + torch.outer(query.imag, key.imag)
     step = _newton_step(fit, term)
@@ -178,8 +182,8 @@ def _stage(fit: _Fit, whiten_query: Tensor, whiten_key: Tensor, angle: Tensor | 
 def _first_singular_pair(
     fit: _Fit, residual: Tensor, whiten_query: Tensor, whiten_key: Tensor, angle: Tensor, real: bool
 ) -> tuple[Tensor, Tensor]:
-    """`u, v` complex `[N]` such that the term's inner product with the residual is greatest for whitened inputs."""
-    x, some, turn = fit.hidden, fit.hidden[fit.rows], angle[fit.rows]
+    """`u [M], v [N]`, complex, such that the term's inner product with the residual is greatest for whitened inputs."""
+    x, some, turn = fit.hidden, fit.asking, angle[fit.rows]
     generator = torch.Generator().manual_seed(0)
     block = torch.randn(x.shape[1], SUBSPACE, generator=generator).to(x.device, torch.complex64)
 
@@ -255,7 +259,7 @@ def _install(indexer: Indexer, query_weight: Tensor, key_weight: Tensor, hidden:
     # The scores are multiplied by Di**-0.5, the weights by Hi**-0.5; both factors share what makes up for it.
     factor = (dim * indexer.heads) ** 0.25
     indexer.wk.weight.copy_(key_weight)
-    indexer.wq.weight[:dim] = query_weight * factor
-    indexer.wq.weight[dim : 2 * dim] = -query_weight * factor
+    indexer.query_projection.weight[:dim] = query_weight * factor
+    indexer.query_projection.weight[dim : 2 * dim] = -query_weight * factor
     indexer.weights_proj.weight[0] = constant * factor
     indexer.weights_proj.weight[1] = -constant * factor

@@ -16,6 +16,7 @@ from dsa.models.attention import IMPLEMENTATION, WARNED, check_positions
 from dsa.models.context import DSAContext
 from dsa.models.families import decoder_of
 from dsa.models.layer import LayerPlan
+from dsa.models.native.attaching import give_back
 from dsa.models.native.attention import LatentAttention
 from dsa.models.native.families import check_indexers, decoder_layers, native_family_of, sources
 
@@ -113,9 +114,7 @@ def restore(model: PreTrainedModel) -> None:
     """
     state = _state(model)
     for layer, original in zip(decoder_layers(model), state.originals):
-        # Whatever was put in the place of a submodule meanwhile (an adapter) belongs to the model.
-        original._modules.update(layer.self_attn._modules)
-        layer.self_attn = original.train(layer.self_attn.training)
+        give_back(layer, "self_attn", original)
     state.handle.remove()
     vars(decoder_of(model)).pop(WARNED, None)
     model.set_attn_implementation(state.implementation)

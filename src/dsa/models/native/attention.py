@@ -1,4 +1,6 @@
-"""Multi-head latent attention in its absorbed form, over the rows that the model's own indexer selects.
+"""Multi-head latent attention in its absorbed form, over the rows that an indexer selects.
+
+The indexer is the model's own, or one that `dsa.attach` gave it.
 
 A head's keys and values are linear maps of one row a token: `k = [U_k c; r]`, `v = U_v c`, with the latent `c` and the
 rotated dims `r` that all heads share. Then `q . k = (q_c U_k) . c + q_r . r`, so a query is mapped into the row's frame
@@ -6,7 +8,7 @@ once, attends to the rows themselves (one KV head of `L + R` dims, whose first `
 goes through `U_v`. Keys and values of the heads never exist.
 
 Shapes: `B` batch, `T` query tokens, `t` of them at a time, `S` key tokens, `H` heads, `N`/`V` head dims without RoPE /
-of values, `L` latent dims, `R` rotated dims, `Hi`/`Di` index heads / index head dim.
+of values, `L` latent dims, `Lq` those of the query latent, `R` rotated dims, `Hi`/`Di` index heads / index head dim.
 """
 
 from __future__ import annotations
@@ -20,11 +22,14 @@ from transformers.cache_utils import Cache
 from dsa.models.context import DSAContext
 from dsa.models.layer import LayerAttention, LayerIndex, LayerPlan, attend, select
 from dsa.models.masks import split_mask
-from dsa.models.native.families import NativeFamily, RopeLayout
+from dsa.models.native.families import LatentLayout, RopeLayout
 from dsa.modules.cache import IndexKeys
 from dsa.modules.latents import LatentLayer, latent_layer
 from dsa.ops import quantize_index_keys
 from dsa.ops.index_projection import Rope, rope_tables, rotate_half_split
+
+Angles = tuple[torch.Tensor, torch.Tensor] | torch.Tensor
+"""What a decoder hands to its layers: `cos, sin`, or in DeepSeek-V2 complex numbers `[B or 1, T, R/2]`."""
 
 QUERY_BYTES = 64 << 20
 """Absorbed queries held at once: `L + R` dims a head are several times what a head had."""
@@ -36,10 +41,12 @@ class LatentAttention(nn.Module):
     Args:
         original: The module whose submodules it computes with.
         plan: Layer number and budget.
-        family: Its row of the table.
+        layout: Which dims RoPE turns.
     """
 
-    # The original's own, under its names: projections, norms, and the indexer, which shared layers do not have.
+    # The original's own, under its names: projections, norms, and the indexer, which shared layers do not have. Models
+    # without a query latent have `q_proj` in the place of the next three.
+    q_proj: Any
     q_a_proj: Any
     q_a_layernorm: Any
     q_b_proj: Any
@@ -49,9 +56,9 @@ class LatentAttention(nn.Module):
     o_proj: Any
     indexer: Any
 
-    def __init__(self, original: Any, plan: LayerPlan, family: NativeFamily) -> None:
+    def __init__(self, original: Any, plan: LayerPlan, layout: LatentLayout) -> None:
         super().__init__()
-        self.plan, self.family = plan, family
+        self.plan, self.layout = plan, layout
         self.config = original.config
         self.layer_idx = plan.layer
         self.attention_dropout: float = original.attention_dropout
@@ -60,15 +67,16 @@ class LatentAttention(nn.Module):
         self.nope_dim: int = original.qk_nope_head_dim
         self.rope_dim: int = original.qk_rope_head_dim
         self.latent_dim: int = original.kv_lora_rank
+        self.has_query_latent = original.q_lora_rank is not None
         self._modules.update(original._modules)
-        if original.indexer is None:
+        if getattr(original, "indexer", None) is None:
             self.indexer = None
         self.train(original.training)
 
     def forward(
         self,
         hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        position_embeddings: Angles,
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         dsa_context: DSAContext | None = None,
@@ -86,7 +94,8 @@ class LatentAttention(nn.Module):
                 "dsa does not apply attention dropout; set the model's attention dropout to 0 to train it sparse"
             )
         context = dsa_context if dsa_context is not None else DSAContext()
-        rope = context.once("rope", position_embeddings[0], lambda: _tables(position_embeddings))
+        made_from = position_embeddings if isinstance(position_embeddings, torch.Tensor) else position_embeddings[0]
+        rope = context.once("rope", made_from, lambda: _tables(position_embeddings))
         stored = None
         if past_key_values is not None:
             dtype = self.plan.config.index_dtype if self.indexer is not None else None
@@ -98,7 +107,7 @@ class LatentAttention(nn.Module):
         mask, tokens, keys = attention_mask, hidden_states.shape[1], rows.shape[1]
         start, end, kept = context.once("mask", mask, lambda: split_mask(mask, tokens, keys))
         out = self._attend(hidden_states, rope, rows, (start, end, kept), index_key, context)
-        return (out, None, None) if self.family.shares else (out, None)
+        return (out, None, None) if self.layout.shares else (out, None)
 
     def _attend(
         self,
@@ -127,11 +136,11 @@ class LatentAttention(nn.Module):
         for begin in range(0, tokens, block):
             here = slice(begin, begin + block)
             hidden, turn = hidden_states[:, here], _rows_of(rope, here)
-            latent = self.q_a_layernorm(self.q_a_proj(hidden))
-            index = LayerIndex(plan, hidden, turn, key=index_key)
+            latent = self.query_latent(hidden)
+            index = LayerIndex(plan, hidden, turn, key=index_key, query_latent=latent)
             if self.indexer is not None and (not dense or context.observer is not None):
                 index.query, index.weight = self._index_queries(hidden, latent, turn)
-            query = self._queries(latent, turn, up_key)
+            query = self._queries(hidden, latent, turn, up_key)
             first, last = (None, None) if start is None or end is None else (start[:, here], end[:, here])
             attention = LayerAttention(query, key, value, first, last, kept, self.scaling, None, None)
             if observed:
@@ -156,14 +165,21 @@ class LatentAttention(nn.Module):
     def _rows(self, hidden_states: torch.Tensor, rope: Rope) -> torch.Tensor:
         """What the cache keeps of these tokens, `[B, T, L + R]`."""
         latent, rotated = self.kv_a_proj_with_mqa(hidden_states).split((self.latent_dim, self.rope_dim), dim=-1)
-        rotated = rotate_first(rotated, rope, self.family.attention_rope)
+        rotated = rotate_first(rotated, rope, self.layout.attention_rope)
         return torch.cat((self.kv_a_layernorm(latent), rotated), dim=-1)
 
-    def _queries(self, latent: torch.Tensor, rope: Rope, up_key: torch.Tensor) -> torch.Tensor:
+    def query_latent(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """What queries and index queries are made of, `[B, t, Lq]`; `None` where that is the hidden states."""
+        return self.q_a_layernorm(self.q_a_proj(hidden_states)) if self.has_query_latent else None
+
+    def _queries(
+        self, hidden_states: torch.Tensor, latent: torch.Tensor | None, rope: Rope, up_key: torch.Tensor
+    ) -> torch.Tensor:
         """Queries in the frame of the rows, `[B, t, H, L + R]`."""
-        query = self.q_b_proj(latent).unflatten(-1, (self.heads, -1))
+        query = self.q_proj(hidden_states) if latent is None else self.q_b_proj(latent)
+        query = query.unflatten(-1, (self.heads, -1))
         plain, rotated = query.split((self.nope_dim, self.rope_dim), dim=-1)
-        rotated = rotate_first(rotated, _for_heads(rope), self.family.attention_rope)
+        rotated = rotate_first(rotated, _for_heads(rope), self.layout.attention_rope)
         return torch.cat((torch.einsum("bthn,hnl->bthl", plain, up_key), rotated), dim=-1)
 
     def _up_projections(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -182,7 +198,7 @@ class LatentAttention(nn.Module):
     def _index_keys(self, hidden_states: torch.Tensor, rope: Rope, stored: LatentLayer | None) -> IndexKeys:
         """Index keys of all cached tokens and these, stored where there is a cache; `[B, S, Di]`."""
         indexer = self.indexer
-        key = rotate_first(indexer.k_norm(indexer.wk(hidden_states)), rope, self.family.index_rope)
+        key = rotate_first(indexer.k_norm(indexer.wk(hidden_states)), rope, self.layout.index_rope)
         if stored is not None:
             stored.append_index(key)
             return stored.index_keys()
@@ -190,12 +206,13 @@ class LatentAttention(nn.Module):
 
     @torch.no_grad()
     def _index_queries(
-        self, hidden_states: torch.Tensor, latent: torch.Tensor, rope: Rope
+        self, hidden_states: torch.Tensor, latent: torch.Tensor | None, rope: Rope
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Index queries fp32 `[B, t, Hi, Di]` and head weights fp32 `[B, t, Hi]`."""
         indexer = self.indexer
-        query = indexer.wq_b(latent).unflatten(-1, (indexer.n_heads, indexer.head_dim))
-        query = rotate_first(query, _for_heads(rope), self.family.index_rope)
+        query = indexer.wq_b(hidden_states if latent is None else latent)
+        query = query.unflatten(-1, (indexer.n_heads, indexer.head_dim))
+        query = rotate_first(query, _for_heads(rope), self.layout.index_rope)
         weight = indexer.weights_proj(hidden_states.to(indexer.weights_proj.weight.dtype)).float()
         return query.float(), weight * indexer.n_heads**-0.5
 
@@ -215,8 +232,10 @@ def rotate_first(x: torch.Tensor, rope: Rope, layout: RopeLayout) -> torch.Tenso
     return rotate_half_split(x, *rope)
 
 
-def _tables(position_embeddings: tuple[torch.Tensor, torch.Tensor]) -> Rope:
+def _tables(position_embeddings: Angles) -> Rope:
     """Tables `[B or 1, T, R]` out of the model's `cos, sin`, which have the row of angles twice."""
+    if isinstance(position_embeddings, torch.Tensor):
+        return rope_tables(position_embeddings.real, position_embeddings.imag)
     cos, sin = position_embeddings
     pairs = cos.shape[-1] // 2
     return rope_tables(cos[..., :pairs], sin[..., :pairs])

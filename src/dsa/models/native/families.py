@@ -18,42 +18,53 @@ RopeLayout = Literal["half", "interleaved"]
 """Which dims one angle turns: `i` and `i + R/2`, or `2i` and `2i + 1`."""
 
 
-@dataclass(frozen=True)
-class NativeFamily:
-    """How one family keeps its indexer and its attention.
+@dataclass(frozen=True, kw_only=True)
+class LatentLayout:
+    """What differs between the latent attentions that dsa runs.
 
     In all of them the attention rotates the last dims of a query head and the row's last dims, the indexer the first
     of its own; index keys pass through a LayerNorm, and no layer has sink logits.
+
+    Args:
+        index_rope: How the indexer pairs the dims that RoPE turns.
+        attention_rope: How the attention does.
+        shares: Whether `config.indexer_types` may let a layer reuse the selection of the full layer before it.
+    """
+
+    index_rope: RopeLayout
+    attention_rope: RopeLayout = "interleaved"
+    shares: bool = False
+
+
+@dataclass(frozen=True)
+class NativeFamily(LatentLayout):
+    """How one family keeps its indexer and its attention.
 
     Args:
         model_type: transformers' name, also that of the module `transformers.models.<module>`.
         causal_lm: Class of the causal language model.
         config: Class of its configuration.
         attention: Class of the attention module that is replaced.
-        index_rope: How the indexer pairs the dims that RoPE turns.
-        attention_rope: How the attention does.
-        shares: Whether `config.indexer_types` may let a layer reuse the selection of the full layer before it.
     """
 
     model_type: str
     causal_lm: str
     config: str
     attention: str
-    index_rope: RopeLayout
-    attention_rope: RopeLayout = "interleaved"
-    shares: bool = False
 
 
 NATIVE_FAMILIES = {
     family.model_type: family
     for family in (
-        NativeFamily("deepseek_v32", "DeepseekV32ForCausalLM", "DeepseekV32Config", "DeepseekV32Attention", "half"),
+        NativeFamily(
+            "deepseek_v32", "DeepseekV32ForCausalLM", "DeepseekV32Config", "DeepseekV32Attention", index_rope="half"
+        ),
         NativeFamily(
             "glm_moe_dsa",
             "GlmMoeDsaForCausalLM",
             "GlmMoeDsaConfig",
             "GlmMoeDsaAttention",
-            "interleaved",
+            index_rope="interleaved",
             shares=True,
         ),
     )
