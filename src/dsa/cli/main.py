@@ -13,7 +13,7 @@ from typer.core import TyperGroup
 
 from dsa.cli.console import complain
 
-COMMANDS = ("demo", "info", "train", "calibrate", "generate", "eval", "explain", "cost", "bench")
+COMMANDS = ("demo", "info", "train", "calibrate", "generate", "eval", "explain", "export", "cost", "bench")
 
 HELP = """DeepSeek Sparse Attention for pretrained language models.
 

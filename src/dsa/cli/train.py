@@ -292,27 +292,35 @@ def train(
         int | None,
         typer.Option(
             metavar="N",
-            help="How many of the K are always the first tokens; by default 4",
+            help="How many of the K are always the first tokens; by default 4, with latent attention 0",
             rich_help_panel=INDEXERS,
         ),
     ] = None,
     index_heads: Annotated[
-        int | None, typer.Option(metavar="N", help="Indexer heads; by default 4", rich_help_panel=INDEXERS)
+        int | None,
+        typer.Option(
+            metavar="N", help="Indexer heads; by default 4, with latent attention 64", rich_help_panel=INDEXERS
+        ),
     ] = None,
     index_head_dim: Annotated[
-        int | None, typer.Option(metavar="N", help="Indexer head size; by default 32", rich_help_panel=INDEXERS)
+        int | None,
+        typer.Option(
+            metavar="N", help="Indexer head size; by default 32, with latent attention 128", rich_help_panel=INDEXERS
+        ),
     ] = None,
     index_rope_dim: Annotated[
         int | None,
         typer.Option(
-            metavar="N", help="Dims of a head that carry RoPE; by default a quarter", rich_help_panel=INDEXERS
+            metavar="N",
+            help="Dims of a head that carry RoPE; by default a quarter, with latent attention the model's",
+            rich_help_panel=INDEXERS,
         ),
     ] = None,
     dense_layers: Annotated[
         str | None,
         typer.Option(
             metavar="LIST",
-            help="Layers that keep full attention: `0,1,5-7`, or `none`; by default 0",
+            help="Layers that keep full attention: `0,1,5-7`, or `none`; by default 0, with latent attention none",
             rich_help_panel=INDEXERS,
         ),
     ] = None,
@@ -405,7 +413,7 @@ def train(
         elif indexers is not None:
             attach_existing(loaded.model, indexers, changes)
         else:
-            attach_fresh(loaded.model, fresh_config(changes), seed)
+            attach_fresh(loaded.model, fresh_config(loaded.model, changes), seed)
         err.print(f"{len(stream):,} tokens of training data", markup=False)
         with interruptible() as interruption:
             result = run(

@@ -122,9 +122,16 @@ def indexer_options(
     return sizes
 
 
-def fresh_config(changes: dict[str, Any]) -> DSAConfig:
-    """The configuration of new indexers; what was not given is `DSAConfig`'s default, and layer 0 stays dense."""
-    return DSAConfig(**{"layers": {0: LayerConfig(dense=True)}, **changes})
+def fresh_config(model: PreTrainedModel, changes: dict[str, Any]) -> DSAConfig:
+    """The configuration of new indexers; what was not given is the default of `dsa.attach`, and layer 0 stays dense.
+
+    With latent attention it does not: every layer of DeepSeek-V3.2, which such a model becomes, selects.
+    """
+    from dsa.models.attachment import default_config
+    from dsa.models.families import family_of
+
+    layers = {0: LayerConfig(dense=True)} if family_of(model).latent is None else {}
+    return default_config(model).replace(**{"layers": layers, **changes})
 
 
 def parse_layers(text: str) -> list[int]:

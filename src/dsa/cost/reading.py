@@ -189,12 +189,14 @@ class Family:
 
 FAMILIES = {
     "cohere2": Family(windows=windows_but_every(4)),
+    "deepseek_v2": Family(routed_deepseek, latent_attention),
     "deepseek_v3": Family(routed_deepseek, latent_attention),
     "deepseek_v32": Family(routed_deepseek, latent_attention, dsa=True),
     "gemma": Family(),
     "gemma2": Family(windows=windows_but_every(2)),
     "gemma3_text": Family(windows=windows_but_every(6)),
     "glm4": Family(),
+    "glm4_moe_lite": Family(routed_deepseek, latent_attention),
     "glm_moe_dsa": Family(routed_deepseek, latent_attention, dsa=True),
     "gpt2": Family(plain, multi_head),
     "gpt_neox": Family(plain, multi_head),

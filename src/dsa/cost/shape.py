@@ -208,10 +208,10 @@ class ModelShape:
         return tuple(number for number, layer in enumerate(self.layers) if layer.window is None)
 
     def indexer(self, layer: int, config: DSAConfig) -> IndexerShape:
-        """The indexer that a layer has under a config; native ones take their queries from the query's latent."""
+        """The indexer that a layer has under a config; latent attention makes its queries from its own latent."""
         attention = self.layers[layer].attention
         query_from = self.hidden
-        if self.native is not None and isinstance(attention, LatentAttention) and attention.query_latent is not None:
+        if isinstance(attention, LatentAttention) and attention.query_latent is not None:
             query_from = attention.query_latent
         return IndexerShape(self.hidden, query_from, config.index_heads, config.index_head_dim, config.index_dtype)
 

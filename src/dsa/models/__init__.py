@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from dsa.models.checkpoint import load_indexers, save_indexers
     from dsa.models.context import AttentionCall, DSAContext
     from dsa.models.native.acceleration import AccelerateReport, accelerate, is_accelerated, restore
+    from dsa.models.native.export import export_deepseek_v32
 
 _HOMES = {
     "AccelerateReport": "native.acceleration",
@@ -34,6 +35,7 @@ _HOMES = {
     "attach": "attachment",
     "config_of": "attachment",
     "detach": "attachment",
+    "export_deepseek_v32": "native.export",
     "indexers_of": "attachment",
     "is_accelerated": "native.acceleration",
     "is_attached": "attachment",
@@ -53,6 +55,7 @@ __all__ = [
     "attach",
     "config_of",
     "detach",
+    "export_deepseek_v32",
     "indexers_of",
     "is_accelerated",
     "is_attached",

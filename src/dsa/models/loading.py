@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -65,7 +65,7 @@ class LoadedModel:
 def load_model(
     name: str = DEFAULT_MODEL,
     *,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | Literal["auto"] | None = None,
     device: str | torch.device | None = None,
     status: Status | None = None,
     rope_scaling: RopeScaling | ChooseScaling | None = None,
@@ -76,7 +76,7 @@ def load_model(
     Args:
         name: `"default"`, a directory, or a Hub id.
         dtype: Of the weights. `None` means fp32 on a CPU, where narrower matrix products are slower without
-            AMX or AVX512-BF16, and the checkpoint's own dtype elsewhere.
+            AMX or AVX512-BF16, and the checkpoint's own dtype elsewhere; `"auto"` means that one everywhere.
         device: `None` means CUDA where there is one, else the CPU.
         status: Told what takes long: converting the default model, or reading a checkpoint.
         rope_scaling: For texts longer than the model's positions, as `dsa.models.rope.parse_scaling` returns it; or
@@ -385,7 +385,7 @@ def _check_causal(name: str, source: str | Path) -> PreTrainedConfig:
 
 
 def _read_weights(
-    name: str, source: str | Path, dtype: torch.dtype | None, config: PreTrainedConfig, given: bool
+    name: str, source: str | Path, dtype: torch.dtype | Literal["auto"] | None, config: PreTrainedConfig, given: bool
 ) -> Any:
     """The model; with `given`, made by this very configuration instead of the one that lies beside the weights."""
     from safetensors import SafetensorError

@@ -64,6 +64,10 @@ class LatentLayer(IndexedLayer):
     def values(self, value: torch.Tensor | None) -> None:
         assert value is None, "rows are appended, never assigned"
 
+    def rows(self) -> torch.Tensor:
+        """All rows, `[B, S, L + R]`, as a view."""
+        return self._buffers["key"].view().squeeze(2)
+
     def append_rows(self, rows: torch.Tensor) -> torch.Tensor:
         """Appends `[B, T, L + R]`; returns all rows, `[B, S, L + R]`, as a view.
 

@@ -24,7 +24,9 @@ from dsa.models.attention import PLAN, HookedPlan, before_attention
 from dsa.models.context import AttentionCall, DSAContext
 from dsa.models.families import family_of
 from dsa.models.layer import LayerIndex
+from dsa.models.native.attention import LatentAttention
 from dsa.modules.cache import IndexedLayer, reserve
+from dsa.modules.latents import LatentLayer
 
 ALONG_TOKENS = {"position_embeddings": 1, "position_ids": -1, "cache_position": 0}
 """Which dim of an attention layer's arguments counts tokens."""
@@ -52,7 +54,7 @@ def chunked(model: PreTrainedModel, size: int, observer: Observer) -> Iterator[N
 
     try:
         for attention in family_of(model).attention_layers(model):
-            if hasattr(attention, PLAN):
+            if hasattr(attention, PLAN) or isinstance(attention, LatentAttention):
                 replace(attention, partial(_chunked_attention, attention, size, observer))
         for module in list(model.modules()):
             mlp = getattr(module, "mlp", None)
@@ -82,28 +84,35 @@ def _chunked_mlp(size: int, own: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _chunked_attention(module: nn.Module, size: int, observer: Observer, own: Callable[..., Any]) -> Callable[..., Any]:
-    plan = cast(HookedPlan, getattr(module, PLAN))
+    latent = module if isinstance(module, LatentAttention) else None
+    plan = cast(HookedPlan, getattr(module, PLAN)) if latent is None else latent.plan
+    cached_as = plan.family.cache if isinstance(plan, HookedPlan) else "past_key_values"
     signature = inspect.signature(own)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         bound = signature.bind_partial(*args, **kwargs)
         given = {name: value for name, value in bound.arguments.items() if name != "kwargs"}
         given |= bound.arguments.get("kwargs", {})
-        index = cast(LayerIndex, given.pop("dsa_index"))
         context = cast(DSAContext, given.pop("dsa_context"))
         hidden = given.pop("hidden_states")
+        if latent is None:
+            index = cast(LayerIndex, given.pop("dsa_index"))
+        else:
+            index = LayerIndex(plan, hidden, latent.rope_of(given["position_embeddings"], context))
         assert context.mode == "dense"
         assert context.observer is None
         mask = given.pop("attention_mask", None)
         if mask is not None and mask.dtype != torch.int32:
             raise NotImplementedError("dsa: padding between visible tokens cannot be read in chunks")
-        given = {name: value for name, value in given.items() if name != plan.family.cache}
+        given = {name: value for name, value in given.items() if name != cached_as}
         cache = DynamicCache()
         reserve(cache, hidden.shape[1])
 
         def run(part: torch.Tensor, arguments: dict[str, Any], masked: Any, **more: Any) -> Any:
-            ready = before_attention(module, (), {"hidden_states": part, "attention_mask": masked, **arguments, **more})
-            return own(*ready[0], **ready[1])
+            ready = {"hidden_states": part, "attention_mask": masked, **arguments, **more}
+            if latent is None:
+                _, ready = before_attention(module, (), ready)
+            return own(**ready)
 
         out, weights = None, None
         for begin in range(0, hidden.shape[1], size):
@@ -113,7 +122,7 @@ def _chunked_attention(module: nn.Module, size: int, observer: Observer, own: Ca
                 _along_tokens(given, lambda each, dim: each.narrow(dim, rows.start, rows.stop - rows.start)),  # noqa: B023
                 None if mask is None else mask[:, :, rows],
                 dsa_context=DSAContext(mode="dense"),
-                **{plan.family.cache: cache},
+                **{cached_as: cache},
             )
             out = part.new_empty(*hidden.shape[:2], *part.shape[2:]) if out is None else out
             out[:, rows] = part
@@ -125,14 +134,27 @@ def _chunked_attention(module: nn.Module, size: int, observer: Observer, own: Ca
                 return _probe(run, hidden, given, positions).query
 
             first = torch.zeros(len(hidden), 1, dtype=torch.int64, device=hidden.device)
-            key = cast(IndexedLayer, cache.layers[plan.layer]).keys
-            assert key is not None
+            if latent is not None and latent.has_query_latent:
+                index.query_latent = torch.cat([_of(latent.query_latent(each)) for each in hidden.split(size, 1)], 1)
+            key = _keys_of(cache.layers[plan.layer])
             # The values have done their work.
             cache.layers.clear()
-            observer(_call(index, key.transpose(1, 2), mask, _probe(run, hidden, given, first)), query_of)
+            observer(_call(index, key, mask, _probe(run, hidden, given, first)), query_of)
         return (out, *(weights or ()))
 
     return forward
+
+
+def _keys_of(layer: Any) -> torch.Tensor:
+    """What a cache layer of ours holds of all tokens, as attention takes it: `[B, S, G, D]`."""
+    if isinstance(layer, LatentLayer):
+        return layer.rows().unsqueeze(2)
+    return _of(cast(IndexedLayer, layer).keys).transpose(1, 2)
+
+
+def _of(tensor: torch.Tensor | None) -> torch.Tensor:
+    assert tensor is not None
+    return tensor
 
 
 def _along_tokens(given: dict[str, Any], take: Callable[[torch.Tensor, int], torch.Tensor]) -> dict[str, Any]:
@@ -193,4 +215,5 @@ def _call(index: LayerIndex, key: torch.Tensor, mask: torch.Tensor | None, probe
         indices=None,
         key_start=starts,
         key_end=ends,
+        query_latent=index.query_latent,
     )

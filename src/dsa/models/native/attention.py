@@ -94,8 +94,7 @@ class LatentAttention(nn.Module):
                 "dsa does not apply attention dropout; set the model's attention dropout to 0 to train it sparse"
             )
         context = dsa_context if dsa_context is not None else DSAContext()
-        made_from = position_embeddings if isinstance(position_embeddings, torch.Tensor) else position_embeddings[0]
-        rope = context.once("rope", made_from, lambda: _tables(position_embeddings))
+        rope = self.rope_of(position_embeddings, context)
         stored = None
         if past_key_values is not None:
             dtype = self.plan.config.index_dtype if self.indexer is not None else None
@@ -167,6 +166,12 @@ class LatentAttention(nn.Module):
         latent, rotated = self.kv_a_proj_with_mqa(hidden_states).split((self.latent_dim, self.rope_dim), dim=-1)
         rotated = rotate_first(rotated, rope, self.layout.attention_rope)
         return torch.cat((self.kv_a_layernorm(latent), rotated), dim=-1)
+
+    @staticmethod
+    def rope_of(position_embeddings: Angles, context: DSAContext) -> Rope:
+        """Tables of these tokens' angles, `[B or 1, T, R]` each, made once for all layers of a forward."""
+        made_from = position_embeddings if isinstance(position_embeddings, torch.Tensor) else position_embeddings[0]
+        return context.once("rope", made_from, lambda: _tables(position_embeddings))
 
     def query_latent(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """What queries and index queries are made of, `[B, t, Lq]`; `None` where that is the hidden states."""

@@ -1,0 +1,55 @@
+"""`dsa export`: a model with trained indexers, as the DeepSeek-V3.2 that plain transformers loads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dsa.cli import options
+from dsa.cli.console import Steps, err, notes, out
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the command."""
+    app.command("export", short_help="Write a model with latent attention as a DeepSeek-V3.2.")(export)
+
+
+def export(
+    model: options.Model,
+    directory: Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder to write.", show_default=False)],
+    indexers: options.Indexers = None,
+    top_k: options.TopK = None,
+) -> None:
+    """Write a DeepSeek-V3 with trained indexers as the DeepSeek-V3.2 that it has become, for plain transformers.
+
+    MODEL is the checkpoint whose indexers were trained, with --indexers, or the model that the sparse stage wrote.
+    It needs latent attention (MLA) and the decoder layers of DeepSeek-V3, as GLM-4.7-Flash has them too. Weights keep
+    their precision.
+
+    [bold]Examples[/]
+
+      dsa export deepseek-ai/DeepSeek-V3 --indexers runs/v3 --out v3-sparse
+      dsa export runs/v3-sparse/model --out v3-sparse
+    """
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise ValueError(f"out: {directory} is there already and not an empty folder; name another one")
+    import dsa
+    from dsa.models.loading import attach_indexers, load_model
+    from dsa.models.native.families import is_native
+
+    with notes(), Steps() as steps:
+        loaded = load_model(model, dtype="auto", device="cpu", status=steps.status)
+        if is_native(loaded.model.config):
+            raise ValueError(f"model: {model} has indexers of its own ({loaded.model.config.model_type}) already")
+        if indexers is None and not loaded.is_default and not dsa.is_attached(loaded.model):
+            raise ValueError(
+                f"model: {model} has no indexers; train some with `dsa train {model} --out RUN`, then name them with "
+                "--indexers RUN"
+            )
+        attached, _ = attach_indexers(loaded, indexers, **options.overrides(top_k, None))
+        err.print(str(attached), markup=False, soft_wrap=True)
+        steps.status(f"Writing {directory}")
+        written = dsa.export_deepseek_v32(loaded.model, directory, tokenizer=loaded.tokenizer)
+    out.print(f"DeepseekV32ForCausalLM written to {written}", markup=False, soft_wrap=True)
