@@ -43,7 +43,11 @@ def read_pdf(
         numbers = list(range(1, total + 1)) if wanted is None else chosen_pages(wanted, total, name)
         count = len(numbers)
         texts = []
-        shown = nullcontext(lambda: None) if progress is None else progress(f"Reading {count} pages of {name}", count)
+        shown = (
+            nullcontext(lambda: None)
+            if progress is None
+            else progress(f"Reading {count} page{'s' * (count != 1)} of {name}", count)
+        )
         with shown as advance:
             for number in numbers:
                 try:
@@ -60,8 +64,8 @@ def read_pdf(
         )
     if without:
         warnings.warn(
-            f"{without} of the {count} pages read of {name} have no text (empty, or scanned pictures) and are left "
-            "out; `ocrmypdf` recognises text in pictures",
+            f"{without} of the {count} pages read of {name} have no text (empty, or scanned pictures); "
+            "`ocrmypdf` recognises text in pictures",
             UserWarning,
             stacklevel=3,
         )

@@ -62,7 +62,7 @@ def check_scaling(scaling: RopeScaling) -> None:
             "text would not fit the index keys that are stored already"
         )
     if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 1 < factor < 1e4:
-        raise ValueError(f"rope-scaling: the factor must be above 1, got {factor!r}")
+        raise ValueError(f"rope-scaling: the factor must be above 1 and below 10,000, got {factor!r}")
 
 
 def extend_positions(config: PreTrainedConfig, scaling: RopeScaling) -> None:

@@ -9,6 +9,7 @@ prefill, unless the dense prefill itself is asked for.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -197,6 +198,7 @@ def explain(
     *,
     ask: str | None = None,
     new_tokens: int = 48,
+    answer: Sequence[int] | None = None,
     measure_dense: bool = False,
     progress: Progress = silent,
 ) -> Explanation:
@@ -208,6 +210,7 @@ def explain(
         prompt: What `make_prompt` returned.
         ask: The question in it.
         new_tokens: Tokens to write at most.
+        answer: Write these tokens, whatever the model would, to see what it reads for them; at least one.
         measure_dense: Read the prompt once more with dense attention, in place of estimating its time.
         progress: Shows the steps.
 
@@ -218,6 +221,8 @@ def explain(
     if not is_attached(model):
         raise ValueError(f"{loaded.name} is not attached, so it selects nothing to explain; call dsa.attach first")
     report = report_of(model)
+    if answer is not None:
+        new_tokens = len(answer)
     tokens = len(prompt.ids)
     kept = max(1, min(EXACT_QUESTION, prompt.parts.count("question") or 1))
     recorder = Recorder(
@@ -238,12 +243,12 @@ def explain(
                 dsa_context=DSAContext(observer=recorder, every_layer=True),
             )
     prefill_s = time.perf_counter() - began - recorder.seconds
-    answer, decode_s = _write(loaded, output, cache, new_tokens, recorder, progress)
+    written, decode_s = _write(loaded, output, cache, new_tokens, answer, recorder, progress)
     peak = peak_rss_mb() if reset else None
-    made = tokens + max(0, len(answer) - 1)
-    pages = [*prompt.pages, *[None] * len(answer)]
-    parts = [*prompt.parts, *["answer"] * len(answer)]
-    passages = cut([*prompt.texts, *[each.text for each in answer]], pages, parts)
+    made = tokens + max(0, len(written) - 1)
+    pages = [*prompt.pages, *[None] * len(written)]
+    parts = [*prompt.parts, *["answer"] * len(written)]
+    passages = cut([*prompt.texts, *[each.text for each in written]], pages, parts)
     read = {layer: each.read / tokens for layer, each in recorder.counts.items()}
     mean_read = sum(read.values()) / max(1, len(read))
     both = _probe(model, cache, ids[:, -PROBE:], made, progress)
@@ -269,7 +274,7 @@ def explain(
         document=Path(document.name).name,
         ask=ask,
         prompt=prompt,
-        answer=answer,
+        answer=written,
         report=report,
         recorder=recorder,
         passages=passages,
@@ -285,10 +290,11 @@ def _write(
     output: Any,
     cache: Any,
     new_tokens: int,
+    answer: Sequence[int] | None,
     recorder: Recorder,
     progress: Progress,
 ) -> tuple[list[Written], float | None]:
-    """The greedy answer, and seconds per token without what recording took."""
+    """The greedy answer or the one given, and seconds per token without what recording took."""
     model, tokenizer = loaded.model, loaded.tokenizer
     stop = model.generation_config.eos_token_id
     stops = set(stop if isinstance(stop, list) else [stop])
@@ -303,11 +309,11 @@ def _write(
                     "the model's output for this text is not finite: its weights or activations are NaN or overflow; "
                     "try fp32, and check the checkpoint"
                 )
-            token = int(logits.argmax())
+            token = int(logits.argmax()) if answer is None else answer[len(made)]
             made.append(token)
             probabilities.append(float(logits.softmax(dim=-1)[token]))
             advance()
-            if token in stops or len(made) == new_tokens:
+            if len(made) == new_tokens or (answer is None and token in stops):
                 break
             step = torch.tensor([[token]], device=model.device)
             output = model(
@@ -325,8 +331,8 @@ def _write(
         whole = text if not text.endswith("\ufffd") or count == len(made) else before
         texts.append(whole[len(before) :])
         before = whole
-    answer = [Written(text, probability) for text, probability in zip(texts, probabilities, strict=True)]
-    return answer, seconds / (len(made) - 1) if len(made) > 1 else None
+    written = [Written(text, probability) for text, probability in zip(texts, probabilities, strict=True)]
+    return written, seconds / (len(made) - 1) if len(made) > 1 else None
 
 
 def _probe(
