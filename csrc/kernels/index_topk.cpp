@@ -4,6 +4,7 @@
 // Shapes: B batch, T query tokens, S key tokens, Hi/Di index heads / index head dim, K top-k.
 #include "dsa/index_topk.h"
 
+#include "kernels/e4m3.h"
 #include "kernels/index_topk_score.h"
 #include "kernels/quantize_row.h"
 
@@ -214,11 +215,24 @@ void pack_tile_of(const Problem& p, const Workspace& space, int64_t b, int64_t n
     for (i = 0; i < count; ++i, scale -= s.stride[1] * step) space.tile_scale()[i] = *scale;
 }
 
+// Keys in e4m3 are scored as floats, and what they are times their scale is what is packed.
+void pack_e4m3_tile(const Problem& p, const Workspace& space, int64_t b, int64_t newest, int64_t count, int64_t step) {
+    const dsa_tensor &k = p.args.key, &s = p.args.key_scale;
+    for (int64_t i = 0; i < count; ++i) {
+        const int64_t at = newest - i * step;
+        const float scale = Problem::at<float>(s, b, at);
+        decode_e4m3(static_cast<const uint8_t*>(k.data) + b * k.stride[0] + at * k.stride[1], k.stride[2], p.dim, scale,
+                    space.row());
+        pack_key(space.row(), 1, p.dim, space.tile() + i / kWidth * kWidth * p.words + i % kWidth);
+    }
+}
+
 // Packs `count` keys from `newest` down, every `step`-th. Lanes behind them keep what they held; no query's range
 // includes them.
 void pack_tile(const Problem& p, const Workspace& space, int64_t b, int64_t newest, int64_t count, int64_t step = 1) {
     switch (p.args.key.dtype) {
         case DSA_I8: return pack_tile_of<int8_t>(p, space, b, newest, count, step);
+        case DSA_E4M3: return pack_e4m3_tile(p, space, b, newest, count, step);
         case DSA_F32: return pack_tile_of<float>(p, space, b, newest, count, step);
         case DSA_BF16: return pack_tile_of<Bf16>(p, space, b, newest, count, step);
         case DSA_F16: return pack_tile_of<F16>(p, space, b, newest, count, step);

@@ -87,38 +87,6 @@ bool overlap(const Tile& a, const Tile& b) {
     return 2 * common > a.count;
 }
 
-DSA_INLINE float finite_or_zero(float top) { return top == -INFINITY ? 0.0f : top; }
-
-// Turns the scores of a tile into weights relative to the largest score so far. Returns the factor that makes earlier
-// weights so. A score of NaN or +infinity makes the weights and their sum NaN, as a softmax does.
-DSA_INLINE float weigh(float* scores, int keys, float softcap, float* top, float* total) {
-    const int padded = static_cast<int>(round_up(keys, kWidth));
-    F32 best = broadcast(-INFINITY);
-    if (softcap != 0.0f) {
-        const F32 cap = broadcast(softcap);
-        for (int i = 0; i < padded; i += kWidth) store(scores + i, cap * tanh(load(scores + i) / cap));
-    }
-    for (int i = keys; i < padded; ++i) scores[i] = -INFINITY;
-    for (int i = 0; i < padded; i += kWidth) best = max(load(scores + i), best);
-    const float before = *top, now = larger(before, reduce_max(best));
-    const F32 origin = broadcast(finite_or_zero(now));
-    F32 sum = zero();
-    for (int i = 0; i < padded; i += kWidth) {
-        const F32 weight = exp(load(scores + i) - origin);
-        store(scores + i, weight);
-        sum += weight;
-    }
-    float correction = 1.0f;
-    if (now != before) {
-        float lanes[kWidth];
-        store(lanes, exp(broadcast(before) - origin));
-        correction = lanes[0];
-    }
-    *top = now;
-    *total = *total * correction + reduce_add(sum);
-    return correction;
-}
-
 // One query's heads of KV head `g` over one tile. The rows of KV head `next_g` in `next` are asked for meanwhile.
 void attend_tile(const Problem& p, State& state, int64_t b, int64_t g, const Tile& tile, int64_t next_g, const Tile& next) {
     alignas(64) float scores[kRowsAtOnce * kTileKeys];

@@ -1,5 +1,4 @@
-// What the forward and the backward pass of sparse attention do with one tile of selected tokens: find the rows,
-// multiply queries by them, and mix them.
+// What sparse attention does with one tile of selected tokens: find the rows, multiply queries by them, and mix them.
 //
 // The rows are read where they lie, once for up to kRowsAtOnce query heads that share them; nothing is gathered into a
 // buffer. Lanes run along the head dim, because there one token is contiguous.
@@ -225,6 +224,38 @@ constexpr RowKernels row_kernels() {
 }
 
 constexpr RowKernels kRowKernels[] = {row_kernels<float>(), row_kernels<Bf16>(), row_kernels<F16>()};
+
+DSA_INLINE float finite_or_zero(float top) { return top == -INFINITY ? 0.0f : top; }
+
+// Turns the scores of a tile into weights relative to the largest score so far. Returns the factor that makes earlier
+// weights so. A score of NaN or +infinity makes the weights and their sum NaN, as a softmax does.
+DSA_INLINE float weigh(float* scores, int keys, float softcap, float* top, float* total) {
+    const int padded = static_cast<int>(round_up(keys, kWidth));
+    F32 best = broadcast(-INFINITY);
+    if (softcap != 0.0f) {
+        const F32 cap = broadcast(softcap);
+        for (int i = 0; i < padded; i += kWidth) store(scores + i, cap * tanh(load(scores + i) / cap));
+    }
+    for (int i = keys; i < padded; ++i) scores[i] = -INFINITY;
+    for (int i = 0; i < padded; i += kWidth) best = max(load(scores + i), best);
+    const float before = *top, now = larger(before, reduce_max(best));
+    const F32 origin = broadcast(finite_or_zero(now));
+    F32 sum = zero();
+    for (int i = 0; i < padded; i += kWidth) {
+        const F32 weight = exp(load(scores + i) - origin);
+        store(scores + i, weight);
+        sum += weight;
+    }
+    float correction = 1.0f;
+    if (now != before) {
+        float lanes[kWidth];
+        store(lanes, exp(broadcast(before) - origin));
+        correction = lanes[0];
+    }
+    *top = now;
+    *total = *total * correction + reduce_add(sum);
+    return correction;
+}
 
 // A row of any dtype and stride in fp32, times `factor`, padded with zeros to whole vectors.
 template <class T>

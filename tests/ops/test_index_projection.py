@@ -7,7 +7,7 @@ import torch
 
 from dsa.config import DSAConfig
 from dsa.modules import Indexer
-from dsa.ops import IndexWeights, QuantizedKeys, index_projection, native_support
+from dsa.ops import IndexWeights, QuantizedKeys, index_projection, native_support, quantize_index_keys
 from dsa.ops.index_projection import FEW_TOKENS, Rope, rope_tables
 
 OPERATIONS = ("index_projection",)
@@ -115,6 +115,22 @@ def test_a_token_that_is_not_finite_harms_no_other(impl: str) -> None:
     assert spoilt.scale.isnan().tolist() == [[False, True, False]]
     assert torch.equal(spoilt.data[:, ::2], clean.data[:, ::2])
     assert (spoilt.data[:, 1] == 0).all()
+
+
+def test_keys_in_e4m3() -> None:
+    sizes = SIZES[1]
+    indexer, (hidden, rope) = indexer_of(sizes), inputs(sizes)
+    ints = storage(sizes, "int8")
+    assert isinstance(ints, QuantizedKeys)
+    out = QuantizedKeys(torch.zeros(ints.shape).to(torch.float8_e4m3fn), ints.scale)
+    index_projection(hidden, weights_of(indexer), rope, out, BEGIN)
+    with torch.no_grad():
+        expected = quantize_index_keys(indexer.keys(hidden, rope), "fp8")
+    end = BEGIN + sizes[1]
+    torch.testing.assert_close(out[:, BEGIN:end].scale, expected.scale, atol=0, rtol=2e-6)
+    torch.testing.assert_close(out[:, BEGIN:end].dequantize(), expected.dequantize(), atol=0, rtol=0.13)
+    with pytest.raises(NotImplementedError, match="index keys in int8 or fp32"):
+        index_projection(hidden, weights_of(indexer), rope, out, BEGIN, impl="native")
 
 
 def test_many_tokens_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:

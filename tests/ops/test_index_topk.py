@@ -61,8 +61,6 @@ def test_int8_selection_is_exactly_that_of_the_documented_scores(case: Case, imp
 
 @pytest.mark.parametrize("name", ["odd_lengths", "index_dim_24", "left_padding", "sinks_and_local", "not_finite"])
 def test_fp8_selection_is_that_of_the_dequantised_keys(name: str, impl: str) -> None:
-    if impl == "native":
-        pytest.skip("the compiled kernel reads no fp8 keys; another test asks for the message")
     case = BY_NAME[name]
     inputs = make_inputs(case)
     keys = quantize_index_keys(inputs.k_index, "fp8")
@@ -95,8 +93,6 @@ def make_index(tokens: int, keys: int, seed: int, **options: torch.dtype) -> tup
 
 @pytest.mark.parametrize("form", ["fp32", "bf16", "int8", "fp8"])
 def test_chunks_padding_packing_and_batching_do_not_change_a_selection(form: str, impl: str) -> None:
-    if impl == "native" and form == "fp8":
-        pytest.skip("the compiled kernel reads no fp8 keys")
     tokens, top_k = 151, 19
     q, k, w = make_index(tokens, tokens, 0, dtype=torch.bfloat16 if form == "bf16" else torch.float32)
     k[:, 40:90] = k[:, 50:100].clone()  # Equal scores far apart and side by side.

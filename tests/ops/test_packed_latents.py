@@ -118,6 +118,28 @@ def test_other_dtypes_are_rounded_as_fp32(dtype: torch.dtype) -> None:
     assert torch.equal(pack_latents(rows, 140).data, pack_latents(rows.float(), 140).data)
 
 
+@pytest.mark.parametrize("power_of_two", [False, True])
+@pytest.mark.parametrize(("latent_dim", "rope_dim"), [(512, 64), (20, 8), (131, 3), (1, 0), (260, 1)])
+def test_every_implementation_writes_the_same_bytes(
+    latent_dim: int, rope_dim: int, power_of_two: bool, impl: str
+) -> None:
+    generator = torch.Generator().manual_seed(9)
+    rows = torch.randn(2, 70, latent_dim + rope_dim, generator=generator)
+    rows *= torch.exp(8 * torch.randn(2, 70, 1, generator=generator)) * torch.rand(rows.shape, generator=generator) ** 9
+    rows[0, 0] = 0.0
+    rows[0, 1, 0], rows[0, 2, 0], rows[0, 3, -1], rows[0, 4, -1] = torch.nan, -torch.inf, torch.nan, torch.inf
+    # Numbers half-way between two of e4m3, subnormal ones too.
+    rows[1, 0, :latent_dim] = torch.tensor([448.0, 17.0, 19.0, 2.0**-10, 3 * 2.0**-10]).repeat(103)[:latent_dim]
+    rows[1, 1] *= 1e-40
+    for x in (rows, rows.bfloat16(), rows.clamp(-6e4, 6e4).half(), rows.mT.contiguous().mT):
+        expected = pack_latents(x, latent_dim, power_of_two=power_of_two, impl="reference")
+        found = pack_latents(x, latent_dim, power_of_two=power_of_two, impl=impl)
+        # Every NaN is as good as another.
+        assert torch.equal(found.unpack().isnan(), expected.unpack().isnan())
+        rough = expected.unpack().isnan().any(dim=-1)
+        assert torch.equal(found.data[~rough], expected.data[~rough])
+
+
 def test_rows_are_written_into_a_cache_and_sliced_as_views() -> None:
     rows = torch.randn(3, 10, 40, generator=torch.Generator().manual_seed(4))
     expected = pack_latents(rows, 30)
@@ -170,6 +192,18 @@ def test_attention_over_rows_is_attention_over_what_they_say(
     assert_within_yardstick(lse, naive_lse, exact_lse, factor=4.0, what="lse")
     assert (out[0, -1] == 0).all()
     assert (lse[0, -1] == -torch.inf).all()
+
+
+def test_errors_average_out_against_what_rows_have_in_common(impl: str) -> None:
+    """Beside rows in bf16, over 256 of them whose common part is as large as what differs."""
+    generator = torch.Generator().manual_seed(10)
+    rows = torch.randn(1, 256, 576, generator=generator) + torch.randn(1, 1, 576, generator=generator)
+    q, indices = torch.randn(1, 4, 8, 576, generator=generator) / 4, torch.arange(256).expand(1, 4, 256).int()
+    out, _ = sparse_attention(q, pack_latents(rows), None, indices, impl=impl)
+    key = rows.bfloat16().unsqueeze(2)
+    expected, _ = sparse_attention(q, key, key[..., :512], indices)
+    error = (out - expected).norm(dim=-1) / expected.norm(dim=-1)
+    assert error.max() < 2e-2
 
 
 def test_strided_queries_and_rows_of_a_larger_cache(impl: str) -> None:

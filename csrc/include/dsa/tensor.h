@@ -17,7 +17,7 @@
 extern "C" {
 #endif
 
-enum dsa_dtype { DSA_F32 = 0, DSA_BF16 = 1, DSA_F16 = 2, DSA_I8 = 3, DSA_I32 = 4 };
+enum dsa_dtype { DSA_F32 = 0, DSA_BF16 = 1, DSA_F16 = 2, DSA_I8 = 3, DSA_I32 = 4, DSA_E4M3 = 5 };
 
 // Up to four dimensions, leading ones first. Strides count elements and may be anything, the last one included,
 // unless the operation says otherwise. `data == NULL` is an absent argument.

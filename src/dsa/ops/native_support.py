@@ -29,7 +29,14 @@ from torch import Tensor
 ABI_VERSION = 1
 """`DSA_ABI_VERSION` of `csrc/include/dsa/runtime.h`."""
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.int32: 4}
+DTYPES = {
+    torch.float32: 0,
+    torch.bfloat16: 1,
+    torch.float16: 2,
+    torch.int8: 3,
+    torch.int32: 4,
+    torch.float8_e4m3fn: 5,
+}
 """`dsa_dtype` of `csrc/include/dsa/tensor.h`."""
 
 HOW_TO_BUILD = "install a C++ compiler (g++ or clang) and install dsa-attention again"

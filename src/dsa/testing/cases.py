@@ -17,7 +17,7 @@ from torch import Tensor
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "index_topk": ("reference", "native"),
     "sparse_attention": ("reference", "native"),
-    "packed_attention": ("reference",),
+    "packed_attention": ("reference", "native"),
     "dense_attention": ("reference", "native"),
     "indexer_loss": ("reference", "native"),
     "index_projection": ("reference", "native"),

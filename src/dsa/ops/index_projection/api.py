@@ -39,7 +39,7 @@ def index_projection(
         hidden: `[B, T, C]`.
         weights: The indexer's.
         rope: Tables for these tokens' positions, each `[B or 1, T, R]`; `None` for layers without RoPE.
-        out: Where the keys go: int8 `QuantizedKeys` or fp32, `[B, capacity, Di]`; a cache's storage.
+        out: Where the keys go: `QuantizedKeys` or fp32, `[B, capacity, Di]`; a cache's storage.
         begin: The place of the first token there.
         queries: Whether queries and head weights are wanted.
         impl: Which implementation runs; an explicit choice never falls back.
@@ -85,10 +85,10 @@ def _check(
             )
     data = out.data if isinstance(out, QuantizedKeys) else out
     out_batch, capacity, out_dim = data.shape
-    fits = (out_batch, out_dim) == (batch, dim) and data.dtype in (torch.int8, torch.float32)
+    fits = (out_batch, out_dim) == (batch, dim) and data.dtype in (torch.int8, torch.float8_e4m3fn, torch.float32)
     if not fits or not 0 <= begin <= capacity - tokens:
         raise ValueError(
-            f"{_OP}: out must be int8 QuantizedKeys or fp32, [{batch}, at least {begin} + {tokens}, {dim}], "
+            f"{_OP}: out must be QuantizedKeys or fp32, [{batch}, at least {begin} + {tokens}, {dim}], "
             f"got {describe(data)} and begin={begin}"
         )
     return batch, tokens
@@ -100,6 +100,8 @@ def _native_gap(hidden: Tensor, rope: Rope | None, out: Tensor | QuantizedKeys) 
         if table.dtype != torch.float32 or not table.is_contiguous():
             return "the kernel takes tables that are fp32 and dense"
     data = out.data if isinstance(out, QuantizedKeys) else out
+    if data.dtype == torch.float8_e4m3fn:
+        return "the kernel writes index keys in int8 or fp32"
     if hidden.dtype != torch.float32 or hidden.stride(-1) != 1 or data.stride(-1) != 1:
         return f"the kernel takes fp32 with every row in one piece, got {hidden.dtype}"
     return native_support.gap(hidden)

@@ -30,8 +30,8 @@ def index_projection(
         key = rotate_half_split(key, *rope)
     places = slice(begin, begin + hidden.shape[1])
     if isinstance(out, QuantizedKeys):
-        keys = quantize.quantize_keys_int8(key)
-        out.data[:, places] = keys.data
+        keys = quantize.quantize_keys_int8(key) if out.dtype == "int8" else quantize.quantize_keys_fp8(key)
+        out.data[:, places].copy_(keys.data)
         out.scale[:, places] = keys.scale
     else:
         out[:, places] = key

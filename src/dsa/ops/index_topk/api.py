@@ -120,8 +120,6 @@ def _floating(q: Tensor, k: Tensor | QuantizedKeys, w: Tensor) -> tuple[Tensor |
 
 def _native_gap(q: Tensor, k: Tensor | QuantizedKeys, w: Tensor) -> str | None:
     """Why the compiled kernel cannot take these arguments, or `None` where it can."""
-    if isinstance(k, QuantizedKeys) and k.dtype != "int8":
-        return "the CPU kernels read index keys in int8 or fp32, bf16, fp16"
     if q.shape[-1] > _NATIVE_LARGEST_DIM:
         return f"the kernel takes index heads of at most {_NATIVE_LARGEST_DIM} dims, got {q.shape[-1]}"
     return native_support.gap(*_floating(q, k, w))

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from dsa.ops import native_support
+from dsa.ops.blocks import full_precision
 from dsa.ops.checks import check_tensor
+from dsa.ops.quantize.reference import rotate
 from dsa.ops.quantize.types import QuantizedKeys
 from dsa.ops.ranges import resolve_ranges
 
@@ -36,6 +38,10 @@ def index_topk(
 ) -> Tensor:
     """int32 `[B, T, K]`; arguments as in `api.index_topk`, validated but for the ranges."""
     key, key_scale = (k.data, k.scale) if isinstance(k, QuantizedKeys) else (k, None)
+    if key.dtype == torch.float8_e4m3fn:
+        # int8 queries are rotated in the kernel, where they are quantised; these are not quantised.
+        with full_precision(q.device):
+            q = rotate(q.detach())
     if torch.compiler.is_compiling():
         return _in_graph(q, key, key_scale, w, key_start, key_end, top_k, scale, sinks, local)
     return _select(q, key, key_scale, w, key_start, key_end, top_k, scale, sinks, local)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dsa.ops import native_support
 from dsa.ops.blocks import full_precision
 from dsa.ops.checks import check_count, check_tensor
 from dsa.ops.packed_latents import reference
@@ -55,7 +56,11 @@ def pack_latents(
             f"{_OP}: out must be {list(rows.shape)} with latent_dim={latent_dim} on {rows.device} like the rows, "
             f"got {list(out.shape)} with latent_dim={out.latent_dim} on {out.device}; slice it"
         )
-    resolve_impl(_OP, impl, {"reference": None})
+    chosen = resolve_impl(_OP, impl, {"native": native_support.gap(rows), "reference": None})
+    if chosen == "native":
+        from dsa.ops.packed_latents import native
+
+        return native.pack_latents(rows.detach(), latent_dim, power_of_two, out)
     with torch.no_grad(), full_precision(rows.device):
         data = reference.pack_rows(rows, latent_dim, power_of_two)
     if out is None:

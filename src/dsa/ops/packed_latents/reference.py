@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsa.ops.packed_latents.types import GROUP, scales_of
+from dsa.ops.packed_latents.types import GROUP, dense, scales_of
 from dsa.ops.quantize.reference import round_to_fp8
 
 
@@ -21,4 +21,4 @@ def pack_rows(rows: Tensor, latent_dim: int, power_of_two: bool) -> Tensor:
     groups = F.pad(latent, (0, scales_of(latent_dim) * GROUP - latent_dim)).unflatten(-1, (-1, GROUP))
     codes, scale = round_to_fp8(groups, power_of_two)
     parts = (codes.flatten(-2)[..., :latent_dim], scale, rotated.to(torch.bfloat16))
-    return torch.cat([part.contiguous().view(torch.uint8) for part in parts if part.shape[-1]], dim=-1)
+    return torch.cat([dense(part).view(torch.uint8) for part in parts if part.shape[-1]], dim=-1)

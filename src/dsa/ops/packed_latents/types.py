@@ -111,13 +111,13 @@ def decode_rows(data: Tensor, latent_dim: int, rope_dim: int) -> Tensor:
     """Rows of bytes `[..., row_bytes]` as fp32 `[..., L + R]`."""
     end = latent_dim + 4 * scales_of(latent_dim)
     codes = data[..., :latent_dim].view(torch.float8_e4m3fn).float()
-    scale = _aligned(data[..., latent_dim:end]).view(torch.float32)
+    scale = dense(data[..., latent_dim:end]).view(torch.float32)
     latent = codes * scale.repeat_interleave(GROUP, dim=-1)[..., :latent_dim]
     if not rope_dim:
         return latent
-    return torch.cat((latent, _aligned(data[..., end:]).view(torch.bfloat16).float()), dim=-1)
+    return torch.cat((latent, dense(data[..., end:]).view(torch.bfloat16).float()), dim=-1)
 
 
-def _aligned(data: Tensor) -> Tensor:
-    """A copy, because bytes that lie at odd places cannot be viewed as wider numbers."""
+def dense(data: Tensor) -> Tensor:
+    """A copy in one piece, which can be viewed as numbers of another width wherever the bytes lay before."""
     return data.clone(memory_format=torch.contiguous_format)

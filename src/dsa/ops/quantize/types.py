@@ -6,11 +6,12 @@ Shapes: `B` batch, `S` key tokens, `Di` index head dim.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-_NAMES = {torch.int8: "int8", torch.float8_e4m3fn: "fp8"}
+_NAMES: dict[torch.dtype, Literal["int8", "fp8"]] = {torch.int8: "int8", torch.float8_e4m3fn: "fp8"}
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class QuantizedKeys:
             raise ValueError(f"QuantizedKeys: data is on {self.data.device}, scale on {self.scale.device}; move one")
 
     @property
-    def dtype(self) -> str:
+    def dtype(self) -> Literal["int8", "fp8"]:
         """`"int8"` or `"fp8"`."""
         return _NAMES[self.data.dtype]
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from dsa.ops import native_support, triton_support
 from dsa.ops.blocks import full_precision
 from dsa.ops.checks import check_attention, check_indices, check_scale, check_softcap, check_tensor, describe
+from dsa.ops.packed_latents.gradient import without_gradient
 from dsa.ops.packed_latents.types import PackedLatents
 from dsa.ops.paging.types import PagedLatents
 from dsa.ops.sparse_attention import reference
@@ -122,26 +121,15 @@ def _over_packed(
         rows, indices = k.pool(), k.physical(indices)
     else:
         rows = k
-    resolve_impl(_OP, impl, {"reference": None})
-    padded = check_indices(_OP, indices, rows.shape[1])
+    chosen = resolve_impl(_OP, impl, {"native": native_support.gap(q, sink_logits), "reference": None})
     with torch.no_grad(), full_precision(q.device):
-        out, lse = reference.packed_attention(
-            q, rows, indices, scale=scale, softcap=softcap, sink_logits=sink_logits, padded=padded
-        )
-    if torch.is_grad_enabled() and (q.requires_grad or (sink_logits is not None and sink_logits.requires_grad)):
-        return _WithoutGradient.apply(out, q, sink_logits), lse
-    return out, lse
+        if chosen == "native":
+            from dsa.ops.sparse_attention import native
 
-
-class _WithoutGradient(torch.autograd.Function):
-    """Passes `out` on as made from the inputs, so that a backward pass ends in a message and not in silence."""
-
-    @staticmethod
-    def forward(ctx: Any, out: Tensor, *inputs: Tensor | None) -> Tensor:
-        return out.view_as(out)
-
-    @staticmethod
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        raise NotImplementedError(
-            f"{_OP}: FP8 rows pass no gradient; train with k and v as tensors (a model: use_cache=False)"
-        )
+            out, lse = native.packed_attention(q, rows, indices, scale=scale, softcap=softcap, sink_logits=sink_logits)
+        else:
+            padded = check_indices(_OP, indices, rows.shape[1])
+            out, lse = reference.packed_attention(
+                q, rows, indices, scale=scale, softcap=softcap, sink_logits=sink_logits, padded=padded
+            )
+    return without_gradient(out, q, sink_logits), lse

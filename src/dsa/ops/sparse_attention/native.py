@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from dsa.ops import native_support
 from dsa.ops.checks import check_indices
+from dsa.ops.packed_latents.types import PackedLatents
 
 _OP = "sparse_attention"
 
@@ -23,6 +24,10 @@ _OP = "sparse_attention"
 _pack_scalars = struct.Struct("=Q2fi4x").pack
 """What follows the tensors in `dsa_sparse_attention_args`: where to say that an index lies outside, scale, softcap,
 threads."""
+
+_pack_packed_scalars = struct.Struct("=Q2f2i").pack
+"""What follows the tensors in `dsa_packed_attention_args`: where to say that an index lies outside, scale, softcap,
+latent dims, threads."""
 
 _pack_backward_scalars = struct.Struct("=2fi4x").pack
 """What follows the tensors in `dsa_sparse_attention_backward_args`: scale, softcap, threads."""
@@ -49,6 +54,34 @@ def sparse_attention(
     if torch.compiler.is_compiling():
         return _in_graph(q, k, v, indices, sink_logits, scale, softcap or 0.0)
     return _forward(q, k, v, indices, sink_logits, scale, softcap or 0.0)
+
+
+def packed_attention(
+    q: Tensor,
+    rows: PackedLatents,
+    indices: Tensor,
+    *,
+    scale: float,
+    softcap: float | None,
+    sink_logits: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The same over FP8 rows, without gradients."""
+    if indices.dtype != torch.int32:
+        check_indices(_OP, indices, rows.shape[1])
+        indices = indices.int()
+    data, indices = (x if x.stride(-1) == 1 else x.contiguous() for x in (rows.data, indices))
+    out = torch.empty((*q.shape[:3], rows.latent_dim), dtype=q.dtype)
+    lse = torch.empty(q.shape[:3], dtype=torch.float32)
+    outside = ctypes.c_int32(0)
+    scalars = _pack_packed_scalars(
+        ctypes.addressof(outside), scale, softcap or 0.0, rows.latent_dim, native_support.threads()
+    )
+    tensors = native_support.pack(q, data.view(torch.int8), indices, sink_logits, out, lse)
+    native_support.call("packed_attention", tensors + scalars)
+    if outside.value:
+        check_indices(_OP, indices, rows.shape[1])
+        raise AssertionError("the kernel and check_indices disagree")
+    return out, lse
 
 
 @native_support.graph_operation(
