@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-INDEX_DTYPES = ("int8", "fp32")
+INDEX_DTYPES = ("int8", "fp8", "fp32")
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class DSAConfig:
             tell what a token is however far away it is. Ignored on models and layers without RoPE.
         sinks: The first visible tokens, always read.
         local: The last visible tokens, always read.
-        index_dtype: Storage of the index keys: `"int8"` (one scale per token) or `"fp32"`.
+        index_dtype: Storage of the index keys: `"int8"` or `"fp8"` (e4m3), with one scale per token, or `"fp32"`.
         layers: Exceptions by layer number.
         dense_shortcut: Run dense attention, without scoring, while no query sees more than `top_k` tokens.
             The result is the same; `False` forces the sparse path, which tests use.

@@ -6,7 +6,7 @@ from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from dsa.modules.cache import IndexedLayer, StaticIndexedLayer, indexed_layer, reserve
-from dsa.ops import QuantizedKeys
+from dsa.ops import QuantizedKeys, quantize_index_keys
 from dsa.testing.tiny_models import tiny_model
 
 B, G, D, DI = 2, 3, 4, 8
@@ -38,15 +38,20 @@ def test_holds_what_was_appended() -> None:
     assert layer.get_seq_length() == 307
 
 
-def test_quantised_keys_do_not_depend_on_how_they_came() -> None:
+@pytest.mark.parametrize("dtype", ["int8", "fp8"])
+def test_quantised_keys_do_not_depend_on_how_they_came(dtype: str) -> None:
     torch.manual_seed(0)
-    whole, (_, _, index) = filled("int8")
-    at_once = IndexedLayer("int8")
+    whole, (_, _, index) = filled(dtype)
+    at_once = IndexedLayer(dtype)
     assert at_once.append_index(index) == index.shape[1]
     keys = at_once.index_keys()
     assert isinstance(keys, QuantizedKeys)
-    assert torch.equal(whole.index_keys().data, keys.data)
+    assert keys.dtype == dtype
+    assert torch.equal(whole.index_keys().data.view(torch.uint8), keys.data.view(torch.uint8))
     assert torch.equal(whole.index_keys().scale, keys.scale)
+    whole.batch_repeat_interleave(2)
+    whole.reorder_cache(torch.tensor([1, 0]))
+    assert torch.equal(whole.index_keys().data[1].view(torch.uint8), keys.data[0].view(torch.uint8))
 
 
 def test_appending_moves_nothing_after_reserve() -> None:
@@ -108,9 +113,10 @@ def test_index_keys_must_keep_step_with_keys() -> None:
         layer.append_index(index)
 
 
-def test_static_layer_writes_in_place() -> None:
+@pytest.mark.parametrize("dtype", ["int8", "fp8"])
+def test_static_layer_writes_in_place(dtype: str) -> None:
     cache = StaticCache(tiny_model("llama").config, max_cache_len=12)
-    layer = indexed_layer(cache, 1, "int8")
+    layer = indexed_layer(cache, 1, dtype)
     assert isinstance(layer, StaticIndexedLayer)
     parts = []
     for size in (5, 1):
@@ -118,10 +124,13 @@ def test_static_layer_writes_in_place() -> None:
         layer.append_index(index)
         layer.update(key, value)
         parts.append(key)
+    expected = quantize_index_keys(index, dtype)
+    assert torch.equal(layer.index_keys()[:, 5:6].data.view(torch.uint8), expected.data.view(torch.uint8))
+    assert torch.equal(layer.index_keys()[:, 5:6].scale, expected.scale)
     assert layer.keys.shape == (B, G, 12, D)
     assert torch.equal(layer.keys[:, :, :6], torch.cat(parts, dim=2))
     assert int(layer.get_seq_length()) == 6
-    assert indexed_layer(cache, 1, "int8") is layer
+    assert indexed_layer(cache, 1, dtype) is layer
 
 
 def test_refuses_what_it_cannot_take_over() -> None:

@@ -132,7 +132,7 @@ def shape_of(call: AttentionCall, config: DSAConfig) -> AttentionShape:
         index_heads=config.index_heads,
         index_head_dim=config.index_head_dim,
         kv_bytes=call.key.element_size(),
-        index_bytes=1 if config.index_dtype == "int8" else 4,
+        index_bytes=4 if config.index_dtype == "fp32" else 1,
     )
 
 

@@ -105,7 +105,7 @@ class IndexerShape:
         query_from: Width of what index queries come from: the hidden states, or the query's latent.
         heads: `Hi`.
         head_dim: `Di`.
-        dtype: `"int8"` keys carry one fp32 scale a token, `"fp32"` keys none; FP8 counts as int8.
+        dtype: `"int8"` and `"fp8"` keys carry one fp32 scale a token, `"fp32"` keys none.
     """
 
     hidden: int
@@ -127,12 +127,12 @@ class IndexerShape:
     @property
     def pair(self) -> int:
         """The score of one token: `Hi` dot products, their weighted sum, and the key's scale where it has one."""
-        return self.heads * (self.head_dim + 1) + (self.dtype == "int8")
+        return self.heads * (self.head_dim + 1) + (self.dtype != "fp32")
 
     @property
     def key_bytes(self) -> int:
         """One stored index key."""
-        return self.head_dim + 4 if self.dtype == "int8" else 4 * self.head_dim
+        return 4 * self.head_dim if self.dtype == "fp32" else self.head_dim + 4
 
 
 @dataclass(frozen=True)

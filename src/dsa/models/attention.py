@@ -23,9 +23,9 @@ from dsa.models.context import DSAContext
 from dsa.models.families import Family
 from dsa.models.layer import LayerAttention, LayerIndex, LayerPlan, attend
 from dsa.models.masks import split_mask, visible_ranges
-from dsa.modules.cache import IndexedLayer, StaticIndexedLayer, indexed_layer
+from dsa.modules.cache import IndexedLayer, StaticIndexedLayer, indexed_layer, stored_form
 from dsa.modules.indexer import Indexer
-from dsa.ops import native_support, quantize_index_keys
+from dsa.ops import native_support
 from dsa.ops.index_projection import FEW_TOKENS, index_projection
 
 IMPLEMENTATION = "dsa"
@@ -126,7 +126,7 @@ def _run_indexer(
     if stored is not None:
         index.key = stored.index_keys()
     else:
-        index.key = quantize_index_keys(key.detach()) if plan.config.index_dtype == "int8" else key.float()
+        index.key = stored_form(key.detach(), plan.config.index_dtype)
     index.query, index.weight = indexer.queries(hidden_states, index.rope)
 
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from dsa.config import DSAConfig
 from dsa.models.context import AttentionCall, DSAContext
 from dsa.modules.cache import IndexKeys
-from dsa.ops import QuantizedKeys, dense_attention, index_topk, native_support, sparse_attention
+from dsa.ops import PackedLatents, QuantizedKeys, dense_attention, index_topk, native_support, sparse_attention
 from dsa.ops.index_projection import Rope
 
 QUERIES_AT_A_TIME = 4096
@@ -172,12 +172,13 @@ def _without_holes(keys: IndexKeys, kept: torch.Tensor | None) -> IndexKeys:
 class LayerAttention:
     """One layer's tensors, token-major, and the two ways to attend with them.
 
-    `start` and `end` are int32 `[B, T]`, or both `None` for causal and right-aligned.
+    `key` may be FP8 rows of latent attention, and `value` is then `None`. `start` and `end` are int32 `[B, T]`, or both
+    `None` for causal and right-aligned.
     """
 
     query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
+    key: torch.Tensor | PackedLatents
+    value: torch.Tensor | None
     start: torch.Tensor | None
     end: torch.Tensor | None
     kept: torch.Tensor | None
@@ -227,8 +228,9 @@ class LayerAttention:
         torch's can where its upper-left causal mask and ours are the same: one query, or no cache.
         """
         tokens, keys = self.query.shape[1], self.key.shape[1]
-        if self.kept is not None:
-            return self._dense_with_holes()
+        if self.kept is not None or isinstance(self.key, PackedLatents):
+            return self._dense_by_list()
+        assert self.value is not None
         plain = self.start is None and self.softcap is None and self.sink_logits is None
         compiled = native_support.gap(self.query, self.key, self.value) is None
         if plain and tokens in (1, keys) and not compiled:
@@ -253,22 +255,25 @@ class LayerAttention:
         )
         return out
 
-    def _dense_with_holes(self) -> torch.Tensor:
-        """Dense attention that leaves out padding between visible tokens: every kept position is listed."""
-        assert self.kept is not None
+    def _dense_by_list(self) -> torch.Tensor:
+        """Dense attention over FP8 rows, or that leaves out padding between tokens: every kept position is listed."""
         start, end = self.ranges()
         positions = torch.arange(self.key.shape[1], dtype=torch.int32, device=self.query.device)
         blocks = []
         for begin in range(0, self.query.shape[1], QUERIES_AT_A_TIME // 16):
             stop = begin + QUERIES_AT_A_TIME // 16
             visible = (positions >= start[:, begin:stop, None]) & (positions < end[:, begin:stop, None])
-            indices = torch.where(visible & self.kept[:, None], positions, -1)
+            if self.kept is not None:
+                visible &= self.kept[:, None]
+            indices = torch.where(visible, positions, -1)
             blocks.append(self.rows(begin, stop).sparse(indices))
         return torch.cat(blocks, dim=1)
 
 
 def _observed_call(attention: LayerAttention, index: LayerIndex) -> AttentionCall:
     start, end = attention.ranges()
+    assert isinstance(attention.key, torch.Tensor)
+    assert attention.value is not None
     return AttentionCall(
         layer=index.plan.layer,
         query=attention.query,

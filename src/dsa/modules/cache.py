@@ -26,8 +26,18 @@ RESERVED = "dsa_reserved"
 
 IndexKeys = torch.Tensor | QuantizedKeys
 
+_QUANTIZED: dict[str | None, torch.dtype] = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+"""How index keys of eight bits are stored, by `index_dtype`; they have one fp32 scale per token."""
+
 _SERIALS = itertools.count()
 """Numbers of the cache layers made in this process."""
+
+
+def stored_form(index_keys: torch.Tensor, index_dtype: str) -> IndexKeys:
+    """Index keys `[B, S, Di]` as a cache of that dtype stores them."""
+    if index_dtype not in _QUANTIZED:
+        return index_keys.float()
+    return quantize_index_keys(index_keys, "fp8" if index_dtype == "fp8" else "int8")
 
 
 class TokenBuffer:
@@ -88,8 +98,8 @@ class TokenBuffer:
 class IndexedLayer(DynamicLayer):
     """K, V and index keys of one attention layer, for attached models.
 
-    `keys` and `values` are views `[B, G, S, D]` of token-major storage. Index keys are stored as int8 with one
-    fp32 scale per token, or as fp32, whichever `index_dtype` says. Everything that transformers does to a
+    `keys` and `values` are views `[B, G, S, D]` of token-major storage. Index keys are stored as int8 or e4m3
+    with one fp32 scale per token, or as fp32, whichever `index_dtype` says. Everything that transformers does to a
     `DynamicLayer` (beam reordering, cropping, batch repetition and selection) is done to all of them together.
     """
 
@@ -99,7 +109,7 @@ class IndexedLayer(DynamicLayer):
         self._buffers = {"key": TokenBuffer(), "value": TokenBuffer()}
         if index_dtype is not None:
             self._buffers["index"] = TokenBuffer()
-        if index_dtype == "int8":
+        if index_dtype in _QUANTIZED:
             self._buffers["index_scale"] = TokenBuffer()
         self._reserve = 0
         self.serial = next(_SERIALS)
@@ -155,7 +165,7 @@ class IndexedLayer(DynamicLayer):
         tokens = index_keys.shape[1]
         storage, begin = self.index_room(index_keys.shape, index_keys.device)
         if isinstance(storage, QuantizedKeys):
-            quantize_index_keys(index_keys, out=storage[:, begin : begin + tokens])
+            quantize_index_keys(index_keys, storage.dtype, out=storage[:, begin : begin + tokens])
         else:
             storage.narrow(1, begin, tokens).copy_(index_keys)
         return begin + tokens
@@ -175,12 +185,12 @@ class IndexedLayer(DynamicLayer):
                 f"the cache holds {self.get_seq_length()} tokens but index keys of only {index.length}: it was "
                 "filled before dsa was attached; start from an empty cache"
             )
-        if self.index_dtype != "int8":
+        if self.index_dtype not in _QUANTIZED:
             begin = index.make_room(shape, torch.float32, device, self._reserve)
             assert index.storage is not None
             return index.storage, begin
         scale = self._buffers["index_scale"]
-        begin = index.make_room(shape, torch.int8, device, self._reserve)
+        begin = index.make_room(shape, _QUANTIZED[self.index_dtype], device, self._reserve)
         scale.make_room(shape[:2], torch.float32, device, self._reserve)
         storage = self._quantized
         if storage is None or storage.data is not index.storage or storage.scale is not scale.storage:
@@ -192,7 +202,7 @@ class IndexedLayer(DynamicLayer):
     def index_keys(self) -> IndexKeys:
         """The index keys of all cached tokens, `[B, S, Di]`, as views of what is stored."""
         data = self._buffers["index"].view()
-        if self.index_dtype == "int8":
+        if self.index_dtype in _QUANTIZED:
             return QuantizedKeys(data, self._buffers["index_scale"].view())
         return data
 
@@ -264,24 +274,25 @@ class StaticIndexedLayer(StaticLayer):
         """Writes index keys `[B, T, Di]` behind those there, before `update`; returns `C`, as many as there are."""
         batch, tokens, dim = index_keys.shape
         if self.index_data is None:
-            dtype = torch.int8 if self.index_dtype == "int8" else torch.float32
+            dtype = _QUANTIZED.get(self.index_dtype, torch.float32)
             self.index_data = memory.empty((batch, self.max_cache_len, dim), dtype, index_keys.device).zero_()
             self.index_scale = index_keys.new_ones((batch, self.max_cache_len), dtype=torch.float32)
         assert self.index_scale is not None
         positions = torch.arange(tokens, device=index_keys.device) + self.cumulative_length.to(index_keys.device)
-        if self.index_dtype == "int8":
-            quantized = quantize_index_keys(index_keys, dtype="int8")
-            self.index_data.index_copy_(1, positions, quantized.data)
-            self.index_scale.index_copy_(1, positions, quantized.scale)
+        stored = stored_form(index_keys, self.index_dtype or "fp32")
+        if isinstance(stored, QuantizedKeys):
+            # As bytes, because not every operation takes e4m3.
+            self.index_data.view(torch.int8).index_copy_(1, positions, stored.data.view(torch.int8))
+            self.index_scale.index_copy_(1, positions, stored.scale)
         else:
-            self.index_data.index_copy_(1, positions, index_keys.float())
+            self.index_data.index_copy_(1, positions, stored)
         return self.max_cache_len
 
     def index_keys(self) -> IndexKeys:
         """The index keys `[B, C, Di]`, as stored."""
         assert self.index_data is not None
         assert self.index_scale is not None
-        return QuantizedKeys(self.index_data, self.index_scale) if self.index_dtype == "int8" else self.index_data
+        return QuantizedKeys(self.index_data, self.index_scale) if self.index_dtype in _QUANTIZED else self.index_data
 
     def reset(self) -> None:
         super().reset()

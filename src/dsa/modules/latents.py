@@ -2,14 +2,14 @@
 
 Keys and values of every head are linear maps of the row, so the row is all that is kept: the latent (512 dims in
 DeepSeek-V3.2), which is also what the absorbed form of attention takes for values, and behind it the shared key dims
-that carry RoPE (64).
+that carry RoPE (64). As numbers they take 2,304 bytes a token in fp32 and 1,152 in bf16, as FP8 rows 656.
 
 Shapes: `B` batch, `T` new tokens, `S` cached tokens, `L` latent dims, `R` rotated dims.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers.cache_utils import (
@@ -22,6 +22,11 @@ from transformers.cache_utils import (
 )
 
 from dsa.modules.cache import RESERVED, IndexedLayer
+from dsa.ops import PackedLatents, pack_latents
+from dsa.ops.packed_latents.types import row_bytes
+
+CacheDtype = Literal["full", "fp8"]
+"""How rows are kept: in the dtype that they come in, or as FP8 rows (`dsa.ops.PackedLatents`)."""
 
 REPLACEABLE = (DynamicLayer, DynamicIndexedLayer, StaticLayer, StaticIndexedLayer)
 
@@ -30,25 +35,33 @@ class LatentLayer(IndexedLayer):
     """Rows `[B, S, L + R]` in one preallocated, token-major storage, and index keys.
 
     transformers sees what its own layer would hold: `keys` are the latents `[B, 1, S, L]`, `values` the rotated key
-    dims `[B, 1, S, R]`, both views.
+    dims `[B, 1, S, R]`: views, or copies decoded from FP8 rows.
     """
 
-    def __init__(self, latent_dim: int, index_dtype: str | None = None, limit: int | None = None) -> None:
+    def __init__(
+        self,
+        latent_dim: int,
+        index_dtype: str | None = None,
+        limit: int | None = None,
+        rows_dtype: CacheDtype = "full",
+    ) -> None:
         """
         Args:
             latent_dim: `L`.
-            index_dtype: Storage of the index keys, `"int8"` or `"fp32"`; `None` for layers that select nothing.
+            index_dtype: How index keys are stored, `"int8"`, `"fp8"` or `"fp32"`; `None` for layers without any.
             limit: Most tokens, for a layer that takes the place of a static one.
+            rows_dtype: How the rows are kept.
         """
         super().__init__(index_dtype)
-        self.latent_dim, self.limit = latent_dim, limit
+        self.latent_dim, self.limit, self.rows_dtype = latent_dim, limit, rows_dtype
+        self._rope_dim = 0
         del self._buffers["value"]
         if limit is not None:
             self.reserve(limit)
 
     @property
     def keys(self) -> torch.Tensor | None:
-        rows = self._heads_first("key")
+        rows = self._rows_of_one_head()
         return None if rows is None else rows[..., : self.latent_dim]
 
     @keys.setter
@@ -57,19 +70,26 @@ class LatentLayer(IndexedLayer):
 
     @property
     def values(self) -> torch.Tensor | None:
-        rows = self._heads_first("key")
+        rows = self._rows_of_one_head()
         return None if rows is None else rows[..., self.latent_dim :]
 
     @values.setter
     def values(self, value: torch.Tensor | None) -> None:
         assert value is None, "rows are appended, never assigned"
 
-    def rows(self) -> torch.Tensor:
-        """All rows, `[B, S, L + R]`, as a view."""
-        return self._buffers["key"].view().squeeze(2)
+    def _rows_of_one_head(self) -> torch.Tensor | None:
+        return None if self._buffers["key"].storage is None else self.rows().unsqueeze(1)
 
-    def append_rows(self, rows: torch.Tensor) -> torch.Tensor:
-        """Appends `[B, T, L + R]`; returns all rows, `[B, S, L + R]`, as a view.
+    def _packed(self, data: torch.Tensor) -> PackedLatents:
+        return PackedLatents(data, self.latent_dim, self._rope_dim)
+
+    def rows(self) -> torch.Tensor:
+        """All rows as numbers, `[B, S, L + R]`: a view, or decoded."""
+        data = self._buffers["key"].view()
+        return data.squeeze(2) if self.rows_dtype == "full" else self._packed(data).unpack(self.dtype)
+
+    def append_rows(self, rows: torch.Tensor) -> torch.Tensor | PackedLatents:
+        """Appends `[B, T, L + R]`; returns all rows, `[B, S, L + R]` or FP8 rows of that shape, as a view.
 
         Raises:
             ValueError: More tokens than a static cache has room for.
@@ -80,6 +100,14 @@ class LatentLayer(IndexedLayer):
         if self.limit is not None and needed > self.limit:
             raise ValueError(f"the static cache has room for {self.limit} tokens, and {needed} are needed")
         buffer = self._buffers["key"]
+        if self.rows_dtype == "fp8":
+            batch, tokens, width = rows.shape
+            self._rope_dim = width - self.latent_dim
+            shape = batch, tokens, row_bytes(self.latent_dim, self._rope_dim)
+            begin = buffer.make_room(shape, torch.uint8, rows.device, self._reserve)
+            assert buffer.storage is not None
+            pack_latents(rows, self.latent_dim, out=self._packed(buffer.storage.narrow(1, begin, tokens)))
+            return self._packed(buffer.view())
         heads = buffer.append_heads(rows.unsqueeze(1), self._reserve)
         return heads.squeeze(1)
 
@@ -96,7 +124,9 @@ class LatentLayer(IndexedLayer):
         return -1 if self.limit is None else self.limit
 
 
-def latent_layer(cache: Cache, layer: int, latent_dim: int, index_dtype: str | None) -> LatentLayer:
+def latent_layer(
+    cache: Cache, layer: int, latent_dim: int, index_dtype: str | None, rows_dtype: CacheDtype = "full"
+) -> LatentLayer:
     """The cache's layer of that number, exchanged for one of ours at its first use.
 
     Args:
@@ -104,9 +134,10 @@ def latent_layer(cache: Cache, layer: int, latent_dim: int, index_dtype: str | N
         layer: Layer number.
         latent_dim: `L`.
         index_dtype: Storage of the index keys, or `None` for none.
+        rows_dtype: How the rows are kept.
 
     Raises:
-        ValueError: The layer already holds tokens, or is of a kind that cannot hold latents.
+        ValueError: The layer already holds tokens, or keeps them otherwise, or is of a kind that cannot hold latents.
     """
     if isinstance(cache, EncoderDecoderCache):
         cache = cache.self_attention_cache
@@ -114,6 +145,11 @@ def latent_layer(cache: Cache, layer: int, latent_dim: int, index_dtype: str | N
         cache.layers.append(cache.layer_class_to_replicate())
     present: Any = cache.layers[layer]
     if isinstance(present, LatentLayer):
+        if present.rows_dtype != rows_dtype:
+            raise ValueError(
+                f"the cache keeps the rows of layer {layer} as {present.rows_dtype!r}, and the model was accelerated "
+                f"with cache={rows_dtype!r}; start from an empty cache"
+            )
         return present
     if type(present) not in REPLACEABLE:
         raise ValueError(
@@ -125,7 +161,8 @@ def latent_layer(cache: Cache, layer: int, latent_dim: int, index_dtype: str | N
             f"the cache already holds {int(present.get_seq_length())} tokens in layer {layer}: it was filled before "
             "the model was accelerated; start from an empty cache"
         )
-    ours = LatentLayer(latent_dim, index_dtype, present.max_cache_len if isinstance(present, StaticLayer) else None)
+    limit = present.max_cache_len if isinstance(present, StaticLayer) else None
+    ours = LatentLayer(latent_dim, index_dtype, limit, rows_dtype)
     ours.reserve(getattr(cache, RESERVED, 0))
     cache.layers[layer] = ours
     return ours

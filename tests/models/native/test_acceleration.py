@@ -197,7 +197,8 @@ def test_the_cache_holds_latents_and_index_keys_only() -> None:
         )
 
 
-def test_quantised_index_keys_select_nearly_the_same() -> None:
+@pytest.mark.parametrize("index_dtype", ["int8", "fp8"])
+def test_quantised_index_keys_select_nearly_the_same(index_dtype: str) -> None:
     model = native_model("deepseek_v32", **MEDIUM)
     chosen: list[torch.Tensor] = []
 
@@ -206,7 +207,7 @@ def test_quantised_index_keys_select_nearly_the_same() -> None:
             assert call.indices is not None
             chosen.append(call.indices[0, 48:])
 
-    for dtype in ("fp32", "int8"):
+    for dtype in ("fp32", index_dtype):
         dsa.accelerate(model, index_dtype=dtype)
         logits(model, tiny_tokens(1, 300), dsa_context=dsa.DSAContext(observer=observe))
         dsa.restore(model)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
@@ -19,6 +19,8 @@ from dsa.models.layer import LayerPlan
 from dsa.models.native.attaching import give_back
 from dsa.models.native.attention import LatentAttention
 from dsa.models.native.families import check_indexers, decoder_layers, native_family_of, sources
+from dsa.modules.latents import CacheDtype
+from dsa.ops.packed_latents.types import row_bytes
 
 ACCELERATED = "dsa_accelerated"
 """Attribute of an accelerated model that says so."""
@@ -30,14 +32,16 @@ class AccelerateReport(AttachReport):
 
     Args:
         replaced: Class of the attention modules that were replaced.
+        cache: How a cache keeps a token's row.
     """
 
     replaced: str = ""
+    cache: str = ""
 
     def __str__(self) -> str:
         first = (
             f"{self.model}: {len(self.layers)} x {self.replaced} replaced by {LatentAttention.__name__}, with the "
-            f"model's own {self.count('sparse')} indexers ({self.parameters:,} weights)"
+            f"model's own {self.count('sparse')} indexers ({self.parameters:,} weights); a cache keeps {self.cache}"
         )
         return "\n".join([first, *super().__str__().splitlines()[1:]])
 
@@ -52,7 +56,7 @@ class _Accelerated:
     handle: RemovableHandle
 
 
-def accelerate(model: PreTrainedModel, **overrides: Any) -> AccelerateReport:
+def accelerate(model: PreTrainedModel, *, cache: CacheDtype = "full", **overrides: Any) -> AccelerateReport:
     """Makes a model born with DSA (DeepSeek-V3.2, GLM-5) compute what it computes, truly sparse, in place.
 
     transformers scores all pairs of tokens at once and masks dense attention. Here the model's own indexers select
@@ -61,6 +65,9 @@ def accelerate(model: PreTrainedModel, **overrides: Any) -> AccelerateReport:
 
     Args:
         model: A model out of `dsa.models.native.families`.
+        cache: How caches keep the latents. `"full"`: in the model's dtype, and results are the model's. `"fp8"`: as FP8
+            rows, for DeepSeek's sizes 656 bytes a token and layer in place of 1,152 (bf16) or 2,304 (fp32), and
+            results differ by their rounding. Without a cache nothing is rounded, and only there gradients pass.
         **overrides: Fields of `DSAConfig` to change: `top_k`, `sinks`, `local`, or `index_dtype="int8"` for index keys
             of a quarter of the size. Without any the selection is the model's.
 
@@ -69,13 +76,16 @@ def accelerate(model: PreTrainedModel, **overrides: Any) -> AccelerateReport:
 
     Raises:
         TypeError: Not a transformers model.
-        ValueError: Its class has no row in the table, it is accelerated already, or its indexers and its configuration
-            disagree: a missing or extra weight, another size, a shared layer before any full one.
+        ValueError: `cache` is neither, the model's class has no row in the table, it is accelerated already, or its
+            indexers and its configuration disagree: a missing or extra weight, another size, a shared layer before any
+            full one.
     """
     family = native_family_of(model)
     name = type(model).__name__
     if is_accelerated(model):
         raise ValueError(f"{name} is accelerated already; call dsa.restore(model) first")
+    if cache not in get_args(CacheDtype):
+        raise ValueError(f"cache must be one of {', '.join(get_args(CacheDtype))}, got {cache!r}")
     check_indexers(model, family)
     shared = sources(model, family)
     config = DSAConfig(
@@ -95,12 +105,13 @@ def accelerate(model: PreTrainedModel, **overrides: Any) -> AccelerateReport:
     for layer, block in enumerate(decoder_layers(model)):
         original = block.self_attn
         originals.append(original)
-        block.self_attn = LatentAttention(original, LayerPlan(layer, config), family)
+        block.self_attn = LatentAttention(original, LayerPlan(layer, config), family, cache)
         source, budget = shared[layer], config.layer_top_k(layer)
         rows.append(LayerReport(layer, "sparse" if source is None else "shared", budget, config.local, source))
         if source is None:
             weights += sum(parameter.numel() for parameter in original.indexer.parameters())
-    report = AccelerateReport(name, tuple(rows), True, weights, config, replaced=family.attention)
+    kept = _row_of_cache(model, cache)
+    report = AccelerateReport(name, tuple(rows), True, weights, config, replaced=family.attention, cache=kept)
     handle = decoder_of(model).register_forward_pre_hook(_before_decoder, with_kwargs=True)
     setattr(model, ACCELERATED, _Accelerated(report, originals, implementation, handle))
     return report
@@ -129,6 +140,16 @@ def is_accelerated(model: nn.Module) -> bool:
 def accelerate_report_of(model: PreTrainedModel) -> AccelerateReport:
     """What `accelerate` returned for this model. Raises `ValueError` where it was not called."""
     return _state(model).report
+
+
+def _row_of_cache(model: PreTrainedModel, cache: CacheDtype) -> str:
+    """What a cache keeps of a token in a layer, beside its index key, for the report."""
+    latent_dim, rope_dim = model.config.kv_lora_rank, model.config.qk_rope_head_dim
+    plain = (latent_dim + rope_dim) * model.dtype.itemsize
+    name = str(model.dtype).removeprefix("torch.")
+    if cache == "full":
+        return f"rows of {plain:,} bytes ({name})"
+    return f"FP8 rows of {row_bytes(latent_dim, rope_dim):,} bytes ({plain:,} as {name})"
 
 
 def _state(model: PreTrainedModel) -> _Accelerated:

@@ -23,10 +23,11 @@ from dsa.models.context import DSAContext
 from dsa.models.layer import LayerAttention, LayerIndex, LayerPlan, attend, select
 from dsa.models.masks import split_mask
 from dsa.models.native.families import LatentLayout, RopeLayout
-from dsa.modules.cache import IndexKeys
-from dsa.modules.latents import LatentLayer, latent_layer
-from dsa.ops import quantize_index_keys
+from dsa.modules.cache import IndexKeys, stored_form
+from dsa.modules.latents import CacheDtype, LatentLayer, latent_layer
+from dsa.ops import PackedLatents
 from dsa.ops.index_projection import Rope, rope_tables, rotate_half_split
+from dsa.ops.packed_latents.gradient import without_gradient
 
 Angles = tuple[torch.Tensor, torch.Tensor] | torch.Tensor
 """What a decoder hands to its layers: `cos, sin`, or in DeepSeek-V2 complex numbers `[B or 1, T, R/2]`."""
@@ -42,6 +43,7 @@ class LatentAttention(nn.Module):
         original: The module whose submodules it computes with.
         plan: Layer number and budget.
         layout: Which dims RoPE turns.
+        cache: How a cache keeps the rows.
     """
 
     # The original's own, under its names: projections, norms, and the indexer, which shared layers do not have. Models
@@ -56,9 +58,9 @@ class LatentAttention(nn.Module):
     o_proj: Any
     indexer: Any
 
-    def __init__(self, original: Any, plan: LayerPlan, layout: LatentLayout) -> None:
+    def __init__(self, original: Any, plan: LayerPlan, layout: LatentLayout, cache: CacheDtype = "full") -> None:
         super().__init__()
-        self.plan, self.layout = plan, layout
+        self.plan, self.layout, self.cache = plan, layout, cache
         self.config = original.config
         self.layer_idx = plan.layer
         self.attention_dropout: float = original.attention_dropout
@@ -98,11 +100,10 @@ class LatentAttention(nn.Module):
         stored = None
         if past_key_values is not None:
             dtype = self.plan.config.index_dtype if self.indexer is not None else None
-            stored = latent_layer(past_key_values, self.plan.layer, self.latent_dim, dtype)
+            stored = latent_layer(past_key_values, self.plan.layer, self.latent_dim, dtype, self.cache)
         index_key = None if self.indexer is None else self._index_keys(hidden_states, rope, stored)
-        rows = self._rows(hidden_states, rope)
-        if stored is not None:
-            rows = stored.append_rows(rows)
+        new = self._rows(hidden_states, rope)
+        rows = new if stored is None else stored.append_rows(new)
         mask, tokens, keys = attention_mask, hidden_states.shape[1], rows.shape[1]
         start, end, kept = context.once("mask", mask, lambda: split_mask(mask, tokens, keys))
         out = self._attend(hidden_states, rope, rows, (start, end, kept), index_key, context)
@@ -112,24 +113,28 @@ class LatentAttention(nn.Module):
         self,
         hidden_states: torch.Tensor,
         rope: Rope,
-        rows: torch.Tensor,
+        rows: torch.Tensor | PackedLatents,
         visible: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None],
         index_key: IndexKeys | None,
         context: DSAContext,
     ) -> torch.Tensor:
         """Queries, selection and attention of all tokens, a block of them at a time; `[B, T, hidden_size]`."""
         plan, tokens, keys = self.plan, hidden_states.shape[1], rows.shape[1]
-        key = rows.unsqueeze(2)
-        value = key[..., : self.latent_dim]
         start, end, kept = visible
         observed = context.observer is not None or context.select is not None
-        per_token = hidden_states.shape[0] * self.heads * rows.shape[-1] * rows.element_size()
+        dense = plan.runs_dense(keys, context)
+        packed = isinstance(rows, PackedLatents)
+        if isinstance(rows, PackedLatents) and (observed or (dense and tokens > 1)):
+            # Observers see numbers; and many queries that read all rows would each decode them again.
+            rows = rows.unpack(hidden_states.dtype)
+        key = rows if isinstance(rows, PackedLatents) else rows.unsqueeze(2)
+        value = None if isinstance(key, PackedLatents) else key[..., : self.latent_dim]
+        per_token = hidden_states.shape[0] * self.heads * rows.shape[-1] * hidden_states.element_size()
         block = tokens if observed or torch.is_grad_enabled() else max(1, QUERY_BYTES // per_token)
         if block < tokens and start is None:
             end = torch.arange(keys - tokens + 1, keys + 1, dtype=torch.int32, device=rows.device)
             end = end.expand(hidden_states.shape[0], -1)
             start = torch.zeros_like(end)
-        dense = plan.runs_dense(keys, context)
         up_key, up_value = self._up_projections()
         outputs, selections = [], []
         for begin in range(0, tokens, block):
@@ -153,6 +158,8 @@ class LatentAttention(nn.Module):
                 mixed = attention.sparse(chosen)
                 if plan.is_shared:
                     selections.append(chosen)
+            if packed:
+                mixed = without_gradient(mixed, mixed)
             outputs.append(self.o_proj(torch.einsum("bthl,hvl->bthv", mixed, up_value).flatten(2)))
         if selections:
             context.indices[plan.layer] = selections[0] if len(selections) == 1 else torch.cat(selections, dim=1)
@@ -207,7 +214,7 @@ class LatentAttention(nn.Module):
         if stored is not None:
             stored.append_index(key)
             return stored.index_keys()
-        return quantize_index_keys(key) if self.plan.config.index_dtype == "int8" else key.float()
+        return stored_form(key, self.plan.config.index_dtype)
 
     @torch.no_grad()
     def _index_queries(
