@@ -3,7 +3,8 @@
 
     python scripts/explain_screenshots.py
 
-makes the report with the default model, about a minute on two cores, and photographs it in headless Chromium.
+makes the report with the default model, about a minute on two idle cores, and photographs it in headless Chromium.
+The model goes on with a sentence of the guide, which a small one does better than answering.
 `--report FILE` photographs one that is there already.
 """
 
@@ -21,14 +22,13 @@ from dsa.testing.browser import SIZES, choose_answer_token, chromium, opened_rep
 
 ROOT = Path(__file__).parent.parent
 IMAGES = ROOT / "docs" / "images"
-ASK = "How many heads does an indexer have in the default model?"
 BEGIN = "In the default model an indexer has"
 CHOSEN = "4"
-QUALITY = 80
+QUALITY = 65
 
 
 def make_report(out: Path) -> None:
-    command = [sys.executable, "-m", "dsa", "explain", "default", "--file", "guide.md", "--ask", ASK, "--begin", BEGIN]
+    command = [sys.executable, "-m", "dsa", "explain", "default", "--file", "guide.md", "--begin", BEGIN]
     options = ["--top-k", "512", "--max-new-tokens", "16", "--out", str(out.absolute())]
     subprocess.run([*command, *options], cwd=ROOT / "docs", check=True)
 

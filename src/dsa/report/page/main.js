@@ -133,8 +133,8 @@ async function start() {
   function showMap() {
     const chosen = state.layer === "all" ? -1 : Number(state.layer);
     const notes = {
-      token: "Rows are layers, the first on top; columns are positions. Darker is more attention. Click to go there.",
-      rate: "Rows are layers, the first on top; columns are positions. Darker was selected more often. Layers that read everything are empty.",
+      token: "Rows are layers, the first on top; columns are positions. The stronger the colour, the more attention. Click to go there.",
+      rate: "Rows are layers, the first on top; columns are positions. The stronger the colour, the more often selected. Layers that read everything are empty.",
       parts: `The text in ${meta.parts} equal parts: rows select (the start on top), columns are selected, over all sparse layers.`,
     };
     byId("map-note").textContent = notes[state.map];
