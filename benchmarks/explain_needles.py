@@ -24,7 +24,7 @@ import torch
 from dsa.documents import SourceDocument
 from dsa.documents.prompt import make_prompt
 from dsa.eval.machine import describe_machine
-from dsa.eval.needles import Needle, make_needles
+from dsa.eval.needle_kinds import Needle, make_needles
 from dsa.models.loading import LoadedModel, attach_indexers, load_model
 from dsa.report.explanation import Explanation, explain
 from dsa.report.page import write_page
@@ -50,7 +50,7 @@ def planted(text: str, needle: Needle, depth: float, tokens: int, tokenizer: Any
     aim = int(depth * len(taken))
     ends = [found.end() for found in re.finditer(r"[.!?]\s", taken)]
     place = min(ends, key=lambda end: abs(end - aim))
-    whole = taken[:place].rstrip() + needle.sentence + taken[place:].lstrip()
+    whole = taken[:place].rstrip() + needle.sentences[0] + taken[place:].lstrip()
     pages = [whole[start : start + PAGE_CHARACTERS] for start in range(0, len(whole), PAGE_CHARACTERS)]
     # The fact is on one page.
     for number in range(1, len(pages)):
@@ -61,7 +61,7 @@ def planted(text: str, needle: Needle, depth: float, tokens: int, tokenizer: Any
 
 def question_of(needle: Needle) -> tuple[str, str]:
     """The question, and the words that the answer begins with."""
-    found = re.fullmatch(r"\s*Question: (.*)\nAnswer: (.*)", needle.question, flags=re.DOTALL)
+    found = re.fullmatch(r"\s*Question: (.*)\nAnswer: (.*)", needle.prompts[0], flags=re.DOTALL)
     assert found is not None
     return found[1], found[2]
 
@@ -77,7 +77,7 @@ def made(loaded: LoadedModel, document: SourceDocument, needle: Needle) -> tuple
 
 def looked_up(browser: Any, report: Path, explanation: Explanation, needle: Needle, page: int) -> list[dict[str, Any]]:
     """For every digit of the answer: at which place the page lists the fact's passage, and whether with its page."""
-    fact = needle.sentence.strip()
+    fact = needle.sentences[0].strip()
     found: list[dict[str, Any]] = []
     with opened_report(browser, report, WIDTH) as view:
         for number, written in enumerate(explanation.answer):
@@ -121,16 +121,16 @@ def main() -> None:
         result["environment"] = describe_machine(torch.device("cpu")) | {"chromium": browser.version}
         for depth, needle in zip(given.depths, needles, strict=False):
             document = planted(text, needle, depth, given.tokens, loaded.tokenizer)
-            page = document.page_of(document.text.index(needle.sentence.strip()))
+            page = document.page_of(document.text.index(needle.sentences[0].strip()))
             explanation, seconds = made(loaded, document, needle)
             file = write_page(Path(folder) / "report.html", explanation)
             row = {
                 "depth": depth,
                 "page": page,
                 "prompt_tokens": len(explanation.prompt.ids),
-                "fact": needle.sentence.strip(),
+                "fact": needle.sentences[0].strip(),
                 "answer": "".join(each.text for each in explanation.answer),
-                "is_right": needle.answer.strip() in "".join(each.text for each in explanation.answer),
+                "is_right": needle.answers[0].strip() in "".join(each.text for each in explanation.answer),
                 "tokens": looked_up(browser, file, explanation, needle, page),
                 "seconds": round(seconds, 1),
                 "report_mb": file.stat().st_size / 1e6,

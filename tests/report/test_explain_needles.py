@@ -73,13 +73,13 @@ def test_facts_are_planted_where_asked(benchmark: ModuleType) -> None:
     text = "A sentence that says little. Another one! " * 500
     for depth in DEPTHS:
         document = benchmark.planted(text, needle, depth, 8192, tokenizer)
-        place = document.text.index(needle.sentence.strip())
+        place = document.text.index(needle.sentences[0].strip())
         assert abs(place / len(document.text) - depth) < 0.02
         page = document.pages[document.page_of(place) - 1]
-        assert needle.sentence.strip() in document.text[page.start : page.end]
+        assert needle.sentences[0].strip() in document.text[page.start : page.end]
         assert document.text[:place].rstrip()[-1] in ".!"
     asked = benchmark.question_of(needle)
-    assert f"\n\nQuestion: {asked[0]}\nAnswer: {asked[1]}" == needle.question
+    assert f"\n\nQuestion: {asked[0]}\nAnswer: {asked[1]}" == needle.prompts[0]
 
 
 def test_a_listed_passage_is_recognised(benchmark: ModuleType) -> None:

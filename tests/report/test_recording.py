@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from dsa.documents import SourceDocument
 from dsa.models.context import AttentionCall, DSAContext
 from dsa.models.loading import LoadedModel
-from dsa.report.explanation import Explanation
+from dsa.report.explanation import Explanation, explain
 from dsa.report.packing import rate_level, varints, visible, weight_level
 from dsa.report.passages import cut, most_read, shares
 from dsa.report.recording import Row
@@ -78,7 +79,7 @@ def test_passages_cover_everything_and_cross_no_page() -> None:
 
 def test_what_every_token_reads_ranks_last() -> None:
     everyone = torch.tensor([[0.5, 0.0, 0.0], [0.5, 0.0, 0.0], [0.5, 0.1, 0.0]])
-    assert [each.passage for each in most_read(everyone[2], everyone.mean(dim=0), 3)] == [1, 0]
+    assert [each.passage for each in most_read(everyone[2], everyone.median(dim=0).values, 3)] == [1, 0]
 
 
 def test_shares_leave_out_what_is_always_read() -> None:
@@ -90,6 +91,18 @@ def test_shares_leave_out_what_is_always_read() -> None:
     # Layer 2 reads everything; layer 1's window reaches back to 5.
     found = shares(rows, 9, passage_of, 2, {0: 2, 1: 5})
     assert torch.allclose(found, torch.tensor([0.2, 0.15, 0.0]))
+
+
+def test_the_answer_ends_before_its_end_token(loaded: LoadedModel, explanation: Explanation) -> None:
+    with torch.no_grad():
+        first = loaded.model(torch.tensor([explanation.prompt.ids])).logits[0, -1].argmax()
+    loaded.model.generation_config.eos_token_id = int(first)
+    try:
+        ended = explain(loaded, SourceDocument("text", "text.txt"), explanation.prompt, new_tokens=6)
+    finally:
+        loaded.model.generation_config.eos_token_id = None
+    assert [each.is_end for each in ended.answer] == [True]
+    assert ended.answer_text == ended.to_json()["answer"] == ""
 
 
 def test_json_names_pages(explanation: Explanation) -> None:

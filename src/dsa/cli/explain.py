@@ -114,7 +114,7 @@ def explain(
         write_json(json, explanation.to_json())
     for remark in explanation.notes:
         note(remark)
-    out.print("".join(each.text for each in explanation.answer).strip(), markup=False)
+    out.print(explanation.answer_text.strip(), markup=False)
     out.print(f"\nReport written to {written} ({written.stat().st_size / 1e6:.1f} MB)", markup=False, soft_wrap=True)
     if json is not None:
         out.print(f"Figures written to {json}", markup=False, soft_wrap=True)

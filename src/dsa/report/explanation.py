@@ -61,10 +61,11 @@ class Cost:
 
 @dataclass(frozen=True)
 class Written:
-    """One token of the answer: its text, and the probability that the model gave it."""
+    """One token of the answer: its text, the probability that the model gave it, and whether it ends the text."""
 
     text: str
     probability: float
+    is_end: bool = False
 
 
 @dataclass
@@ -122,12 +123,17 @@ class Explanation:
 
     @cached_property
     def _usual(self) -> torch.Tensor:
-        """fp32 `[passages]`: the mean over all kept queries."""
-        return torch.stack(list(self._shares.values())).mean(dim=0)
+        """fp32 `[passages]`: the median over all kept queries, the lower of two."""
+        return torch.stack(list(self._shares.values())).median(dim=0).values
 
     def selecting(self) -> dict[int, int]:
         """The layers that do not read everything, with the number of last tokens that they always read."""
         return {layer: each.local for layer, each in self.recorder.counts.items() if each.top_k is not None}
+
+    @property
+    def answer_text(self) -> str:
+        """What the model wrote, without the token that ends it."""
+        return "".join(each.text for each in self.answer if not each.is_end)
 
     @property
     def mass_kept(self) -> float | None:
@@ -177,7 +183,7 @@ class Explanation:
             "ask": self.ask,
             "prompt_tokens": len(self.prompt.ids),
             "document_tokens": self.prompt.parts.count("document"),
-            "answer": "".join(each.text for each in self.answer),
+            "answer": self.answer_text,
             "tokens": tokens,
             "mass_kept": self.mass_kept,
             "mass_kept_window": self.mass_kept_window,
@@ -331,7 +337,8 @@ def _write(
         whole = text if not text.endswith("\ufffd") or count == len(made) else before
         texts.append(whole[len(before) :])
         before = whole
-    written = [Written(text, probability) for text, probability in zip(texts, probabilities, strict=True)]
+    ends = [token in stops for token in made]
+    written = [Written(*each) for each in zip(texts, probabilities, ends, strict=True)]
     return written, seconds / (len(made) - 1) if len(made) > 1 else None
 
 

@@ -41,7 +41,7 @@ class Reading:
     Args:
         passage: Its number.
         share: Attention on its tokens, mean over layers, without sinks and the local window.
-        usual: The mean of that over all tokens whose reading is kept.
+        usual: The median of that over all tokens whose reading is kept.
     """
 
     passage: int
@@ -101,11 +101,12 @@ def shares(rows: dict[int, Row], query: int, passage_of: Tensor, sinks: int, loc
 
 
 def most_read(own: Tensor, usual: Tensor, count: int) -> list[Reading]:
-    """The passages that one token read most beyond what the kept tokens read of them on average.
+    """The passages that one token read most beyond what is usual.
 
     Args:
         own: fp32 `[passages]`, `shares` of this token.
-        usual: The mean of that over all kept queries.
+        usual: The median of that over all kept queries: a mean would be high on the very passages that a question is
+            about, since its own tokens and those of the answer read them.
         count: How many to return at most; passages that were not read are none of them.
     """
     read = own.nonzero().flatten()

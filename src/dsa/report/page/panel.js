@@ -28,13 +28,13 @@ class Panel {
     for (let i = begins[row]; i < begins[row + 1]; i++) visit(positions[i], weightOf[weights[i]]);
   }
 
-  // Attention on every passage beyond sinks and local window: of every kept query, and the mean of them. Those of the
-  // layers looked at last are kept.
+  // Attention on every passage beyond sinks and local window, of every kept query. Those of the layers looked at last
+  // are kept.
   sharesOf(layers) {
     const key = layers.join(), { passageOf } = this, { begins, positions, weights } = this.rows;
     if (this.key !== key) {
-      const count = meta.passages.length, usual = new Float32Array(count);
-      const shares = meta.queries.map((at, query) => {
+      const count = meta.passages.length;
+      this.shares = meta.queries.map((at, query) => {
         const found = new Float32Array(count);
         for (const layer of layers) {
           const end = at + 1 - meta.layers[layer].local, row = query * layerCount + layer;
@@ -43,19 +43,28 @@ class Panel {
             if (position >= meta.sinks && position < end) found[passageOf[position]] += weightOf[weights[i]] / layers.length;
           }
         }
-        for (let i = 0; i < count; i++) usual[i] += found[i] / meta.queries.length;
         return found;
       });
-      Object.assign(this, { key, shares, usual });
+      this.key = key;
     }
-    return this;
+    return this.shares;
   }
 
   mostRead(query, layers, count) {
-    const { shares, usual } = this.sharesOf(layers);
-    const own = shares[query], read = [];
-    own.forEach((share, passage) => { if (share) read.push({ passage, share, usual: usual[passage] }); });
-    return read.sort((a, b) => b.share - b.usual - (a.share - a.usual) || a.passage - b.passage).slice(0, count);
+    const shares = this.sharesOf(layers), read = [];
+    shares[query].forEach((share, passage) => { if (share) read.push({ passage, share }); });
+    read.sort((a, b) => b.share - a.share || a.passage - b.passage);
+    const column = new Float32Array(shares.length), middle = (shares.length - 1) >> 1;
+    let best = [];
+    for (const each of read) {
+      // What follows has a smaller share, so less excess than that, too.
+      if (best.length === count && best[count - 1].excess >= each.share) break;
+      shares.forEach((one, i) => { column[i] = one[each.passage]; });
+      const usual = column.sort()[middle];
+      best.push({ ...each, usual, excess: each.share - usual });
+      best = best.sort((a, b) => b.excess - a.excess || a.passage - b.passage).slice(0, count);
+    }
+    return best;
   }
 
   mean(query, layers, which) {
@@ -92,7 +101,7 @@ class Panel {
     where.className = "where";
     const place = part === "document" ? (page ? `page ${page}` : `token ${number(start)}`) : `the ${part === "before" ? "prompt before the text" : part}`;
     const times = usual > 0 ? share / usual : 0;
-    where.textContent = `${place} · ${(100 * share).toFixed(2)} % of the attention${times >= 1.5 ? `, ${times.toFixed(1)} times the usual` : ""} · ${number(meta.queries[query] - start)} tokens back`;
+    where.textContent = `${place} · ${(100 * share).toFixed(2)} % of the attention${times >= 1.5 ? `, ${times < 100 ? times.toFixed(1) : "over 100"} times the usual` : ""} · ${number(meta.queries[query] - start)} tokens back`;
     const excerpt = document.createElement("span");
     excerpt.dir = "auto";
     const words = this.text.text.slice(this.text.starts[start], this.text.starts[end]).replace(/\s+/g, " ").trim();
