@@ -9,7 +9,7 @@ import pytest
 
 from dsa.report.explanation import Explanation
 
-LIMIT_MS = 20_000
+LIMIT_MS = 120_000
 
 
 @pytest.fixture(params=["light", "dark"])
@@ -17,6 +17,7 @@ def page(browser: Any, page_file: Path, request: pytest.FixtureRequest) -> Itera
     """The report, opened at phone width; afterwards it must not have said or asked for anything."""
     context = browser.new_context(viewport={"width": 390, "height": 844}, color_scheme=request.param)
     opened = context.new_page()
+    opened.set_default_timeout(LIMIT_MS)
     said: list[str] = []
     asked: list[str] = []
     opened.on("console", lambda message: said.append(message.text) if message.type == "error" else None)
@@ -159,6 +160,7 @@ SMALL = """() => [...document.querySelectorAll(
 def test_nothing_moves_for_who_asks_for_it(browser: Any, page_file: Path, wanted: str, behavior: str) -> None:
     context = browser.new_context(reduced_motion=wanted)
     opened = context.new_page()
+    opened.set_default_timeout(LIMIT_MS)
     opened.goto(page_file.as_uri())
     assert opened.evaluate("getComputedStyle(document.getElementById('pane')).scrollBehavior") == behavior
     context.close()
@@ -167,6 +169,7 @@ def test_nothing_moves_for_who_asks_for_it(browser: Any, page_file: Path, wanted
 def test_fingers_find_every_control(browser: Any, page_file: Path) -> None:
     context = browser.new_context(viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True)
     opened = context.new_page()
+    opened.set_default_timeout(LIMIT_MS)
     opened.goto(page_file.as_uri())
     opened.wait_for_selector("main[aria-busy=false]", timeout=LIMIT_MS)
     assert opened.evaluate("document.documentElement.scrollWidth") <= 390

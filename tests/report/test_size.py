@@ -25,8 +25,9 @@ def test_it_is_small(long_page: Path) -> None:
 
 def test_it_opens_and_can_be_used(browser: Any, long_page: Path) -> None:
     page = browser.new_page(viewport={"width": 390, "height": 844})
+    page.set_default_timeout(120_000)
     page.goto(long_page.as_uri())
-    page.wait_for_selector("main[aria-busy=false]", timeout=120_000)
+    page.wait_for_selector("main[aria-busy=false]")
     before = page.inner_text("#passages")
     page.locator("#tokens [role=option]").last.click()
     page.wait_for_function("before => document.getElementById('passages').innerText !== before", arg=before)

@@ -44,7 +44,7 @@ def chromium() -> Iterator[Any]:
 
 
 @contextmanager
-def opened_report(browser: Any, report: Path, width: int, scheme: str = "light", timeout_s: int = 60) -> Iterator[Any]:
+def opened_report(browser: Any, report: Path, width: int, scheme: str = "light", timeout_s: int = 120) -> Iterator[Any]:
     """A report in a view of this width, ready to be used.
 
     Args:
@@ -52,13 +52,14 @@ def opened_report(browser: Any, report: Path, width: int, scheme: str = "light",
         report: The HTML file.
         width: One of `SIZES`.
         scheme: `"light"` or `"dark"`.
-        timeout_s: How long it may take to open.
+        timeout_s: How long it may take to open, and every step after that.
     """
     context = browser.new_context(viewport={"width": width, "height": SIZES[width]}, color_scheme=scheme)
     try:
         page = context.new_page()
+        page.set_default_timeout(1000 * timeout_s)
         page.goto(report.absolute().as_uri())
-        page.wait_for_selector("main[aria-busy=false]", timeout=1000 * timeout_s)
+        page.wait_for_selector("main[aria-busy=false]")
         yield page
     finally:
         context.close()
