@@ -200,13 +200,14 @@ def draw_best(record: dict[str, Any], file: Path) -> None:
 
 
 def draw_quality(record: dict[str, Any], file: Path) -> None:
-    """Perplexity over that of the dense model, by budget: all texts with intervals, and each by itself."""
+    """Perplexity over that of the dense model, by budget: all texts together with intervals, and DSA on each by itself."""
     from matplotlib import pyplot
 
     figure, place = pyplot.subplots(figsize=(7.2, 3.8))
     lines: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    pool = max(len(row["texts"]) for row in record["rows"])
     for row in record["rows"]:
-        if row["row"] == "perplexity" and row["reader"] in COLORS:
+        if row["row"] == "perplexity" and row["reader"] in COLORS and len(row["texts"]) in (1, pool):
             lines.setdefault((row["reader"], row["text"]), []).append(row)
     for (reader, text), rows in lines.items():
         rows.sort(key=lambda row: row["config"]["top_k"])
