@@ -200,7 +200,7 @@ def draw_best(record: dict[str, Any], file: Path) -> None:
 
 
 def draw_quality(record: dict[str, Any], file: Path) -> None:
-    """Perplexity over that of the dense model, by budget: all texts together with intervals, and DSA on each by itself."""
+    """Perplexity over that of the dense model, by budget: all texts with intervals, and DSA on each by itself."""
     from matplotlib import pyplot
 
     figure, place = pyplot.subplots(figsize=(7.2, 3.8))
