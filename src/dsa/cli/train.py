@@ -27,6 +27,7 @@ from dsa.cli.training import (
     heard,
     indexer_options,
     interruptible,
+    refuse_native,
     refuse_sparse_options,
     run,
     settings_of,
@@ -392,6 +393,7 @@ def train(
                 rope_scaling=scaling,
                 place=not processes.shard,
             )
+            refuse_native(loaded)
             vocabulary = loaded.model.get_input_embeddings().num_embeddings
             stream = read_data(
                 data,

@@ -151,6 +151,21 @@ def parse_layers(text: str) -> list[int]:
     return layers
 
 
+def refuse_native(loaded: LoadedModel) -> None:
+    """Models born with DSA bring trained indexers, which this command does not train on.
+
+    Raises:
+        ValueError: The model is one.
+    """
+    from dsa.models.native.families import is_native
+
+    if is_native(loaded.model.config):
+        raise ValueError(
+            f"model: {loaded.name} was born with DSA ({loaded.model.config.model_type}): its indexers are trained, and "
+            "dsa train does not train them on; it takes models without indexers. dsa generate runs it sparse"
+        )
+
+
 def attach_fresh(model: PreTrainedModel, config: DSAConfig, seed: int) -> None:
     """Attaches untrained indexers whose weights depend on the seed; a model saved with indexers loses those."""
     import torch

@@ -25,6 +25,7 @@ from dsa.eval.progress import Progress, layer_progress, silent
 from dsa.models.attachment import AttachReport, is_attached, report_of
 from dsa.models.context import DSAContext
 from dsa.models.loading import LoadedModel
+from dsa.models.native.acceleration import accelerate_report_of, is_accelerated
 from dsa.modules.cache import IndexedLayer
 from dsa.report.passages import Passage, Reading, cut, most_read, shares
 from dsa.report.recording import Recorder
@@ -211,7 +212,7 @@ def explain(
     """Reads a prompt, continues it greedily until the model ends its text, and keeps what was read.
 
     Args:
-        loaded: An attached model.
+        loaded: An attached model, or one born with DSA that is accelerated.
         document: What the prompt was made of.
         prompt: What `make_prompt` returned.
         ask: The question in it.
@@ -224,9 +225,9 @@ def explain(
         ValueError: The model is not attached, or its output is not finite.
     """
     model = loaded.model
-    if not is_attached(model):
+    if not is_attached(model) and not is_accelerated(model):
         raise ValueError(f"{loaded.name} is not attached, so it selects nothing to explain; call dsa.attach first")
-    report = report_of(model)
+    report = report_of(model) if is_attached(model) else accelerate_report_of(model)
     if answer is not None:
         new_tokens = len(answer)
     tokens = len(prompt.ids)
