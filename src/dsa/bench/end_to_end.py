@@ -27,8 +27,11 @@ from dsa.bench.settings import Settings
 from dsa.eval.progress import Progress
 from dsa.models.attachment import config_of, is_attached, report_of
 from dsa.models.context import AttentionCall, DSAContext
+from dsa.models.families import family_of
 from dsa.models.loading import LoadedModel, Status, attach_indexers, load_model
+from dsa.models.native.families import refuse_native
 from dsa.modules.cache import indexed_layer, reserve
+from dsa.modules.latents import latent_layer
 from dsa.ops import index_topk
 
 TOP_K = 1024
@@ -85,6 +88,7 @@ def load_pair(settings: Settings, status: Status) -> Pair:
         ValueError: It cannot be attached.
     """
     plain = load_model(settings.model, device="cpu", status=status)
+    refuse_native(settings.model, plain.model.config)
     attached = load_model(settings.model, device="cpu", status=status)
     budget = QUICK_BUDGET if settings.quick else {"top_k": TOP_K}
     status("Comparing with the plain model and with the reference")
@@ -322,8 +326,7 @@ def filled_cache(model: Any, tokens: int, *, attached: bool) -> Any:
     """
     config = model.config.get_text_config()
     generator = torch.Generator().manual_seed(tokens)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    key, value = (torch.randn(1, config.num_key_value_heads, tokens, head_dim, generator=generator) for _ in range(2))
+    key, value = (torch.randn(1, heads, tokens, dim, generator=generator) for heads, dim in _cached_shapes(config))
     cache = DynamicCache(config=model.config)
     if not attached:
         for layer in range(config.num_hidden_layers):
@@ -333,12 +336,25 @@ def filled_cache(model: Any, tokens: int, *, attached: bool) -> Any:
     index_keys = torch.randn(1, tokens, own.index_head_dim, generator=generator)
     for row in report_of(model).layers:
         has_indexer = own.has_indexer(row.layer)
-        stored: Any = indexed_layer(cache, row.layer, own.index_dtype if has_indexer else None)
+        index_dtype = own.index_dtype if has_indexer else None
+        stored: Any
+        if family_of(model).latent is not None:
+            stored = latent_layer(cache, row.layer, config.kv_lora_rank, index_dtype)
+        else:
+            stored = indexed_layer(cache, row.layer, index_dtype)
         stored.reserve(tokens + RESERVED_TOKENS)
         if has_indexer:
             stored.append_index(index_keys)
         stored.update(key, value)
     return cache
+
+
+def _cached_shapes(config: Any) -> list[tuple[int, int]]:
+    """Heads and dims of the two things that a layer caches: keys and values, or latents and rotated key dims."""
+    if getattr(config, "kv_lora_rank", None):
+        return [(1, config.kv_lora_rank), (1, config.qk_rope_head_dim)]
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return [(config.num_key_value_heads, head_dim)] * 2
 
 
 def _check_memory(model: Any, lengths: tuple[int, ...]) -> None:
@@ -348,8 +364,7 @@ def _check_memory(model: Any, lengths: tuple[int, ...]) -> None:
         ValueError: The caches need more memory than is free.
     """
     config = model.config.get_text_config()
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    per_token = config.num_hidden_layers * config.num_key_value_heads * 2 * head_dim * 4
+    per_token = config.num_hidden_layers * sum(heads * dim for heads, dim in _cached_shapes(config)) * 4
     needed = (sum(lengths) + max(lengths)) * per_token + SPARE_BYTES
     available = _available_bytes()
     if available is not None and needed > available:

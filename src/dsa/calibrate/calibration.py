@@ -33,6 +33,7 @@ from dsa.eval.progress import Progress, silent
 from dsa.eval.ratio import PerplexityRatio, perplexity_ratio
 from dsa.models.attachment import AttachReport, detach, is_attached, put_on, take_off
 from dsa.models.loading import LoadedModel, attach_indexers
+from dsa.models.native.families import refuse_native
 
 DEFAULT_TOKENS = 8192
 SMALLEST_WEIGHT = 0.05
@@ -77,6 +78,7 @@ def calibrate(
         OSError: The indexers cannot be read.
     """
     began = time.perf_counter()
+    refuse_native(loaded.name, loaded.model.config)
     if not documents:
         raise ValueError("data: no text was given; expected UTF-8 text files")
     texts = [_text(loaded, document, settings.tokens, "data") for document in documents]

@@ -31,7 +31,7 @@ from dsa.eval.window import window_attention
 from dsa.models.attachment import AttachReport, LayerReport, detach, is_attached, put_on, take_off
 from dsa.models.context import DSAContext
 from dsa.models.loading import LoadedModel, attach_indexers
-from dsa.models.native.families import is_native
+from dsa.models.native.families import refuse_native
 
 DEFAULT_TOKENS = 8192
 DEFAULT_NEW_TOKENS = 32
@@ -189,10 +189,7 @@ def evaluate(
         ValueError: The text is too short, `start` leaves nothing to evaluate, or `dsa.attach` refuses.
         OSError: The indexers cannot be read.
     """
-    if is_native(loaded.model.config):
-        raise ValueError(
-            f"{loaded.name} was born with DSA and has no dense form to be measured against; dsa generate runs it sparse"
-        )
+    refuse_native(loaded.name, loaded.model.config)
     began = time.perf_counter()
     ids = encode(document, loaded.tokenizer, tokens, default=DEFAULT_TOKENS)
     positions = ids.shape[1]

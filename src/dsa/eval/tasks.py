@@ -27,6 +27,7 @@ from dsa.eval.selections import SELECTIONS, selection
 from dsa.models.attachment import is_attached, put_on, take_off
 from dsa.models.context import DSAContext
 from dsa.models.loading import LoadedModel, attach_indexers
+from dsa.models.native.families import refuse_native
 
 TASKS = ("comparison", "perplexity", "mass", "needles", "agreement")
 HAYSTACKS = 3
@@ -116,6 +117,7 @@ def run_tasks(
     Raises:
         ValueError: A text is too short, the model has no trained indexers, or `dsa.attach` refuses.
     """
+    refuse_native(loaded.name, loaded.model.config)
     began = time.perf_counter()
     texts = [encode(each, loaded.tokenizer, tokens) for each in documents]
     model = loaded.model

@@ -46,6 +46,36 @@ def test_generate_command(saved: Path) -> None:
     assert "GlmMoeDsaAttention replaced by LatentAttention" in result.stderr
 
 
+def test_explain_command(saved: Path, tmp_path: Path) -> None:
+    text, page = tmp_path / "text.txt", tmp_path / "report.html"
+    text.write_text("What is kept of a long text, when every word may look back at a few others only? ")
+    result = CliRunner().invoke(app, ["explain", str(saved), "--file", str(text), "--out", str(page)])
+    assert result.exit_code == 0, result.output
+    assert page.stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["eval", "{model}", "--file", "{text}"], "has no dense form to be measured against"),
+        (["eval", "{model}", "--file", "{text}", "--tasks", "mass"], "has no dense form to be measured against"),
+        (["calibrate", "{model}", "--data", "{text}", "--mass", "0.9", "--out", "{out}"], "has no dense form"),
+        (["bench", "e2e", "--model", "{model}", "--quick"], "has no dense form to be measured against"),
+        (["train", "{model}", "--data", "{text}", "--out", "{out}", "--steps", "1", "--seq-len", "32"],
+         "its indexers are trained"),
+    ],
+    ids=lambda each: " ".join(each[:1]) if isinstance(each, list) else "",
+)  # fmt: skip
+def test_what_needs_a_dense_model_says_so(saved: Path, tmp_path: Path, command: list[str], message: str) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("What is kept of a long text, when every word may look back at a few others only? " * 3)
+    places = {"model": str(saved), "text": str(text), "out": str(tmp_path / "out")}
+    result = CliRunner().invoke(app, [each.format(**places) for each in command])
+    assert result.exit_code == 2
+    assert message in result.stderr.replace("\n", " ")
+    assert "Traceback" not in result.output
+
+
 def test_a_missing_weight_is_named(saved: Path) -> None:
     change_weights(saved, lambda weights: weights.pop("model.layers.2.self_attn.indexer.wk.weight"))
     with pytest.raises(ValueError, match=r"lacks model\.layers\.2\.self_attn\.indexer\.wk\.weight"):
