@@ -9,7 +9,7 @@ extern "C" {
 #endif
 
 // Grows with every change that a caller must know of; src/dsa/ops/native_support.py refuses another.
-#define DSA_ABI_VERSION 1
+#define DSA_ABI_VERSION 2
 DSA_EXPORT int32_t dsa_abi_version(void);
 
 // Names of the instruction sets that were compiled and that this processor has, best first, separated by commas.

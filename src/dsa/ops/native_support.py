@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 """`DSA_ABI_VERSION` of `csrc/include/dsa/runtime.h`."""
 
 DTYPES = {
