@@ -79,3 +79,9 @@ def test_words_for_any_tokenizer() -> None:
     assert word_prompt(Slow(), "Text.", "Why?").text == "Text.\n\nQuestion: Why?\nAnswer:"
     with pytest.raises(ValueError, match="no fast version"):
         make_prompt(Slow(), SourceDocument("Text.", "a"))
+
+
+def test_a_question_goes_into_the_template_unless_told_otherwise(document: SourceDocument) -> None:
+    assert make_prompt(with_template(), document, "Why?").ids != make_prompt(tiny_tokenizer(), document, "Why?").ids
+    plain = make_prompt(with_template(), document, "Why?", chat=False)
+    assert plain.ids == make_prompt(tiny_tokenizer(), document, "Why?").ids

@@ -42,9 +42,12 @@ def explain(
     tokens: options.FirstTokens = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, max=512, metavar="N", help="Tokens to write at most.")] = 48,
     chat: Annotated[
-        bool,
-        typer.Option("--chat", help="Put document and question into the model's chat template, as the user's turn."),
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--chat/--no-chat",
+            help="Put the document into the model's chat template, as the user's turn; by default with --ask only.",
+        ),
+    ] = None,
     report: Annotated[Path, typer.Option("--out", metavar="OUT", help="The HTML file to write.")] = Path("report.html"),
     dense: Annotated[
         bool, typer.Option("--dense", help="Measure the dense prefill too, in place of an estimate: much slower.")
@@ -93,7 +96,7 @@ def explain(
 
         @functools.cache
         def asked(tokenizer: Any) -> tuple[Prompt, Demand]:
-            made = make_prompt(tokenizer, document, ask, tokens=tokens, chat=chat or None, begin=begin)
+            made = make_prompt(tokenizer, document, ask, tokens=tokens, chat=chat, begin=begin)
             read = made.parts.count("document")
             return made, Demand(read, len(made.ids) - read, max_new_tokens)
 

@@ -56,8 +56,12 @@ def generate(
     local: options.Local = None,
     indexers: options.Indexers = None,
     chat: Annotated[
-        bool, typer.Option("--chat", help="Put the prompt into the model's chat template, as the user's turn.")
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--chat/--no-chat",
+            help="Put the prompt into the model's chat template, as the user's turn; by default with --ask only.",
+        ),
+    ] = None,
     temperature: Annotated[
         float, typer.Option(min=0.0, metavar="T", help="0 takes the likeliest token; above 0 samples.")
     ] = 0.0,
@@ -103,7 +107,7 @@ def generate(
 
         @functools.cache
         def encoded(tokenizer: Any) -> tuple[list[int], Demand]:
-            return encode_prompt(tokenizer, document, ask, tokens, follow, chat or None, max_new_tokens)
+            return encode_prompt(tokenizer, document, ask, tokens, follow, chat, max_new_tokens)
 
         scaling = chosen_scaling(model, rope_scaling, indexers, lambda tokenizer: encoded(tokenizer)[1])
         loaded = load_model(model, device=device, status=steps.status, rope_scaling=scaling)

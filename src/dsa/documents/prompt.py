@@ -139,7 +139,7 @@ def word_prompt(
         whole = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
         place = whole.find(shown)
         if place < 0:
-            raise ValueError("chat: the model's chat template rewrites what it is given; leave --chat out")
+            raise ValueError("chat: the model's chat template rewrites what it is given; use --no-chat")
     else:
         whole = f"{shown}\n\nQuestion: {ask.strip()}\nAnswer:" if ask else shown + (follow or "")
         place = 0
