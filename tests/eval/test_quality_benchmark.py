@@ -1,6 +1,5 @@
 """benchmarks/quality.py runs, keeps other rows, replaces its own and finds losses again."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ import pytest
 
 import dsa
 from dsa.models.loading import LoadedModel
+from dsa.testing.scripts import load_script
 from dsa.testing.tiny_models import TINY_CONFIG, tiny_model
 from dsa.testing.tiny_tokenizer import BYTE_VOCABULARY, tiny_tokenizer
 
@@ -19,11 +19,7 @@ TEXT = "It was a quiet day, and nothing much went on anywhere. Nobody minded tha
 
 @pytest.fixture
 def quality(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("quality", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_script(SCRIPT)
     model = tiny_model("llama", vocab_size=BYTE_VOCABULARY, max_position_embeddings=4096)
     dsa.attach(model, TINY_CONFIG)
     monkeypatch.setattr(module, "load_model", lambda *_, **__: LoadedModel(model, tiny_tokenizer(), "tiny", False))

@@ -1,6 +1,5 @@
 """What a token read most is what the page lists when the token is chosen; and where the benchmark plants its facts."""
 
-import importlib.util
 import random
 from pathlib import Path
 from types import ModuleType
@@ -11,6 +10,7 @@ import pytest
 from dsa.report.explanation import Explanation
 from dsa.report.page import write_page
 from dsa.testing.browser import choose_answer_token, opened_report
+from dsa.testing.scripts import load_script
 from dsa.testing.synthetic_report import synthetic_explanation
 from dsa.testing.tiny_tokenizer import tiny_tokenizer
 
@@ -20,12 +20,7 @@ DEPTHS = (0.1, 0.5, 0.9)
 
 @pytest.fixture(scope="module")
 def benchmark() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("explain_needles", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(SCRIPT)
 
 
 def listed(passage: str) -> str:

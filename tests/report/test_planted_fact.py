@@ -1,6 +1,5 @@
 """benchmarks/planted_fact.py: where a fact is put, what is compared, and mistakes."""
 
-import importlib.util
 import json
 import math
 import sys
@@ -17,6 +16,7 @@ from dsa.eval.progress import silent
 from dsa.models.context import DSAContext
 from dsa.models.loading import LoadedModel
 from dsa.report.explanation import explain
+from dsa.testing.scripts import load_script
 from dsa.testing.tiny_models import tiny_model
 from dsa.testing.tiny_tokenizer import BYTE_VOCABULARY, tiny_tokenizer
 
@@ -26,12 +26,7 @@ PAGES = ("One page. It is short.", "", "The third page. It ends. Here.")
 
 @pytest.fixture(scope="module")
 def benchmark() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("planted_fact", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(SCRIPT)
 
 
 @pytest.mark.parametrize("numbers", [(1, 2, 3), (4, 6, 9)])
