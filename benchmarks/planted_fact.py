@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
-"""A fact planted in a real PDF and asked for: the answer's log-probability with DSA beside dense, and what was read.
+"""Facts planted in a real PDF and asked for: the answers' log-probability with DSA beside dense, and what was read.
 
-    python benchmarks/planted_fact.py report.pdf --pages 1-50 --page 25 --json fact.json --report fact.html
+    python benchmarks/planted_fact.py report.pdf --pages 1-50 --json facts.json --report fact.html
 
-A sentence such as "The locker number of Captain Doraki is 80213." stands among the words of one page. The document is
-read twice, dense and as `dsa explain` reads it, with the same stretched positions where it is longer than the model's,
-and the answer is put behind the question both times, whatever the model would have said. Printed, and written to
-`--json`: the log-probability of every token of the answer, and at which place of the report's most read passages the
-page comes for each of them.
+Sentences such as "The locker number of Captain Doraki is 80213." stand among the words of pages all over the document.
+It is read twice, dense and as `dsa explain` reads it, with the same stretched positions where it is longer than the
+model's; then each fact is asked for behind it, and the answer is put behind the question both times, whatever the model
+would have said. Printed, and written to `--json`: the log-probability of every answer, the mean difference with its
+95 % interval over the facts, and at which place of the report's most read passages the page comes for every token of an
+answer.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import math
 import random
 import sys
 import time
-from dataclasses import asdict
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,8 @@ from dsa.documents import Page, SourceDocument, read_source
 from dsa.documents.prompt import Prompt, make_prompt
 from dsa.eval.comparison import new_cache
 from dsa.eval.free_memory import check_room
-from dsa.eval.needle_kinds import make_needles
+from dsa.eval.interval import mean_interval
+from dsa.eval.needle_kinds import DEPTHS, make_needles
 from dsa.eval.output import check_writable, write_json
 from dsa.eval.progress import Progress, layer_progress
 from dsa.models.attachment import report_of
@@ -37,11 +40,11 @@ from dsa.models.context import DSAContext
 from dsa.models.extension import Demand, chosen_scaling
 from dsa.models.loading import LoadedModel, attach_indexers, load_model
 from dsa.models.rope import scaling_of
-from dsa.report.explanation import CHUNK, Explanation, explain
+from dsa.report.explanation import CHUNK, Explanation, explain, room_for
 from dsa.report.page import write_page
 
 TOLERANCE = 0.1
-"""Nats that the answer may be off with DSA."""
+"""Nats that an answer may be off with DSA."""
 ENDS = (". ", ".\n", "! ", "? ")
 
 
@@ -75,22 +78,83 @@ def plant(document: SourceDocument, number: int, sentence: str) -> SourceDocumen
     return SourceDocument(document.text[:place] + added + document.text[place:], document.name, tuple(moved))
 
 
+@dataclass(frozen=True)
+class Fact:
+    """One fact, where it stands, and how it is asked for.
+
+    Args:
+        page: The page's number.
+        sentence: What stands there.
+        question: What is asked.
+        prompt: Document and question.
+        answer: Token ids of the answer.
+    """
+
+    page: int
+    sentence: str
+    question: str
+    prompt: Prompt
+    answer: list[int]
+
+
+def spread(document: SourceDocument, count: int) -> list[int]:
+    """Numbers of `count` pages with text, evenly spaced; of one, the middle page.
+
+    Raises:
+        ValueError: The document has fewer.
+    """
+    pages = [page.number for page in document.pages if page.start < page.end] if document.has_pages else []
+    if len(pages) < count:
+        raise ValueError(f"facts: {document.name} has {len(pages)} page(s) with text, got {count} facts for them")
+    return [pages[(2 * number + 1) * len(pages) // (2 * count)] for number in range(count)]
+
+
+def make_facts(tokenizer: Any, document: SourceDocument, pages: list[int], seed: int) -> list[Fact]:
+    """Plants a fact on every page and asks for each behind the whole.
+
+    Raises:
+        ValueError: As `plant`.
+    """
+    needles = make_needles(random.Random(seed))[: len(pages)]
+    planted = document
+    for needle, page in zip(needles, pages, strict=True):
+        planted = plant(planted, page, needle.sentences[0])
+    facts = []
+    for needle, page in zip(needles, pages, strict=True):
+        question, _, begin = needle.prompts[0].strip().removeprefix("Question: ").partition("\nAnswer: ")
+        prompt = make_prompt(tokenizer, planted, question, chat=False, begin=begin)
+        answer = tokenizer(needle.answers[0], add_special_tokens=False)["input_ids"]
+        facts.append(Fact(page, needle.sentences[0].strip(), question, prompt, answer))
+    return facts
+
+
+def in_common(facts: list[Fact]) -> int:
+    """How many tokens all prompts begin with; at least one token of each is left."""
+    ids = [fact.prompt.ids for fact in facts]
+    shortest = min(map(len, ids)) - 1
+    return next((place for place in range(shortest) if len({each[place] for each in ids}) > 1), shortest)
+
+
 @torch.no_grad()
-def read_dense(loaded: LoadedModel, prompt: Prompt, answer: list[int], progress: Progress) -> tuple[list[float], float]:
-    """Log-probability of every token of the answer with dense attention, and seconds of reading the prompt."""
-    model = loaded.model
-    cache = new_cache(model, len(prompt.ids) + len(answer))
-    chunks = torch.tensor([prompt.ids], device=model.device).split(CHUNK, dim=1)
+def ask_dense(loaded: LoadedModel, facts: list[Fact], progress: Progress) -> tuple[list[list[float]], float]:
+    """Log-probability of every token of every answer with dense attention, and seconds of reading the document."""
+    model, common = loaded.model, in_common(facts)
+    cache = new_cache(model, common + max(len(fact.prompt.ids) + len(fact.answer) - common for fact in facts))
+    chunks = torch.tensor([facts[0].prompt.ids[:common]], device=model.device).split(CHUNK, dim=1)
     began = time.perf_counter()
-    found: list[float] = []
-    with layer_progress(model, f"Reading {len(prompt.ids):,} tokens dense", progress, len(chunks)):
+    with layer_progress(model, f"Reading {common:,} tokens dense", progress, len(chunks)):
         for chunk in chunks:
-            output = _forward(model, chunk, cache)
+            _forward(model, chunk, cache)
     seconds = time.perf_counter() - began
-    for token in answer:
-        found.append(float(output.logits[0, -1].float().log_softmax(dim=-1)[token]))
-        if len(found) < len(answer):
-            output = _forward(model, torch.tensor([[token]], device=model.device), cache)
+    found = []
+    for fact in facts:
+        output = _forward(model, torch.tensor([fact.prompt.ids[common:]], device=model.device), cache)
+        found.append([])
+        for token in fact.answer:
+            found[-1].append(float(output.logits[0, -1].float().log_softmax(dim=-1)[token]))
+            if len(found[-1]) < len(fact.answer):
+                output = _forward(model, torch.tensor([[token]], device=model.device), cache)
+        cache.crop(common - cache.get_seq_length())
     return found, seconds
 
 
@@ -98,18 +162,31 @@ def _forward(model: Any, ids: torch.Tensor, cache: Any) -> Any:
     return model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1, dsa_context=DSAContext(mode="dense"))
 
 
-def compare(explanation: Explanation, page: int, dense: list[float]) -> dict[str, Any]:
-    """What the two readings gave, token by token, and whether the page is among the most read.
+def ask_dsa(
+    loaded: LoadedModel, document: SourceDocument, facts: list[Fact], progress: Progress
+) -> Iterator[Explanation]:
+    """What `dsa explain` sees of every answer; the document is read for the first only."""
+    common = in_common(facts)
+    cache = new_cache(loaded.model, max(room_for(len(fact.prompt.ids), len(fact.answer)) for fact in facts))
+    for fact in facts:
+        yield explain(
+            loaded, document, fact.prompt, ask=fact.question, answer=fact.answer, cache=cache, progress=progress
+        )
+        cache.crop(common - cache.get_seq_length())
+
+
+def compare(explanation: Explanation, fact: Fact, dense: list[float]) -> dict[str, Any]:
+    """What the two readings gave for one fact, token by token, and whether its page is among the most read.
 
     Args:
         explanation: Of the answer put behind the question.
-        page: Where the fact stands.
+        fact: What was asked for.
         dense: Log-probabilities of the answer's tokens with dense attention.
     """
     tokens = []
     for told, log_dense in zip(explanation.to_json()["tokens"], dense, strict=True):
         pages = [each["page"] for each in told["passages"]]
-        rank = pages.index(page) + 1 if page in pages else None
+        rank = pages.index(fact.page) + 1 if fact.page in pages else None
         log_dsa = math.log(max(told["probability"], sys.float_info.min))
         tokens.append(
             {
@@ -125,34 +202,52 @@ def compare(explanation: Explanation, page: int, dense: list[float]) -> dict[str
         sum(each[name] for each in tokens) for name in ("log_probability_dsa", "log_probability_dense")
     )
     return {
+        "page": fact.page,
+        "sentence": fact.sentence,
+        "question": fact.question,
         "tokens": tokens,
         "log_probability_dsa": dsa_sum,
         "log_probability_dense": dense_sum,
         "difference": dsa_sum - dense_sum,
-        "tolerance": TOLERANCE,
-        "is_within": abs(dsa_sum - dense_sum) <= TOLERANCE,
-        "is_below": dsa_sum < dense_sum - TOLERANCE,
         "tokens_with_page": sum(each["rank_of_page"] is not None for each in tokens),
-        "page_is_among_most_read": any(each["rank_of_page"] is not None for each in tokens),
+    }
+
+
+def summarise(facts: list[dict[str, Any]]) -> dict[str, Any]:
+    """Means over the facts, and how they compare with what is tolerated."""
+    difference, half_width = mean_interval([each["difference"] for each in facts])
+    tokens = [token for each in facts for token in each["tokens"]]
+    return {
+        "difference": difference,
+        "half_width": half_width,
+        "tolerance": TOLERANCE,
+        "is_within": abs(difference) <= TOLERANCE,
+        "is_below": difference < -TOLERANCE,
+        "facts_within": sum(abs(each["difference"]) <= TOLERANCE for each in facts),
+        "facts_with_page": sum(each["tokens_with_page"] > 0 for each in facts),
+        "tokens_with_page": sum(token["rank_of_page"] is not None for token in tokens),
+        "tokens": len(tokens),
     }
 
 
 def show(result: dict[str, Any]) -> None:
     """Prints the comparison."""
-    print(f"{result['sentence']}  (page {result['page']} of {result['document']}, {result['prompt_tokens']:,} tokens)")
-    print(f"{'token':<10}{'dense':>10}{'DSA':>10}   place of page {result['page']} among the most read passages")
-    for each in result["tokens"]:
-        rank = each["rank_of_page"] or "none"
-        row = f"{each['log_probability_dense']:>10.4f}{each['log_probability_dsa']:>10.4f}   {rank}"
-        print(f"{each['text']!r:<10}{row} of {each['passages_shown']}")
-    beyond = "below" if result["is_below"] else "above"
-    verdict = f"within {TOLERANCE}" if result["is_within"] else f"{beyond} dense by more than {TOLERANCE}"
-    print(
-        f"{'all':<10}{result['log_probability_dense']:>10.4f}{result['log_probability_dsa']:>10.4f}   "
-        f"difference {result['difference']:+.4f} nats, {verdict}"
-    )
-    dense_s, dsa_s = result["dense_read_s"], result["dsa_read_s"]
-    print(f"read in {dense_s:.0f} s dense, {dsa_s:.0f} s with DSA; {result['rope'] or 'plain RoPE'}")
+    facts, summary = result["facts"], result["summary"]
+    print(f"{result['document']}, {result['prompt_tokens']:,} tokens, {result['rope'] or 'plain RoPE'}")
+    print(f"{'page':>4}{'dense':>10}{'DSA':>10}{'difference':>12}   place of the page among the most read, by token")
+    for each in facts:
+        ranks = " ".join(f"{token['rank_of_page'] or '-'}" for token in each["tokens"])
+        logs = "".join(f"{each[f'log_probability_{name}']:>10.4f}" for name in ("dense", "dsa"))
+        print(f"{each['page']:>4}{logs}{each['difference']:>+12.4f}   {ranks}   {each['sentence']}")
+    half_width = summary["half_width"]
+    interval = "" if half_width is None else f" ± {half_width:.4f} (95 %, {len(facts)} facts)"
+    beyond = "below" if summary["is_below"] else "above"
+    verdict = f"within {TOLERANCE}" if summary["is_within"] else f"{beyond} dense by more than {TOLERANCE}"
+    print(f"mean difference {summary['difference']:+.4f}{interval} nats an answer, {verdict}")
+    print(f"by itself within {TOLERANCE}: {summary['facts_within']} of {len(facts)} facts")
+    shown = f"{summary['facts_with_page']} of {len(facts)} facts, {summary['tokens_with_page']} of {summary['tokens']}"
+    print(f"page among the most read: for {shown} tokens")
+    print(f"read in {result['dense_read_s']:.0f} s dense, {result['dsa_read_s']:.0f} s with DSA")
 
 
 def run(given: argparse.Namespace, steps: Steps) -> dict[str, Any]:
@@ -161,45 +256,38 @@ def run(given: argparse.Namespace, steps: Steps) -> dict[str, Any]:
         if path is not None:
             check_writable(path, argument)
     document = read_source(given.file, progress=steps, pages=given.pages)
-    page = given.page or document.pages[len(document.pages) // 2].number
-    needle = make_needles(random.Random(given.seed))[0]
-    (sentence,), (question,), (told,) = needle.sentences, needle.prompts, needle.answers
-    planted = plant(document, page, sentence)
-    asked, _, begin = question.strip().removeprefix("Question: ").partition("\nAnswer: ")
-
-    def asking(tokenizer: Any) -> tuple[Prompt, list[int]]:
-        prompt = make_prompt(tokenizer, planted, asked, chat=False, begin=begin)
-        return prompt, tokenizer(told, add_special_tokens=False)["input_ids"]
+    pages = [given.page] if given.page is not None else spread(document, given.facts)
+    asked: list[Fact] = []
 
     def demand(tokenizer: Any) -> Demand:
-        prompt, answer = asking(tokenizer)
-        read = prompt.parts.count("document")
-        return Demand(read, len(prompt.ids) - read, len(answer))
+        if not asked:
+            asked.extend(make_facts(tokenizer, document, pages, given.seed))
+        longest = max(asked, key=lambda fact: len(fact.prompt.ids))
+        read = longest.prompt.parts.count("document")
+        return Demand(read, len(longest.prompt.ids) - read, len(longest.answer))
 
     scaling = chosen_scaling(given.model, given.rope_scaling, given.indexers, demand)
     loaded = load_model(given.model, device=given.device, status=steps.status, rope_scaling=scaling)
     overrides = {} if given.top_k is None else {"top_k": given.top_k}
     attach_indexers(loaded, given.indexers, **overrides)
     check_room(loaded, report_of(loaded.model).config, demand(loaded.tokenizer), CHUNK)
-    prompt, answer = asking(loaded.tokenizer)
-    explanation = explain(loaded, planted, prompt, ask=asked, answer=answer, progress=steps)
+    explanations = list(ask_dsa(loaded, document, asked, steps))
     if given.report is not None:
-        write_page(given.report, explanation)
-    dense, dense_s = read_dense(loaded, prompt, answer, steps)
+        write_page(given.report, explanations[0])
+    dense, dense_s = ask_dense(loaded, asked, steps)
+    facts = [compare(*each) for each in zip(explanations, asked, dense, strict=True)]
     return {
         "document": Path(given.file).name,
         "pages": given.pages,
-        "page": page,
-        "sentence": sentence.strip(),
-        "question": asked,
-        "prompt_tokens": len(prompt.ids),
+        "prompt_tokens": len(asked[0].prompt.ids),
         "seed": given.seed,
         "model": given.model,
         "rope": scaling_of(loaded.model.config),
-        "config": explanation.report.config.to_dict(),
-        **compare(explanation, page, dense),
-        "dsa": asdict(explanation.dsa),
-        "dsa_read_s": explanation.dsa.prefill_s,
+        "config": explanations[0].report.config.to_dict(),
+        "summary": summarise(facts),
+        "facts": facts,
+        "dsa": asdict(explanations[0].dsa),
+        "dsa_read_s": explanations[0].dsa.prefill_s,
         "dense_read_s": dense_s,
         "environment": environment(),
     }
@@ -209,16 +297,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path, metavar="PDF")
     parser.add_argument("--pages", help="read these pages only: 1-50")
-    parser.add_argument("--page", type=int, metavar="N", help="where the fact stands; by default the middle page read")
+    parser.add_argument("--facts", type=int, default=DEPTHS, choices=range(1, DEPTHS + 1), metavar="N", help="how many")
+    parser.add_argument("--page", type=int, metavar="N", help="one fact, on this page; by default spread over all")
     parser.add_argument("--model", default="default")
     parser.add_argument("--indexers", help="as in `dsa eval`; by default those shipped with the model")
     parser.add_argument("--top-k", type=int, metavar="K", help="by default the indexers' own")
     parser.add_argument("--rope-scaling", help="by default YaRN as far as needed")
-    parser.add_argument("--seed", type=int, default=0, help="of the fact")
+    parser.add_argument("--seed", type=int, default=0, help="of the facts")
     parser.add_argument("--device")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--json", type=Path, help="write the figures there")
-    parser.add_argument("--report", type=Path, metavar="OUT", help="write the report of `dsa explain` there, too")
+    parser.add_argument("--report", type=Path, metavar="OUT", help="write the first fact's report there")
     given = parser.parse_args()
     if given.threads is not None:
         torch.set_num_threads(given.threads)

@@ -11,11 +11,11 @@ import torch
 from fpdf import FPDF
 
 from dsa.documents import SourceDocument
-from dsa.documents.prompt import make_prompt
+from dsa.eval.comparison import new_cache
 from dsa.eval.progress import silent
 from dsa.models.context import DSAContext
 from dsa.models.loading import LoadedModel
-from dsa.report.explanation import explain
+from dsa.report.explanation import explain, room_for
 from dsa.testing.scripts import load_script
 from dsa.testing.tiny_models import tiny_model
 from dsa.testing.tiny_tokenizer import BYTE_VOCABULARY, tiny_tokenizer
@@ -52,19 +52,64 @@ def test_where_nothing_can_be_planted(benchmark: ModuleType) -> None:
         benchmark.plant(SourceDocument("text", "a.txt"), 1, "A fact.")
 
 
-def test_both_readings_write_the_given_answer(benchmark: ModuleType, loaded: LoadedModel) -> None:
+def test_facts_are_spread_over_the_pages_with_text(benchmark: ModuleType) -> None:
+    document = SourceDocument.of_pages("a.pdf", ["text. "] * 9 + [""], range(11, 21))
+    assert benchmark.spread(document, 1) == [15]
+    assert benchmark.spread(document, 3) == [12, 15, 18]
+    assert benchmark.spread(document, 9) == list(range(11, 20))
+    with pytest.raises(ValueError, match=r"a.pdf has 9 page\(s\) with text, got 10 facts for them"):
+        benchmark.spread(document, 10)
+    with pytest.raises(ValueError, match=r"has 0 page\(s\) with text"):
+        benchmark.spread(SourceDocument("text", "a.txt"), 1)
+
+
+def test_each_answer_is_that_of_a_reading_of_its_own(benchmark: ModuleType, loaded: LoadedModel) -> None:
+    """Facts share one reading of the document, cropped between them; it must not show."""
     document = SourceDocument.of_pages("a.pdf", PAGES)
-    prompt, answer = make_prompt(loaded.tokenizer, document, "Which?"), [70, 71, 72]
-    explanation = explain(loaded, document, prompt, answer=answer)
-    assert "".join(each.text for each in explanation.answer) == loaded.tokenizer.decode(answer)
-    dense, _ = benchmark.read_dense(loaded, prompt, answer, silent)
-    ids = torch.tensor([[*prompt.ids, *answer]])
-    for mode, found in (("sparse", [math.log(each.probability) for each in explanation.answer]), ("dense", dense)):
-        with torch.no_grad():
-            logits = loaded.model(ids, use_cache=False, dsa_context=DSAContext(mode=mode)).logits[0].log_softmax(-1)
-        places = range(len(prompt.ids) - 1, len(prompt.ids) - 1 + len(answer))
-        expected = [float(logits[place, token]) for place, token in zip(places, answer, strict=True)]
-        assert found == pytest.approx(expected, abs=1e-4)
+    facts = benchmark.make_facts(loaded.tokenizer, document, [3, 1, 3], seed=1)
+    assert 0 < benchmark.in_common(facts) < min(len(fact.prompt.ids) for fact in facts)
+    dense, _ = benchmark.ask_dense(loaded, facts, silent)
+    explanations = benchmark.ask_dsa(loaded, document, facts, silent)
+    for fact, explanation, log_dense in zip(facts, explanations, dense, strict=True):
+        assert "".join(each.text for each in explanation.answer) == loaded.tokenizer.decode(fact.answer)
+        ids = torch.tensor([[*fact.prompt.ids, *fact.answer]])
+        for mode, found in (
+            ("sparse", [math.log(each.probability) for each in explanation.answer]),
+            ("dense", log_dense),
+        ):
+            with torch.no_grad():
+                logits = loaded.model(ids, use_cache=False, dsa_context=DSAContext(mode=mode)).logits[0].log_softmax(-1)
+            places = range(len(fact.prompt.ids) - 1, len(fact.prompt.ids) - 1 + len(fact.answer))
+            expected = [float(logits[place, token]) for place, token in zip(places, fact.answer, strict=True)]
+            assert found == pytest.approx(expected, abs=1e-4)
+        alone = explain(loaded, document, fact.prompt, answer=fact.answer)
+        query = explanation.query_of(0)
+        for layer, row in explanation.recorder.rows[query].items():
+            assert row.positions.equal(alone.recorder.rows[query][layer].positions)
+        assert explanation.dsa.cache_mb == alone.dsa.cache_mb
+
+
+def test_a_cache_that_leaves_nothing_to_read(benchmark: ModuleType, loaded: LoadedModel) -> None:
+    document = SourceDocument.of_pages("a.pdf", PAGES)
+    (fact,) = benchmark.make_facts(loaded.tokenizer, document, [1], seed=0)
+    cache = new_cache(loaded.model, room_for(len(fact.prompt.ids), 1))
+    explain(loaded, document, fact.prompt, answer=fact.answer[:1], cache=cache)
+    with pytest.raises(ValueError, match="nothing is left to read"):
+        explain(loaded, document, fact.prompt, answer=fact.answer[:1], cache=cache)
+
+
+def test_means_over_the_facts(benchmark: ModuleType) -> None:
+    facts = [
+        {"difference": difference, "tokens_with_page": rank is not None, "tokens": [{"rank_of_page": rank}]}
+        for difference, rank in ((-0.3, None), (0.1, 1), (0.05, 4))
+    ]
+    summary = benchmark.summarise(facts)
+    assert summary["difference"] == pytest.approx(-0.05)
+    assert summary["half_width"] == pytest.approx(4.303 * 0.2179449 / 3**0.5, rel=1e-4)
+    assert summary["is_within"]
+    assert not summary["is_below"]
+    assert (summary["facts_within"], summary["facts_with_page"], summary["tokens_with_page"]) == (2, 2, 2)
+    assert benchmark.summarise(facts[:1])["is_below"]
 
 
 def test_the_command(benchmark: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
@@ -78,17 +123,23 @@ def test_the_command(benchmark: ModuleType, tmp_path: Path, monkeypatch: pytest.
         pdf.multi_cell(0, 8, f"This is page {number + 1}. It says hardly anything. " * 3)
     pdf.output(str(tmp_path / "a.pdf"))
     out, page = tmp_path / "out.json", tmp_path / "out.html"
-    asked = ["planted_fact.py", str(tmp_path / "a.pdf"), "--pages", "2-4", "--page", "3", "--model", str(folder)]
-    monkeypatch.setattr(sys, "argv", [*asked, "--json", str(out), "--report", str(page), "--top-k", "600"])
+    asked = ["planted_fact.py", str(tmp_path / "a.pdf"), "--pages", "2-4", "--model", str(folder)]
+    given = ["--facts", "2", "--json", str(out), "--report", str(page), "--top-k", "900"]
+    monkeypatch.setattr(sys, "argv", [*asked, *given])
     assert benchmark.main() == 0
     found = json.loads(out.read_text())
     # with a budget of the whole document both readings are the same
-    assert found["is_within"]
+    assert found["summary"]["is_within"]
+    assert found["summary"]["facts_within"] == 2
     assert found["rope"]["rope_type"] == "yarn"
-    assert found["page"] == 3
-    assert "".join(each["text"] for each in found["tokens"]).strip() in found["sentence"]
+    assert [each["page"] for each in found["facts"]] == [2, 4]
+    for fact in found["facts"]:
+        assert "".join(each["text"] for each in fact["tokens"]).strip() in fact["sentence"]
     assert page.read_text().startswith("<!doctype html>")
-    assert "within 0.1" in capsys.readouterr().out
-    monkeypatch.setattr(sys, "argv", [*asked, "--page", "9"])
-    assert benchmark.main() == 2
-    assert "page: " in capsys.readouterr().err
+    shown = capsys.readouterr().out
+    assert "within 0.1" in shown
+    assert "(95 %, 2 facts)" in shown
+    for wrong, message in ((["--page", "9"], "page: "), (["--facts", "4"], "facts: ")):
+        monkeypatch.setattr(sys, "argv", [*asked, *wrong])
+        assert benchmark.main() == 2
+        assert message in capsys.readouterr().err

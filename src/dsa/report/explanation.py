@@ -207,6 +207,7 @@ def explain(
     new_tokens: int = 48,
     answer: Sequence[int] | None = None,
     measure_dense: bool = False,
+    cache: Any = None,
     progress: Progress = silent,
 ) -> Explanation:
     """Reads a prompt, continues it greedily until the model ends its text, and keeps what was read.
@@ -219,10 +220,13 @@ def explain(
         new_tokens: Tokens to write at most.
         answer: Write these tokens, whatever the model would, to see what it reads for them; at least one.
         measure_dense: Read the prompt once more with dense attention, in place of estimating its time.
+        cache: What the prompt is read into, from `new_cache` with `room_for` the prompt and the answer; by default a
+            new one. Tokens in it must be those that the prompt begins with. They are not read again, and the counts,
+            the map and the time are those of the rest: several questions about one document, cropped between them.
         progress: Shows the steps.
 
     Raises:
-        ValueError: The model is not attached, or its output is not finite.
+        ValueError: The model is not attached, the cache leaves nothing to read, or the output is not finite.
     """
     model = loaded.model
     if not is_attached(model) and not is_accelerated(model):
@@ -236,10 +240,14 @@ def explain(
         report.config, tokens, tokens - kept, kept - 1 + new_tokens, len(report.layers), max(8, tokens // MEASURED)
     )
     ids = torch.tensor([prompt.ids], device=model.device)
-    cache = new_cache(model, tokens + new_tokens + PROBE)
+    if cache is None:
+        cache = new_cache(model, room_for(tokens, new_tokens))
+    held = cache.get_seq_length()
+    if held >= tokens:
+        raise ValueError(f"cache: it holds {held:,} tokens, and the prompt has {tokens:,}: nothing is left to read")
     reset = reset_peak_rss()
     began = time.perf_counter()
-    chunks = ids.split(CHUNK, dim=1)
+    chunks = ids[:, held:].split(CHUNK, dim=1)
     with layer_progress(model, f"Reading {tokens:,} tokens", progress, len(chunks)):
         for chunk in chunks:
             output = model(
@@ -256,7 +264,7 @@ def explain(
     pages = [*prompt.pages, *[None] * len(written)]
     parts = [*prompt.parts, *["answer"] * len(written)]
     passages = cut([*prompt.texts, *[each.text for each in written]], pages, parts)
-    read = {layer: each.read / tokens for layer, each in recorder.counts.items()}
+    read = {layer: each.read / (tokens - held) for layer, each in recorder.counts.items()}
     mean_read = sum(read.values()) / max(1, len(read))
     both = _probe(model, cache, ids[:, -PROBE:], made, progress)
     if both is not None:
@@ -264,8 +272,9 @@ def explain(
         decode_s = sparse_step if decode_s is None else decode_s
         dense_decode: float | None = decode_s + dense_step - sparse_step
         # Per query the difference grows with what it sees, from nothing at K tokens on.
-        beyond = max(0, tokens - report.config.top_k)
-        extra = (dense_chunk - sparse_chunk) / min(PROBE, tokens) * beyond / 2
+        first, last = (max(0, seen - report.config.top_k) for seen in (held, tokens))
+        beyond = (last**2 - first**2) / (2 * last) if last else 0.0
+        extra = (dense_chunk - sparse_chunk) / min(PROBE, tokens) * beyond
         dense_prefill: float | None = prefill_s + extra
     else:
         dense_decode = dense_prefill = None
@@ -274,8 +283,8 @@ def explain(
     dense_peak = None
     if measure_dense:
         del cache, output
-        dense_prefill, dense_peak = _read_dense(model, chunks, tokens, progress)
-    dense = Cost(dense_prefill, dense_decode, sizes[0], (tokens + 1) / 2, dense_peak, not measure_dense)
+        dense_prefill, dense_peak = _read_dense(model, ids.split(CHUNK, dim=1), tokens, progress)
+    dense = Cost(dense_prefill, dense_decode, sizes[0], (held + tokens + 1) / 2, dense_peak, not measure_dense)
     return Explanation(
         model=loaded.name,
         document=Path(document.name).name,
@@ -290,6 +299,11 @@ def explain(
         notes=_notes(model, report, prompt, tokens),
         environment=describe_machine(model.device),
     )
+
+
+def room_for(tokens: int, new_tokens: int) -> int:
+    """Tokens that a cache must hold for `explain` to read a prompt of `tokens` and to write `new_tokens`."""
+    return tokens + new_tokens + PROBE
 
 
 def _write(
