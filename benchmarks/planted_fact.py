@@ -146,7 +146,7 @@ def ask_dense(loaded: LoadedModel, facts: list[Fact], progress: Progress) -> tup
         for chunk in chunks:
             _forward(model, chunk, cache)
     seconds = time.perf_counter() - began
-    found = []
+    found: list[list[float]] = []
     for fact in facts:
         output = _forward(model, torch.tensor([fact.prompt.ids[common:]], device=model.device), cache)
         found.append([])
