@@ -103,14 +103,16 @@ def prefill(parts: Parts, tokens: int) -> dict[str, Any]:
     stored = latent_layer(cache, 0, parts.config.kv_lora_rank, "fp32")
     stored.reserve(tokens)
     reset = reset_peak_rss()
-    seconds = []
+    seconds, processor_seconds = [], []
     for first in range(0, tokens, CHUNK):
         count = min(CHUNK, tokens - first)
         hidden, angles = parts.hidden(count), parts.angles(first, count)
-        began = time.perf_counter()
+        began, began_cpu = time.perf_counter(), time.process_time()
         out = parts.ours(hidden, angles, past_key_values=cache)[0]
         seconds.append(time.perf_counter() - began)
-        print(f"{first + count:,} tokens: {sum(seconds):.1f} s", file=sys.stderr, flush=True)
+        processor_seconds.append(time.process_time() - began_cpu)
+        done = f"{first + count:,} tokens: {sum(seconds):.1f} s, {sum(processor_seconds):.1f} s of a processor"
+        print(done, file=sys.stderr, flush=True)
     assert out.isfinite().all()
     width = parts.config.kv_lora_rank + parts.config.qk_rope_head_dim
     return {
@@ -118,6 +120,8 @@ def prefill(parts: Parts, tokens: int) -> dict[str, Any]:
         "chunk": CHUNK,
         "prefill_s": sum(seconds),
         "chunk_s": seconds,
+        "prefill_processor_s": sum(processor_seconds),
+        "chunk_processor_s": processor_seconds,
         "peak_rss_gb": peak_rss_mb() / 1e3,
         "peak_is_of": "the prefill, weights included" if reset else "the whole process",
         "weights_gb": 4e-9 * sum(parameter.numel() for parameter in parts.ours.parameters()),
