@@ -33,7 +33,7 @@ from dsa.eval.progress import Progress, silent
 from dsa.eval.ratio import PerplexityRatio, perplexity_ratio
 from dsa.models.attachment import AttachReport, detach, is_attached, put_on, take_off
 from dsa.models.loading import LoadedModel, attach_indexers
-from dsa.models.native.families import refuse_native
+from dsa.models.native.families import is_native
 
 DEFAULT_TOKENS = 8192
 SMALLEST_WEIGHT = 0.05
@@ -78,7 +78,7 @@ def calibrate(
         OSError: The indexers cannot be read.
     """
     began = time.perf_counter()
-    refuse_native(loaded.name, loaded.model.config)
+    _refuse_native(loaded)
     if not documents:
         raise ValueError("data: no text was given; expected UTF-8 text files")
     texts = [_text(loaded, document, settings.tokens, "data") for document in documents]
@@ -100,6 +100,17 @@ def calibrate(
         raise
     result.seconds = time.perf_counter() - began
     return result
+
+
+def _refuse_native(loaded: LoadedModel) -> None:
+    """Raises `ValueError` for models born with DSA."""
+    model_type = loaded.model.config.model_type
+    if is_native(loaded.model.config):
+        raise ValueError(
+            f"model: {loaded.name} was born with DSA ({model_type}): its layers were trained with their budget and with "
+            "the selections that they share, and its files have no place for others. Try one budget for all of them "
+            "with dsa eval --top-k"
+        )
 
 
 def _text(loaded: LoadedModel, document: Document, tokens: int | None, argument: str) -> Text:

@@ -37,10 +37,12 @@ def show_tasks(result: dict[str, Any], console: Console) -> None:
             f"first {row['until_divergence']:.1f} of {row['new_tokens']} in a row",
             width=width,
         )
+    # The indexers of a model born with DSA are as they were trained.
+    advice = "" if result.get("born_with_dsa") else " Retrain it, or leave it dense."
     for suspect in result.get("suspect_layers", []):
         console.print(
             "Layer {layer:.0f} stands out: its indexer keeps {share:.3f} of what the oracle keeps, the median layer "
-            "{median:.3f}. Retrain it, or leave it dense.".format(**suspect),
+            "{median:.3f}.".format(**suspect) + advice,
             width=width,
         )
 

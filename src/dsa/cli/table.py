@@ -75,6 +75,11 @@ def remarks(evaluation: Evaluation) -> list[str]:
         said.append(
             f"{_named(shared).capitalize()} reading what an earlier layer selected; their mass is not measured."
         )
+    if evaluation.native:
+        said.append(
+            "The model was born with DSA: dense and window are the same modules, reading other rows of its latents. "
+            "`dsa bench e2e` times it beside transformers' own path."
+        )
     if not evaluation.report.trained:
         said.append(
             "The indexers are UNTRAINED: what DSA selects here is arbitrary. Train them with `dsa train`, then "

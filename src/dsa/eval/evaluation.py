@@ -8,12 +8,15 @@ Four passes over the text, each as cheap as an honest figure allows:
 3. Detached: the same figures of the plain model with its own attention (SDPA), so that dense is not slowed down by
    hooks or observers.
 4. Detached, inside `window_attention`: the same figures of sinks and window.
+
+A model born with DSA is accelerated throughout: detached it would be a mask over dense attention. Its dense figures are
+those of the same modules reading every row of the latent cache, its window's those of the same modules over a window.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +25,7 @@ from typing import Any
 import torch
 
 from dsa.cost import mean_read
+from dsa.eval.comparison import contexts
 from dsa.eval.documents import Document, encode
 from dsa.eval.machine import describe_machine, peak_rss_mb, reset_peak_rss
 from dsa.eval.mass import LayerMass, MassObserver
@@ -30,8 +34,12 @@ from dsa.eval.reading import Reading, read
 from dsa.eval.window import window_attention
 from dsa.models.attachment import AttachReport, LayerReport, detach, is_attached, put_on, take_off
 from dsa.models.context import DSAContext
-from dsa.models.loading import LoadedModel, attach_indexers
-from dsa.models.native.families import refuse_native
+from dsa.models.loading import LoadedModel, attach_indexers, refuse_other_indexers
+from dsa.models.native.acceleration import AccelerateReport, accelerated
+from dsa.models.native.families import is_native
+
+ABSORBED = "absorbed"
+"""Dense attention of a model born with DSA: each query, mapped into their frame, reads all rows of the cache."""
 
 DEFAULT_TOKENS = 8192
 DEFAULT_NEW_TOKENS = 32
@@ -55,11 +63,11 @@ class Evaluation:
         report: What attaching did.
         dense: The plain model's reading.
         dsa: The attached model's.
-        window: The plain model's, reading sinks and window in the layers that DSA makes sparse.
+        window: The plain model's (or the accelerated one's), reading sinks and window in the layers that are sparse.
         layers: Attention mass and tokens read, by layer.
         peak_rss_mb: Peak resident memory over everything, MB.
         extrapolated: Positions beyond those the model was trained on.
-        dense_attention: transformers' name of the plain model's attention.
+        dense_attention: transformers' name of the plain model's attention; `"absorbed"` for models born with DSA.
         texts: The three continuations as text.
         seconds: Wall time of the whole evaluation.
         environment: Commit, machine, threads, versions.
@@ -84,6 +92,11 @@ class Evaluation:
     texts: dict[str, str]
     seconds: float
     environment: dict[str, Any]
+
+    @property
+    def native(self) -> bool:
+        """Whether the model was born with DSA."""
+        return isinstance(self.report, AccelerateReport)
 
     def mass(self, selection: str) -> float | None:
         """Mean share of the attention mass kept by `"dsa"`, `"window"` or `"oracle"`; `None` without such layers."""
@@ -146,6 +159,7 @@ class Evaluation:
             "extrapolated_positions": self.extrapolated,
             "indexers": self.indexers,
             "indexers_trained": self.report.trained,
+            "born_with_dsa": self.native,
             "config": self.report.config.to_dict(),
             "dense_attention": self.dense_attention,
             "layers_sparse": self.layers_of("sparse"),
@@ -189,7 +203,6 @@ def evaluate(
         ValueError: The text is too short, `start` leaves nothing to evaluate, or `dsa.attach` refuses.
         OSError: The indexers cannot be read.
     """
-    refuse_native(loaded.name, loaded.model.config)
     began = time.perf_counter()
     ids = encode(document, loaded.tokenizer, tokens, default=DEFAULT_TOKENS)
     positions = ids.shape[1]
@@ -200,19 +213,29 @@ def evaluate(
         raise ValueError(f"start must lie in 0 to {prompt.shape[1] - 2} for this many tokens, got {start}")
     model = loaded.model
     reset_peak_rss()
-    with _attached(loaded, indexers, overrides) as (report, source):
-        dsa = read(model, prompt, start=start, new_tokens=new_tokens, label="DSA", progress=progress)
+    native = is_native(model.config)
+
+    def reading(label: str, context: Callable[[], DSAContext] | None = None) -> Reading:
+        return read(
+            model, prompt, start=start, new_tokens=new_tokens, context=context, label=label, progress=progress
+        )
+
+    with _sparse(loaded, indexers, overrides) as (report, source):
+        dsa = reading("DSA")
         reset_peak_rss()
         observer = MassObserver(report.config, start)
         with torch.no_grad(), layer_progress(model, "Attention mass", progress):
             context = DSAContext(mode="dense", observer=observer)
             model(prompt.to(model.device), use_cache=False, logits_to_keep=1, dsa_context=context)
         mass_peak = peak_rss_mb()
-        detach(model)
-        dense = read(model, prompt, start=start, new_tokens=new_tokens, label="Dense", progress=progress)
-        budgets = {row.layer: row.top_k for row in report.layers if row.top_k is not None}
-        with window_attention(model, budgets):
-            window = read(model, prompt, start=start, new_tokens=new_tokens, label="Window", progress=progress)
+        if native:
+            dense, window = (reading(name.capitalize(), contexts(name, report.config)) for name in ("dense", "window"))
+        else:
+            detach(model)
+            dense = reading("Dense")
+            budgets = {row.layer: row.top_k for row in report.layers if row.top_k is not None}
+            with window_attention(model, budgets):
+                window = reading("Window")
     readings = {"dense": dense, "dsa": dsa, "window": window}
     peaks = [mass_peak, peak_rss_mb(), *(each.peak_rss_mb or 0.0 for each in readings.values())]
     trained = getattr(model.config.get_text_config(), "max_position_embeddings", None) or positions
@@ -232,7 +255,7 @@ def evaluate(
         layers=tuple(observer.layers),
         peak_rss_mb=max(peaks),
         extrapolated=max(0, positions - trained),
-        dense_attention=model.config._attn_implementation,
+        dense_attention=ABSORBED if native else model.config._attn_implementation,
         texts={name: loaded.tokenizer.decode(reading.continuation) for name, reading in readings.items()},
         seconds=time.perf_counter() - began,
         environment=describe_machine(model.device),
@@ -240,15 +263,20 @@ def evaluate(
 
 
 @contextmanager
-def _attached(
+def _sparse(
     loaded: LoadedModel, indexers: str | Path | None, overrides: dict[str, Any]
 ) -> Iterator[tuple[AttachReport, str | None]]:
-    """Attaches for a measurement; afterwards the model is as it was, whether or not it was detached meanwhile.
+    """Makes a model sparse for a measurement; afterwards it is as it was, whether or not it was detached meanwhile.
 
     Yields:
-        What attaching did, and where the indexers came from (`None` for untrained ones).
+        What attaching or accelerating did, and where the indexers came from (`None` for untrained ones).
     """
     model = loaded.model
+    if is_native(model.config):
+        refuse_other_indexers(loaded, indexers)
+        with accelerated(model, **overrides) as report:
+            yield report, loaded.name
+        return
     before = None
     if is_attached(model):
         before = take_off(model)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +21,7 @@ import torch
 
 from dsa.eval.machine import peak_rss_mb, reset_peak_rss
 from dsa.eval.progress import Progress, layer_progress, silent
+from dsa.models.context import DSAContext
 
 LOGITS_AT_ONCE = 1 << 24
 """Logits computed at once, `rows * V`: 64 MB in fp32."""
@@ -57,17 +58,19 @@ def read(
     *,
     start: int,
     new_tokens: int = 0,
+    context: Callable[[], DSAContext] | None = None,
     label: str = "reading",
     progress: Progress = silent,
 ) -> Reading:
     """Reads `ids`, then continues them greedily.
 
     Args:
-        model: A causal language model as it is: plain, attached, or inside `window_attention`.
+        model: A causal language model as it is: plain, attached, accelerated, or inside `window_attention`.
         ids: int64 `[1, n]`.
         start: First position whose prediction of the next token counts towards the perplexity: logits of the
             positions `start` to `n - 2`, against the tokens `start + 1` to `n - 1`.
         new_tokens: Tokens to decode after the prompt; end-of-text does not stop it.
+        context: Makes the context of every pass, for models that take one.
         label: Names the steps in `progress`.
         progress: Shows the steps.
 
@@ -78,17 +81,21 @@ def read(
     if not 0 <= start < tokens - 1:
         raise ValueError(f"start must lie in 0 to {tokens - 2} for {tokens} tokens, got {start}")
     ids = ids.to(model.device)
-    model(ids[:, :WARM_UP_TOKENS], use_cache=True, logits_to_keep=1)
+
+    def options() -> dict[str, Any]:
+        return {"use_cache": True, "logits_to_keep": 1, **({} if context is None else {"dsa_context": context()})}
+
+    model(ids[:, :WARM_UP_TOKENS], **options())
     can_reset = reset_peak_rss()
     with layer_progress(model, f"{label}: prefill", progress), decoder_output(model) as captured:
         _synchronise(model)
         began = time.perf_counter()
-        output = model(ids, use_cache=True, logits_to_keep=1)
+        output = model(ids, **options())
         _synchronise(model)
         prefill_s = time.perf_counter() - began
     losses = token_losses(model, captured[0], ids, start, label=f"{label}: perplexity", progress=progress)
     captured.clear()
-    continuation, per_second = _decode(model, output, new_tokens, f"{label}: decode", progress)
+    continuation, per_second = _decode(model, output, new_tokens, options, f"{label}: decode", progress)
     peak = peak_rss_mb() if can_reset else None
     return Reading(math.exp(float(losses.mean())), tokens - 1 - start, prefill_s, per_second, peak, continuation)
 
@@ -177,7 +184,9 @@ def head_logits(model: Any, output: Any, hidden: torch.Tensor, ids: torch.Tensor
             del decoder.forward
 
 
-def _decode(model: Any, output: Any, new_tokens: int, label: str, progress: Progress) -> tuple[list[int], float | None]:
+def _decode(
+    model: Any, output: Any, new_tokens: int, options: Callable[[], dict[str, Any]], label: str, progress: Progress
+) -> tuple[list[int], float | None]:
     """Greedy continuation, and tokens per second of the steps after the first token (which the prefill made)."""
     if new_tokens < 1:
         return [], None
@@ -187,7 +196,7 @@ def _decode(model: Any, output: Any, new_tokens: int, label: str, progress: Prog
         _synchronise(model)
         began = time.perf_counter()
         for _ in range(new_tokens - 1):
-            step = model(token, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            step = model(token, past_key_values=cache, **options())
             token = step.logits[:, -1:].argmax(dim=-1)
             made.append(token)
             advance()

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import difflib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,9 @@ from dsa.eval.ratio import perplexity_ratio
 from dsa.eval.selections import SELECTIONS, selection
 from dsa.models.attachment import is_attached, put_on, take_off
 from dsa.models.context import DSAContext
-from dsa.models.loading import LoadedModel, attach_indexers
-from dsa.models.native.families import refuse_native
+from dsa.models.loading import LoadedModel, attach_indexers, refuse_other_indexers
+from dsa.models.native.acceleration import accelerated
+from dsa.models.native.families import is_native
 
 TASKS = ("comparison", "perplexity", "mass", "needles", "agreement")
 HAYSTACKS = 3
@@ -117,11 +119,55 @@ def run_tasks(
     Raises:
         ValueError: A text is too short, the model has no trained indexers, or `dsa.attach` refuses.
     """
-    refuse_native(loaded.name, loaded.model.config)
     began = time.perf_counter()
     texts = [encode(each, loaded.tokenizer, tokens) for each in documents]
     model = loaded.model
     haystacks = _haystacks(loaded, documents, needle_kinds, lengths, seed) if "needles" in tasks else {}
+    with _measured(loaded, indexers, top_k, local) as (config, source):
+        result: dict[str, Any] = {
+            "format": FORMAT,
+            "model": loaded.name,
+            "tasks": list(tasks),
+            "top_k": config.top_k,
+            "seed": seed,
+            "indexers": source,
+            "born_with_dsa": is_native(model.config),
+            "config": config.to_dict(),
+            "texts": [
+                {"name": each.name, "tokens": ids.shape[1], "start": ids.shape[1] // 2}
+                for each, ids in zip(documents, texts, strict=True)
+            ],
+        }
+        if "perplexity" in tasks:
+            result["perplexity"] = _perplexity(model, texts, config, seed, progress)
+        if "mass" in tasks:
+            result["mass"] = _mass(model, texts, config, seed, progress)
+            result["suspect_layers"] = suspect_layers(result["mass"]["layers"])
+        if "needles" in tasks:
+            result["needles"] = _needles(model, haystacks, config, seed, progress)
+        if "agreement" in tasks:
+            result["agreement"] = _agreement(model, texts, config, seed, progress)
+    result["environment"] = describe_machine(model.device)
+    result["seconds"] = time.perf_counter() - began
+    return result
+
+
+@contextmanager
+def _measured(
+    loaded: LoadedModel, indexers: str | Path | None, top_k: int | None, local: int | None
+) -> Iterator[tuple[DSAConfig, str | None]]:
+    """Makes a model sparse with one budget for its sparse layers; afterwards it is as it was given.
+
+    Yields:
+        Its configuration, and where the indexers came from.
+    """
+    model = loaded.model
+    if is_native(model.config):
+        refuse_other_indexers(loaded, indexers)
+        given = {name: value for name, value in (("top_k", top_k), ("local", local)) if value is not None}
+        with accelerated(model, **given) as accelerate_report:
+            yield accelerate_report.config, loaded.name
+        return
     before = None
     if is_attached(model):
         before = take_off(model)
@@ -138,36 +184,12 @@ def run_tasks(
         if top_k is None and local is not None:
             overrides["local"] = local
         with attached(model, taken, overrides) as config:
-            result: dict[str, Any] = {
-                "format": FORMAT,
-                "model": loaded.name,
-                "tasks": list(tasks),
-                "top_k": config.top_k,
-                "seed": seed,
-                "indexers": source,
-                "config": config.to_dict(),
-                "texts": [
-                    {"name": each.name, "tokens": ids.shape[1], "start": ids.shape[1] // 2}
-                    for each, ids in zip(documents, texts, strict=True)
-                ],
-            }
-            if "perplexity" in tasks:
-                result["perplexity"] = _perplexity(model, texts, config, seed, progress)
-            if "mass" in tasks:
-                result["mass"] = _mass(model, texts, config, seed, progress)
-                result["suspect_layers"] = suspect_layers(result["mass"]["layers"])
-            if "needles" in tasks:
-                result["needles"] = _needles(model, haystacks, config, seed, progress)
-            if "agreement" in tasks:
-                result["agreement"] = _agreement(model, texts, config, seed, progress)
+            yield config, source
     finally:
         if is_attached(model):
             take_off(model)
         if before is not None:
             put_on(model, before)
-    result["environment"] = describe_machine(model.device)
-    result["seconds"] = time.perf_counter() - began
-    return result
 
 
 def _perplexity(

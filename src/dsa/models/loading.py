@@ -132,8 +132,7 @@ def attach_indexers(
 
     model = loaded.model
     if is_native(model.config):
-        if indexers is not None:
-            raise ValueError(f"indexers: {loaded.name} has indexers of its own; leave them out")
+        refuse_other_indexers(loaded, indexers)
         if is_accelerated(model):
             if not overrides:
                 return accelerate_report_of(model), loaded.name
@@ -153,6 +152,12 @@ def attach_indexers(
         detach(model)
     source = DEFAULT_MODEL if indexers is None and loaded.is_default else indexers
     return attach(model, indexers=source, **overrides), None if source is None else str(source)
+
+
+def refuse_other_indexers(loaded: LoadedModel, indexers: str | Path | None) -> None:
+    """Raises `ValueError` where indexers are named for a model born with DSA."""
+    if indexers is not None:
+        raise ValueError(f"indexers: {loaded.name} has indexers of its own; leave them out")
 
 
 def scaling_wanted(text: str | None, indexers: str | Path | None) -> RopeScaling | None:

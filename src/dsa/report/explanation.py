@@ -22,10 +22,10 @@ from dsa.documents.prompt import Prompt
 from dsa.eval.comparison import new_cache
 from dsa.eval.machine import describe_machine, peak_rss_mb, reset_peak_rss
 from dsa.eval.progress import Progress, layer_progress, silent
-from dsa.models.attachment import AttachReport, is_attached, report_of
+from dsa.models.attachment import AttachReport
 from dsa.models.context import DSAContext
 from dsa.models.loading import LoadedModel
-from dsa.models.native.acceleration import accelerate_report_of, is_accelerated
+from dsa.models.sparse import is_sparse, sparse_report_of
 from dsa.modules.cache import IndexedLayer
 from dsa.report.passages import Passage, Reading, cut, most_read, shares
 from dsa.report.recording import Recorder
@@ -229,9 +229,9 @@ def explain(
         ValueError: The model is not attached, the cache leaves nothing to read, or the output is not finite.
     """
     model = loaded.model
-    if not is_attached(model) and not is_accelerated(model):
+    if not is_sparse(model):
         raise ValueError(f"{loaded.name} is not attached, so it selects nothing to explain; call dsa.attach first")
-    report = report_of(model) if is_attached(model) else accelerate_report_of(model)
+    report = sparse_report_of(model)
     if answer is not None:
         new_tokens = len(answer)
     tokens = len(prompt.ids)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -51,6 +53,8 @@ class _Accelerated:
     """What `restore` needs to undo everything; kept on the model as `dsa_accelerated`."""
 
     report: AccelerateReport
+    cache: CacheDtype
+    overrides: dict[str, Any]
     originals: list[nn.Module]
     implementation: str
     handle: RemovableHandle
@@ -113,7 +117,7 @@ def accelerate(model: PreTrainedModel, *, cache: CacheDtype = "full", **override
     kept = _row_of_cache(model, cache)
     report = AccelerateReport(name, tuple(rows), True, weights, config, replaced=family.attention, cache=kept)
     handle = decoder_of(model).register_forward_pre_hook(_before_decoder, with_kwargs=True)
-    setattr(model, ACCELERATED, _Accelerated(report, originals, implementation, handle))
+    setattr(model, ACCELERATED, _Accelerated(report, cache, overrides, originals, implementation, handle))
     return report
 
 
@@ -130,6 +134,31 @@ def restore(model: PreTrainedModel) -> None:
     vars(decoder_of(model)).pop(WARNED, None)
     model.set_attn_implementation(state.implementation)
     delattr(model, ACCELERATED)
+
+
+@contextmanager
+def accelerated(model: PreTrainedModel, cache: CacheDtype | None = None, **overrides: Any) -> Iterator[AccelerateReport]:
+    """`accelerate` while the context is open; afterwards the model is as it was given, accelerated or not.
+
+    Args:
+        model: As in `accelerate`. What it is accelerated with already holds where nothing else is said.
+        cache: As in `accelerate`; `None` keeps the model's own, or `"full"`.
+        **overrides: As in `accelerate`.
+
+    Raises:
+        ValueError: As `accelerate`.
+    """
+    before: _Accelerated | None = getattr(model, ACCELERATED, None)
+    if before is not None:
+        restore(model)
+    kept = {} if before is None else before.overrides
+    try:
+        yield accelerate(model, cache=cache or (before.cache if before is not None else "full"), **{**kept, **overrides})
+    finally:
+        if is_accelerated(model):
+            restore(model)
+        if before is not None:
+            accelerate(model, cache=before.cache, **before.overrides)
 
 
 def is_accelerated(model: nn.Module) -> bool:

@@ -130,7 +130,8 @@ class LatentAttention(nn.Module):
         key = rows if isinstance(rows, PackedLatents) else rows.unsqueeze(2)
         value = None if isinstance(key, PackedLatents) else key[..., : self.latent_dim]
         per_token = hidden_states.shape[0] * self.heads * rows.shape[-1] * hidden_states.element_size()
-        block = tokens if observed or torch.is_grad_enabled() else max(1, QUERY_BYTES // per_token)
+        whole = context.observer is not None or torch.is_grad_enabled()
+        block = tokens if whole else max(1, QUERY_BYTES // per_token)
         if block < tokens and start is None:
             end = torch.arange(keys - tokens + 1, keys + 1, dtype=torch.int32, device=rows.device)
             end = end.expand(hidden_states.shape[0], -1)

@@ -83,19 +83,6 @@ def is_native(config: PreTrainedConfig) -> bool:
     return config.model_type in NATIVE_FAMILIES
 
 
-def refuse_native(name: str, config: PreTrainedConfig) -> None:
-    """Refuses models born with DSA where a dense model is needed beside the sparse one.
-
-    Raises:
-        ValueError: The model is one.
-    """
-    if is_native(config):
-        raise ValueError(
-            f"model: {name} was born with DSA ({config.model_type}) and has no dense form to be measured against; dsa "
-            "generate and dsa explain run it sparse"
-        )
-
-
 def native_family_of(model: object) -> NativeFamily:
     """The row of the table for a model.
 
