@@ -11,6 +11,8 @@ from transformers import AutoModelForCausalLM
 from typer.testing import Result
 
 from dsa.bench import agreement, llamacpp
+from dsa.testing.native_models import native_model
+from dsa.testing.tiny_tokenizer import BYTE_VOCABULARY, tiny_tokenizer
 
 Run = Callable[..., Result]
 
@@ -142,10 +144,45 @@ def test_whole_models(dsa: Run, tiny: str, tmp_path: Path) -> None:
     assert max(map(len, result.stdout.replace(str(out), "").splitlines())) <= 80
 
 
+@pytest.fixture(scope="session")
+def born(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A directory with a tiny GLM-5, whose second layer shares the first one's selection."""
+    folder = tmp_path_factory.mktemp("models") / "glm"
+    native_model("glm_moe_dsa", vocab_size=BYTE_VOCABULARY).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_model_born_with_dsa(dsa: Run, born: str, tmp_path: Path) -> None:
+    out = tmp_path / "results.json"
+    result = dsa("bench", "e2e", "--quick", "--model", born, "--json", str(out), "--threads", "1")
+    assert result.exit_code == 0, result.output
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["name"] for row in rows] == ["short", "prompt", "decode", "decode", "decode", "llamacpp"]
+    for row in rows[:-1]:
+        assert "logits with all selected" in row["checks"][0]
+        assert row["checks"][1] == "selection equal in 2 layers"
+        assert row["checks"][2] == "first choice equal at 16 of 16 positions"
+        assert (row["shape"]["born_with_dsa"], row["shape"]["top_k"]) == (True, 8)
+        assert not any("target" in figure for figure in row["figures"])
+    assert "transformers' path through it" in flat(result.stdout)
+
+
+def test_prompts_that_transformers_cannot_read(dsa: Run, born: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dsa.bench.caches.available_memory", lambda device: 3 * 10**9)
+    command = ("bench", "e2e", "--quick", "--only", "prompt", "--model", born)
+    assert dsa(*command, "--lengths", "64").exit_code == 0
+    result = dsa(*command, "--lengths", "64,4096")
+    assert result.exit_code == 2
+    assert "transformers scores all pairs of 4,096 tokens at once and would take 5 GB, 3 GB are free" in flat(
+        result.stderr
+    )
+
+
 def test_no_figures_where_a_layer_selects_something_else(
     dsa: Run, tiny: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("dsa.bench.end_to_end.index_topk", lambda *args, **options: torch.zeros(1))
+    monkeypatch.setattr("dsa.bench.pair.index_topk", lambda *args, **options: torch.zeros(1))
     result = dsa("bench", "e2e", "--quick", "--only", "prompt", "--model", tiny)
     assert result.exit_code == 1
     assert "selects other tokens than the reference" in flat(result.stderr)
@@ -153,7 +190,7 @@ def test_no_figures_where_a_layer_selects_something_else(
 
 
 def test_caches_that_do_not_fit_are_refused(dsa: Run, tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dsa.bench.end_to_end._available_bytes", lambda: 10**9)
+    monkeypatch.setattr("dsa.bench.caches.available_memory", lambda device: 10**9)
     result = dsa("bench", "e2e", "--quick", "--only", "decode", "--model", tiny)
     assert result.exit_code == 2
     assert "name fewer or shorter ones with --lengths" in flat(result.stderr)

@@ -15,6 +15,7 @@ from dsa.eval.selections import SELECTIONS, window
 from dsa.eval.tasks import run_tasks
 from dsa.models.context import AttentionCall, DSAContext
 from dsa.models.loading import LoadedModel
+from dsa.models.sparse import sparse_report_of
 from dsa.testing.native_models import native_model
 from dsa.testing.tiny_tokenizer import BYTE_VOCABULARY, tiny_tokenizer
 
@@ -130,7 +131,7 @@ def test_an_accelerated_model_stays_as_it_was_given(load: Callable[..., LoadedMo
     found = run_tasks(loaded, [document], ["mass"], tokens=80)
     assert found["top_k"] == 6
     assert evaluate(loaded, document, tokens=80, new_tokens=2, top_k=9).top_k == 9
-    report = dsa.models.sparse.sparse_report_of(loaded.model)
+    report = sparse_report_of(loaded.model)
     assert report.config.top_k == 6
     assert "FP8 rows" in str(report)
 

@@ -1,4 +1,4 @@
-"""A whole model: prefill and decoding, attached beside the same model with torch's dense attention.
+"""A whole model: prefill and decoding, sparse beside the same model as transformers runs it.
 
 Two copies of the model are loaded, so that both can take turns. Positions beyond those that the model was trained on
 are extrapolated by both alike, which changes no time.
@@ -11,32 +11,27 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from dsa.bench.agreement import ROWS, check_close
-from dsa.bench.measure import Disagreement, Figure, Timing, parts_in_turn, ratio
+from dsa.bench.caches import check_caches, check_prompt, filled_cache, fits, masked_prefill_bytes
+from dsa.bench.measure import Figure, Timing, parts_in_turn, ratio
+from dsa.bench.pair import Pair, check_selections, load_pair
 from dsa.bench.recording import long_ids
 from dsa.bench.result import Row
 from dsa.bench.settings import Settings
 from dsa.eval.progress import Progress
-from dsa.models.attachment import config_of, is_attached, report_of
-from dsa.models.context import AttentionCall, DSAContext
-from dsa.models.families import family_of
-from dsa.models.loading import LoadedModel, Status, attach_indexers, load_model
-from dsa.models.native.families import refuse_native
-from dsa.modules.cache import indexed_layer, reserve
-from dsa.modules.latents import latent_layer
-from dsa.ops import index_topk
+from dsa.models.loading import Status
+from dsa.models.sparse import is_sparse
+from dsa.modules.cache import reserve
 
-TOP_K = 1024
-QUICK_BUDGET = {"top_k": 32, "local": 8}
 PROMPT_LENGTHS = (32768,)
+SHORTEST_PROMPT = 1024
+"""As short as a prompt becomes by itself where the peer cannot read a longer one."""
+
 SHORT_TOKENS = 512
 CACHED_LENGTHS = (8192, 32768, 131072)
 PREFILL_CHUNK = 4096
@@ -51,12 +46,13 @@ LEAST_TURNS = 5
 MOST_TURNS = 100
 RESERVED_TOKENS = 2 * DECODED * (MOST_TURNS + 2)
 """Room behind a cache for the turns of a row and those of the growth with the cache."""
-CHECK_TOKENS = 300
-LOGIT_ERROR = 1e-3
-SPARE_BYTES = 2 << 30
 TURNS = (
     f"Decoding takes turns of {DECODED} tokens ({FEWEST_DECODED} where a token takes more than "
     f"{LONG_TOKEN_SECONDS:g} s); a turn's time is that of all its tokens, the first included."
+)
+MASKED = (
+    "The model was born with DSA. SDPA is transformers' path through it: scores of all pairs of tokens, keys and "
+    "values of every head expanded out of the cached latents for every token, and a mask over dense attention."
 )
 PREFILL_TARGETS = {32768: 3}
 DECODE_TARGETS = {32768: 5}
@@ -65,97 +61,17 @@ GROWTH_TARGET = 1.3
 SHORT_TARGET = 0.95
 
 
-@dataclass(frozen=True)
-class Pair:
-    """The attached model and the plain one, and what was checked of them."""
-
-    attached: LoadedModel
-    plain: LoadedModel
-    checks: list[str]
-    shape: dict[str, Any]
-
-    def models(self) -> dict[str, Any]:
-        """Both, peer first, by the names that rows use."""
-        return {"SDPA": self.plain.model, "DSA": self.attached.model}
-
-
-def load_pair(settings: Settings, status: Status) -> Pair:
-    """Loads the model twice, attaches one, and checks that they agree where they must.
-
-    Raises:
-        Disagreement: They do not.
-        OSError: The model cannot be read.
-        ValueError: It cannot be attached.
-    """
-    plain = load_model(settings.model, device="cpu", status=status)
-    refuse_native(settings.model, plain.model.config)
-    attached = load_model(settings.model, device="cpu", status=status)
-    budget = QUICK_BUDGET if settings.quick else {"top_k": TOP_K}
-    status("Comparing with the plain model and with the reference")
-    ids = long_ids(attached.tokenizer, CHECK_TOKENS if not settings.quick else 2 * QUICK_BUDGET["top_k"])
-    attach_indexers(attached, None, top_k=max(ids.shape[1], 512), dense_shortcut=False)
-    everything = attached.model(ids).logits
-    said = [check_close("logits with all selected", everything, plain.model(ids).logits, LOGIT_ERROR)]
-    report, _ = attach_indexers(attached, None, dense_shortcut=True, **budget)
-    more = long_ids(attached.tokenizer, 2 * report.config.top_k)
-    said.append(check_selections(attached.model, more, None))
-    config = plain.model.config.get_text_config()
-    shape = {
-        "model": settings.model,
-        "dtype": str(plain.model.dtype).removeprefix("torch."),
-        "layers": config.num_hidden_layers,
-        "dense_layers": report.count("dense"),
-        "heads": config.num_attention_heads,
-        "kv_heads": config.num_key_value_heads,
-        **{name: getattr(report.config, name) for name in ("top_k", "index_heads", "index_head_dim", "sinks", "local")},
-    }
-    return Pair(attached, plain, said, shape)
-
-
-def check_selections(model: Any, ids: Tensor, cache: Any) -> str:
-    """Runs an attached model and compares what each layer selects for its last queries with the reference.
-
-    Raises:
-        Disagreement: A layer selects something else.
-    """
-    config, compared = config_of(model), 0
-
-    def observe(call: AttentionCall) -> None:
-        nonlocal compared
-        if call.indices is None or call.index_query is None or call.index_weight is None or call.index_key is None:
-            return
-        rows = slice(-ROWS, None)
-        expected = index_topk(
-            call.index_query[:, rows],
-            call.index_key,
-            call.index_weight[:, rows],
-            call.indices.shape[-1],
-            sinks=config.sinks,
-            local=config.layer_local(call.layer),
-            key_start=call.key_start[:, rows],
-            key_end=call.key_end[:, rows],
-            impl="reference",
-        )
-        if not torch.equal(call.indices[:, rows], expected):
-            raise Disagreement(f"layer {call.layer} selects other tokens than the reference")
-        compared += 1
-
-    context = DSAContext(observer=observe)
-    model(ids, past_key_values=cache, use_cache=cache is not None, logits_to_keep=1, dsa_context=context)
-    return f"selection equal in {compared} layers"
-
-
 def read_prompt(model: Any, ids: Tensor) -> tuple[float, Any, Tensor]:
     """Seconds of a prefill with an empty cache, the cache, and the most likely next token `[1, 1]`.
 
-    An attached model reads as `dsa generate` lets it, in chunks into a cache of the right size; a plain one as
+    A sparse model reads as `dsa generate` lets it, in chunks into a cache of the right size; a plain one as
     transformers' `generate` does unless told otherwise, all at once.
     """
     tokens = ids.shape[1]
     began = time.perf_counter()
     cache = DynamicCache(config=model.config)
     chunk = tokens
-    if is_attached(model):
+    if is_sparse(model):
         reserve(cache, tokens + RESERVED_TOKENS)
         chunk = PREFILL_CHUNK
     for start in range(0, tokens, chunk):
@@ -226,7 +142,7 @@ def short(settings: Settings, progress: Progress, status: Status) -> Iterator[Ro
 def prompt(settings: Settings, progress: Progress, status: Status) -> Iterator[Row]:
     """A long prompt, then tokens, several a turn."""
     pair = load_pair(settings, status)
-    for tokens in settings.lengths_or(PROMPT_LENGTHS, (96,)):
+    for tokens in _prompt_lengths(pair, settings):
         ids = long_ids(pair.plain.tokenizer, tokens)
         prefills, decoders = {}, {}
         for name, model in reversed(pair.models().items()):
@@ -244,6 +160,31 @@ def prompt(settings: Settings, progress: Progress, status: Status) -> Iterator[R
         del decoders, cache
 
 
+def _prompt_lengths(pair: Pair, settings: Settings) -> tuple[int, ...]:
+    """The user's, or the usual ones; transformers may need more memory for a model born with DSA than there is.
+
+    Raises:
+        ValueError: A length that the user named is one of those.
+    """
+    lengths = settings.lengths_or(PROMPT_LENGTHS, (96,))
+    if not pair.native:
+        return lengths
+    config = pair.plain.model.config
+    if settings.lengths is None:
+        longest = lengths[-1]
+        while longest > SHORTEST_PROMPT and not fits(masked_prefill_bytes(config, longest)):
+            longest //= 2
+        lengths = (longest,)
+    for tokens in lengths:
+        check_prompt(config, tokens)
+    return lengths
+
+
+def _asked(pair: Pair, target: float | None) -> float | None:
+    """What is asked of models with full attention; of a model born with DSA nothing is, its shape says too much."""
+    return None if pair.native else target
+
+
 def _prompt_row(
     name: str,
     tokens: int,
@@ -255,8 +196,10 @@ def _prompt_row(
     row = Row(name, f"n = {tokens:,}", {"tokens": tokens, **pair.shape}, timings, checks=list(pair.checks))
     row.length = tokens
     row.figures = [
-        ratio("prefill, SDPA / DSA", timings["SDPA prefill"], timings["DSA prefill"], target=prefill_target),
-        ratio("decode, SDPA / DSA", timings["SDPA token"], timings["DSA token"], target=decode_target),
+        ratio(
+            "prefill, SDPA / DSA", timings["SDPA prefill"], timings["DSA prefill"], target=_asked(pair, prefill_target)
+        ),
+        ratio("decode, SDPA / DSA", timings["SDPA token"], timings["DSA token"], target=_asked(pair, decode_target)),
         Figure("DSA prefill", tokens / timings["DSA prefill"].median, "tokens/s"),
         Figure("DSA decode", 1 / timings["DSA token"].median, "tokens/s"),
     ]
@@ -264,6 +207,7 @@ def _prompt_row(
         "SDPA: transformers, attn_implementation sdpa, its own dynamic cache, the prompt at once. DSA: as `dsa "
         f"generate` reads, chunks of {PREFILL_CHUNK:,} into a reserved cache. Last logits only.",
         TURNS,
+        *([MASKED] if pair.native else []),
     ]
     return row
 
@@ -272,29 +216,32 @@ def decode(settings: Settings, progress: Progress, status: Status) -> Iterator[R
     """A token with a long cache, and how its time grows with the cache."""
     pair = load_pair(settings, status)
     lengths = settings.lengths_or(CACHED_LENGTHS, (64, 128))
-    _check_memory(pair.plain.model, lengths)
+    check_caches(pair.plain.model, lengths)
     token = torch.ones(1, 1, dtype=torch.long)
-    attached: dict[int, Decoder] = {}
+    sparse: dict[int, Decoder] = {}
     for tokens in lengths:
         with progress(f"decoding with {tokens:,} cached", 1) as advance:
-            cache = filled_cache(pair.attached.model, tokens, attached=True)
-            said = check_selections(pair.attached.model, token, cache)
-            attached[tokens] = Decoder(pair.attached.model, cache, token)
-            peer = Decoder(pair.plain.model, filled_cache(pair.plain.model, tokens, attached=False), token)
-            timings = decode_in_turn({"SDPA": peer, "DSA": attached[tokens]}, settings)
+            cache = filled_cache(pair.sparse.model, tokens, sparse=True, reserved=RESERVED_TOKENS)
+            said = check_selections(pair.sparse.model, token, cache)
+            sparse[tokens] = Decoder(pair.sparse.model, cache, token)
+            peer = Decoder(pair.plain.model, filled_cache(pair.plain.model, tokens, sparse=False), token)
+            timings = decode_in_turn({"SDPA": peer, "DSA": sparse[tokens]}, settings)
             del peer
             advance()
         row = Row("decode", f"{tokens:,} cached", {"cached": tokens, **pair.shape}, timings)
         row.length, row.checks = tokens, [*pair.checks, f"with the full cache, {said}"]
-        row.figures = [ratio("SDPA / DSA", timings["SDPA"], timings["DSA"], target=CACHED_TARGETS.get(tokens))]
+        row.figures = [
+            ratio("SDPA / DSA", timings["SDPA"], timings["DSA"], target=_asked(pair, CACHED_TARGETS.get(tokens)))
+        ]
         row.notes = [
             "The caches are filled with standard normal keys, values and index keys, equal in all layers.",
             TURNS,
+            *([MASKED] if pair.native else []),
         ]
         yield row
     if len(lengths) > 1:
         with progress("growth with the cache, in turn", 1) as advance:
-            growth = decode_in_turn({f"{tokens:,} cached": attached[tokens] for tokens in lengths}, settings)
+            growth = decode_in_turn({f"{tokens:,} cached": sparse[tokens] for tokens in lengths}, settings)
             advance()
         yield _growth_row(lengths, growth, pair)
 
@@ -309,74 +256,8 @@ def _growth_row(lengths: tuple[int, ...], timings: dict[str, Timing], pair: Pair
             f"{last:,} / {first:,}",
             timings[f"{last:,} cached"],
             timings[f"{first:,} cached"],
-            target=target,
+            target=_asked(pair, target),
             at_least=False,
         )
     ]
     return row
-
-
-def filled_cache(model: Any, tokens: int, *, attached: bool) -> Any:
-    """A cache of normal random keys and values, as if a text of so many tokens had been read.
-
-    Args:
-        model: Gives the shapes.
-        tokens: How many are cached.
-        attached: Whether to make dsa's layers with index keys, as its hook does, or transformers' own.
-    """
-    config = model.config.get_text_config()
-    generator = torch.Generator().manual_seed(tokens)
-    key, value = (torch.randn(1, heads, tokens, dim, generator=generator) for heads, dim in _cached_shapes(config))
-    cache = DynamicCache(config=model.config)
-    if not attached:
-        for layer in range(config.num_hidden_layers):
-            cache.update(key, value, layer)
-        return cache
-    own = config_of(model)
-    index_keys = torch.randn(1, tokens, own.index_head_dim, generator=generator)
-    for row in report_of(model).layers:
-        has_indexer = own.has_indexer(row.layer)
-        index_dtype = own.index_dtype if has_indexer else None
-        stored: Any
-        if family_of(model).latent is not None:
-            stored = latent_layer(cache, row.layer, config.kv_lora_rank, index_dtype)
-        else:
-            stored = indexed_layer(cache, row.layer, index_dtype)
-        stored.reserve(tokens + RESERVED_TOKENS)
-        if has_indexer:
-            stored.append_index(index_keys)
-        stored.update(key, value)
-    return cache
-
-
-def _cached_shapes(config: Any) -> list[tuple[int, int]]:
-    """Heads and dims of the two things that a layer caches: keys and values, or latents and rotated key dims."""
-    if getattr(config, "kv_lora_rank", None):
-        return [(1, config.kv_lora_rank), (1, config.qk_rope_head_dim)]
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return [(config.num_key_value_heads, head_dim)] * 2
-
-
-def _check_memory(model: Any, lengths: tuple[int, ...]) -> None:
-    """Refuses, before anything is filled, what would not fit.
-
-    Raises:
-        ValueError: The caches need more memory than is free.
-    """
-    config = model.config.get_text_config()
-    per_token = config.num_hidden_layers * sum(heads * dim for heads, dim in _cached_shapes(config)) * 4
-    needed = (sum(lengths) + max(lengths)) * per_token + SPARE_BYTES
-    available = _available_bytes()
-    if available is not None and needed > available:
-        raise ValueError(
-            f"lengths: caches of {', '.join(map(str, lengths))} tokens, sparse and dense, need {needed / 1e9:.0f} GB, "
-            f"{available / 1e9:.0f} GB are free; name fewer or shorter ones with --lengths"
-        )
-
-
-def _available_bytes() -> int | None:
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)

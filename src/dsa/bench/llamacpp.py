@@ -16,6 +16,8 @@ import torch
 
 from dsa.bench import end_to_end
 from dsa.bench.measure import Disagreement, Timing, in_turn, ratio
+from dsa.bench.pair import Pair, load_pair
+from dsa.bench.recording import long_ids
 from dsa.bench.result import Row
 from dsa.bench.settings import Settings
 from dsa.eval.progress import Progress
@@ -59,15 +61,15 @@ def llamacpp(settings: Settings, progress: Progress, status: Status) -> Iterator
         row = Row("llamacpp", "", {}, notes=[f"Skipped: {skipped}. To measure it: {INSTALL}."])
         yield row
         return
-    pair = end_to_end.load_pair(settings, status)
+    pair = load_pair(settings, status)
     for tokens in settings.lengths_or(end_to_end.PROMPT_LENGTHS, (96,)):
         yield _row(tokens, pair, settings, progress)
 
 
-def _row(tokens: int, pair: end_to_end.Pair, settings: Settings, progress: Progress) -> Row:
-    ids = end_to_end.long_ids(pair.plain.tokenizer, tokens)
+def _row(tokens: int, pair: Pair, settings: Settings, progress: Progress) -> Row:
+    ids = long_ids(pair.plain.tokenizer, tokens)
     decoded = 2 if settings.quick else end_to_end.DECODED
-    model = pair.attached.model
+    model = pair.sparse.model
     with progress(f"DSA: prompt of {tokens:,}", 1) as advance:
         seconds, cache, token = end_to_end.read_prompt(model, ids)
         # The first token meets cold code.

@@ -107,9 +107,9 @@ def _refuse_native(loaded: LoadedModel) -> None:
     model_type = loaded.model.config.model_type
     if is_native(loaded.model.config):
         raise ValueError(
-            f"model: {loaded.name} was born with DSA ({model_type}): its layers were trained with their budget and with "
-            "the selections that they share, and its files have no place for others. Try one budget for all of them "
-            "with dsa eval --top-k"
+            f"model: {loaded.name} was born with DSA ({model_type}): its layers were trained with their budget and "
+            "with the selections that they share, and its files have no place for others. Try one budget for all of "
+            "them with dsa eval --top-k"
         )
 
 

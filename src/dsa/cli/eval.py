@@ -53,7 +53,8 @@ def evaluate(
     """Measure a model on a text: dense attention beside DSA beside a sliding window of the same size.
 
     The second half of the text is evaluated, the first half is context. Without --top-k the budget is that of
-    the indexers' own configuration.
+    the indexers' own configuration. Models born with DSA (DeepSeek-V3.2, GLM-5) are measured with their own
+    indexers; dense is then the same model reading all tokens.
 
     [bold]Examples[/]
 

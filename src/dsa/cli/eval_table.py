@@ -42,7 +42,8 @@ def show_tasks(result: dict[str, Any], console: Console) -> None:
     for suspect in result.get("suspect_layers", []):
         console.print(
             "Layer {layer:.0f} stands out: its indexer keeps {share:.3f} of what the oracle keeps, the median layer "
-            "{median:.3f}.".format(**suspect) + advice,
+            "{median:.3f}.".format(**suspect)
+            + advice,
             width=width,
         )
 

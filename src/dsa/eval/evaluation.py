@@ -216,9 +216,7 @@ def evaluate(
     native = is_native(model.config)
 
     def reading(label: str, context: Callable[[], DSAContext] | None = None) -> Reading:
-        return read(
-            model, prompt, start=start, new_tokens=new_tokens, context=context, label=label, progress=progress
-        )
+        return read(model, prompt, start=start, new_tokens=new_tokens, context=context, label=label, progress=progress)
 
     with _sparse(loaded, indexers, overrides) as (report, source):
         dsa = reading("DSA")

@@ -137,7 +137,9 @@ def restore(model: PreTrainedModel) -> None:
 
 
 @contextmanager
-def accelerated(model: PreTrainedModel, cache: CacheDtype | None = None, **overrides: Any) -> Iterator[AccelerateReport]:
+def accelerated(
+    model: PreTrainedModel, cache: CacheDtype | None = None, **overrides: Any
+) -> Iterator[AccelerateReport]:
     """`accelerate` while the context is open; afterwards the model is as it was given, accelerated or not.
 
     Args:
@@ -151,9 +153,10 @@ def accelerated(model: PreTrainedModel, cache: CacheDtype | None = None, **overr
     before: _Accelerated | None = getattr(model, ACCELERATED, None)
     if before is not None:
         restore(model)
-    kept = {} if before is None else before.overrides
+    kept: CacheDtype = "full" if before is None else before.cache
+    fields = overrides if before is None else {**before.overrides, **overrides}
     try:
-        yield accelerate(model, cache=cache or (before.cache if before is not None else "full"), **{**kept, **overrides})
+        yield accelerate(model, cache=cache or kept, **fields)
     finally:
         if is_accelerated(model):
             restore(model)
