@@ -100,6 +100,17 @@ def test_the_published_curve(dsa: Run, tmp_path: Path) -> None:
     assert len(json.loads(file.read_text())["points"]) == 10
 
 
+def test_compact_caches(dsa: Run, tmp_path: Path) -> None:
+    file = tmp_path / "cost.json"
+    options = ("--cache", "fp8", "--index-dtype", "fp8", "--json", str(file))
+    result = dsa("cost", "--model", "DeepSeek-V3.2", "--tokens", "131072", "--decoded", "0", *options)
+    assert result.exit_code == 0, result.output
+    said = "a cached token takes an FP8 row of 656 bytes a layer, and an fp8 index key of 132"
+    assert said in " ".join(result.stdout.split())
+    held = json.loads(file.read_text())["variants"]["dsa"]["memory"]
+    assert (held["keys_and_values"], held["index_keys"]) == (131072 * 61 * 656, 131072 * 61 * 132)
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -116,6 +127,10 @@ def test_the_published_curve(dsa: Run, tmp_path: Path) -> None:
             "DENSE,DSA in tokens a second",
         ),
         (("--model", "default", "--tokens", "8", "--cache-bytes", "0"), "of the cache must be above 0, got 0"),
+        (("--tokens", "8", "--top-k", "4", "--cache", "fp8"), "cache: --cache needs a model: add --model"),
+        (("--model", "Qwen3-8B", "--tokens", "8", "--cache", "fp8"), "Qwen3-8B caches keys and values"),
+        (("--model", "DeepSeek-V3.2", "--tokens", "8", "--cache", "int4"), "cache must be full or fp8, got 'int4'"),
+        (("--model", "DeepSeek-V3.2", "--tokens", "8", "--index-dtype", "bf16"), "index_dtype must be one of"),
         (("--model", "default", "--tokens", "8", "--plot", "x.txt"), "expected a file name that ends in .png"),
         (("--model", "default", "--tokens", "8", "--decoded", "-1"), "decoded must not be negative"),
         (("--published", "--tokens", "8"), "--tokens does nothing with --published"),

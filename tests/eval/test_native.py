@@ -125,6 +125,27 @@ def test_a_selection_is_asked_in_blocks(
     assert asked == [*[7] * 11, 3] * 3
 
 
+def test_a_compact_cache_is_measured(load: Callable[..., LoadedModel], document: Document) -> None:
+    """Perplexity is that of rounded rows though the text is short enough to be read without a cache."""
+    loaded = load("deepseek_v32")
+    plain, rounded = (
+        run_tasks(loaded, [document], ["perplexity"], tokens=80, cache=cache) for cache in ("full", "fp8")
+    )
+    assert (plain["cache"], rounded["cache"]) == ("full", "fp8")
+    assert plain["perplexity"]["dsa"] != rounded["perplexity"]["dsa"]
+    assert rounded["perplexity"]["dsa"]["perplexity"] == pytest.approx(
+        plain["perplexity"]["dsa"]["perplexity"], rel=0.1
+    )
+    found = evaluate(loaded, document, tokens=80, new_tokens=2, cache="fp8", index_dtype="int8")
+    assert found.report.config.index_dtype == "int8"
+    assert "FP8 rows" in str(found.report)
+
+
+def test_only_latents_have_a_compact_cache(tiny: LoadedModel, document: Document) -> None:
+    with pytest.raises(ValueError, match=r"cache: tiny was not born with DSA.*'fp8'"):
+        evaluate(tiny, document, tokens=80, cache="fp8")
+
+
 def test_an_accelerated_model_stays_as_it_was_given(load: Callable[..., LoadedModel], document: Document) -> None:
     loaded = load("deepseek_v32")
     dsa.accelerate(loaded.model, cache="fp8", top_k=6)

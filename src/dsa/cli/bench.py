@@ -102,7 +102,8 @@ def e2e(
 
     The peers are the same model with transformers' SDPA attention, and llama.cpp with the default model's own file,
     if llama-cpp-python is installed. Positions beyond the model's own are extrapolated. The peer of a model born with
-    DSA is transformers' own path, a mask over dense attention; without --lengths its prompt is as long as memory allows.
+    DSA is transformers' own path, a mask over dense attention; without --lengths its prompt is as long as memory
+    allows.
 
     [bold]Examples[/]
 

@@ -45,8 +45,19 @@ def cost(
     ] = None,
     index_heads: Annotated[int | None, typer.Option(metavar="N", help="Heads of the indexer.")] = None,
     index_head_dim: Annotated[int | None, typer.Option(metavar="N", help="Size of an indexer's head.")] = None,
+    index_dtype: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KIND",
+            help="Index keys: `int8`, `fp8` or `fp32`; by default the configuration's, int8 where it has none.",
+        ),
+    ] = None,
     weight_bytes: Annotated[float, typer.Option(metavar="X", help="Bytes of one weight.")] = 2.0,
     cache_bytes: Annotated[float, typer.Option(metavar="X", help="Bytes of one number of K and V.")] = 2.0,
+    cache: Annotated[
+        str | None,
+        typer.Option(metavar="KIND", help="`fp8` counts latents as FP8 rows, 656 bytes a token in DeepSeek's sizes."),
+    ] = None,
     price: Annotated[float | None, typer.Option(metavar="X", help="Of one device for one hour.")] = None,
     prefill_speed: Annotated[
         str | None, typer.Option(metavar="DENSE,DSA", help="Tokens a second and device, for --price.")
@@ -79,7 +90,7 @@ def cost(
 
       dsa cost --tokens 100000 --top-k 1000
       dsa cost --model Qwen3-8B --tokens 131072 --share 4
-      dsa cost --model DeepSeek-V3.2 --tokens 131072 --json cost.json
+      dsa cost --model DeepSeek-V3.2 --tokens 131072 --cache fp8 --index-dtype fp8 --json cost.json
       dsa cost --model ./my-model/config.json --tokens 32768 --plot cost.svg
       dsa cost --model default --tokens 32768 --price 0.5 --measured e2e.json
       dsa cost --published
@@ -99,7 +110,7 @@ def cost(
     elif model is None:
         given = {"share": share, "indexers": indexers, "plot": plot, "price": price, "measured": measured}
         given.update(prefill_speed=prefill_speed, decode_speed=decode_speed)
-        given.update(index_heads=index_heads, index_head_dim=index_head_dim)
+        given.update(index_heads=index_heads, index_head_dim=index_head_dim, index_dtype=index_dtype, cache=cache)
         _refuse(given, "needs a model: add --model")
         figures = _pairs(_given("tokens", tokens), _given("top_k", top_k))
     else:
@@ -108,9 +119,15 @@ def cost(
         shape, own = read_model(model)
         own = own if indexers is None else saved_config(indexers)
         config = config_for(
-            shape, own, top_k=top_k, share=share, index_heads=index_heads, index_head_dim=index_head_dim
+            shape,
+            own,
+            top_k=top_k,
+            share=share,
+            index_heads=index_heads,
+            index_head_dim=index_head_dim,
+            index_dtype=index_dtype,
         )
-        storage = Storage(weight_bytes, cache_bytes)
+        storage = Storage(weight_bytes, cache_bytes, fp8_rows=_fp8_rows(shape, cache))
         length = _given("tokens", tokens)
         figures = model_report(shape, config, length, decoded, storage)
         money = _money(price, prefill_speed, decode_speed, measured, length)
@@ -125,6 +142,20 @@ def cost(
     if json is not None:
         write_json(json, figures)
         out.print(f"Figures written to {json}", markup=False, soft_wrap=True)
+
+
+def _fp8_rows(shape: ModelShape, cache: str | None) -> bool:
+    """Whether latents are counted as FP8 rows. Raises `ValueError` for another kind, or a model without latents."""
+    from dsa.cost.shape import LatentAttention
+
+    if cache not in (None, "full", "fp8"):
+        raise ValueError(f"cache must be full or fp8, got {cache!r}")
+    if cache == "fp8" and not any(isinstance(layer.attention, LatentAttention) for layer in shape.layers):
+        raise ValueError(
+            f"cache: FP8 rows hold latents, and {shape.name} caches keys and values; leave --cache out, or give "
+            "--cache-bytes"
+        )
+    return cache == "fp8"
 
 
 def _given(name: str, value: int | None) -> int:

@@ -56,6 +56,8 @@ def compare(
     threads: int | None,
     device: str | None,
     rope_scaling: str | None = None,
+    cache: str | None = None,
+    index_dtype: str | None = None,
 ) -> None:
     """Evaluates, prints the table and writes the JSON. What can be refused is refused before the model loads."""
     from dsa.eval.documents import read_document
@@ -81,8 +83,9 @@ def compare(
             document,
             tokens=tokens,
             indexers=indexers,
+            cache=cache,
             progress=steps,
-            **options.overrides(top_k, local),
+            **options.overrides(top_k, local, index_dtype),
         )
     if json is not None:
         write_json(json, evaluation.to_json())

@@ -34,6 +34,8 @@ def evaluate(
     threads: options.Threads = None,
     device: options.Device = None,
     rope_scaling: options.RopeScaling = None,
+    cache: options.Cache = None,
+    index_dtype: options.IndexDtype = None,
     needle_kinds: Annotated[
         str | None,
         typer.Option(
@@ -80,7 +82,7 @@ def evaluate(
             raise ValueError(f"file: the comparison reads one text, got {len(file)}; add --tasks perplexity,mass")
         if plot is not None:
             raise ValueError("plot: the comparison is a table; add --tasks perplexity,mass to draw something")
-        compare(model, file[0], tokens, top_k, local, indexers, json, threads, device, rope_scaling)
+        compare(model, file[0], tokens, top_k, local, indexers, json, threads, device, rope_scaling, cache, index_dtype)
         return
     if json is not None:
         check_writable(json)
@@ -106,6 +108,8 @@ def evaluate(
             tokens=tokens,
             top_k=top_k,
             local=local,
+            index_dtype=index_dtype,
+            cache=cache,
             indexers=indexers,
             lengths=tokens_of_needles,
             needle_kinds=kinds,

@@ -73,6 +73,8 @@ def generate(
     threads: options.Threads = None,
     device: options.Device = None,
     rope_scaling: options.Extension = None,
+    cache: options.Cache = None,
+    index_dtype: options.IndexDtype = None,
 ) -> None:
     """Continue a prompt with sparse attention, streaming to stdout.
 
@@ -114,7 +116,7 @@ def generate(
         # attached models say the same when they get there
         warnings.filterwarnings("ignore", POSITIONS_WARNING, UserWarning)
         ids, demand = encoded(loaded.tokenizer)
-        report, _ = attach_indexers(loaded, indexers, **options.overrides(top_k, local))
+        report, _ = attach_indexers(loaded, indexers, cache=cache, **options.overrides(top_k, local, index_dtype))
         check_room(loaded, report.config, demand, PREFILL_CHUNK)
         err.print(str(report), markup=False, soft_wrap=True)
         answer, times = stream(loaded, ids, steps, max_new_tokens, temperature, top_p)

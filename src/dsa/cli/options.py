@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -20,6 +20,22 @@ Indexers = Annotated[
 ]
 TopK = Annotated[int | None, typer.Option("--top-k", metavar="K", help="Tokens each query reads.")]
 Local = Annotated[int | None, typer.Option(metavar="N", help="How many of the K are always the most recent tokens.")]
+Cache = Annotated[
+    str | None,
+    typer.Option(
+        metavar="KIND",
+        help="Of models born with DSA: `fp8` keeps latents as FP8 rows, 656 bytes a token and layer in DeepSeek's "
+        "sizes; by default `full`, as the model computes.",
+    ),
+]
+IndexDtype = Annotated[
+    str | None,
+    typer.Option(
+        metavar="KIND",
+        help="How index keys are stored: `int8`, `fp8` or `fp32`; by default as the indexers were trained or saved, "
+        "`fp32` for models born with DSA.",
+    ),
+]
 Pages = Annotated[
     str | None,
     typer.Option(metavar="PAGES", help="Read these pages of a PDF only, counted from 1: `12`, `1-50`, `1-10,40-`."),
@@ -55,6 +71,7 @@ Threads = Annotated[int | None, typer.Option(min=1, metavar="N", help="CPU threa
 Device = Annotated[str | None, typer.Option(metavar="DEVICE", help="`cpu` or `cuda`; by default cuda if there is one.")]
 
 
-def overrides(top_k: int | None, local: int | None) -> dict[str, int]:
+def overrides(top_k: int | None, local: int | None, index_dtype: str | None = None) -> dict[str, Any]:
     """The fields of `DSAConfig` that the user set."""
-    return {name: given for name, given in (("top_k", top_k), ("local", local)) if given is not None}
+    fields = {"top_k": top_k, "local": local, "index_dtype": index_dtype}
+    return {name: given for name, given in fields.items() if given is not None}

@@ -33,6 +33,7 @@ def config_for(
     share: int | None = None,
     index_heads: int | None = None,
     index_head_dim: int | None = None,
+    index_dtype: str | None = None,
 ) -> DSAConfig:
     """The DSA to count: a model's own or the defaults, with what the user changed.
 
@@ -45,11 +46,17 @@ def config_for(
         share: Let every first of that many selecting layers select for the others.
         index_heads: `Hi`.
         index_head_dim: `Di`.
+        index_dtype: How index keys are stored: `"int8"`, `"fp8"` or `"fp32"`.
 
     Raises:
         ValueError: A value out of range.
     """
-    given = {"top_k": top_k, "index_heads": index_heads, "index_head_dim": index_head_dim}
+    given = {
+        "top_k": top_k,
+        "index_heads": index_heads,
+        "index_head_dim": index_head_dim,
+        "index_dtype": index_dtype,
+    }
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     config = (own or DSAConfig()).replace(sinks=0, local=0, index_rope_dim=None, **changes)
     if share is None:
@@ -98,7 +105,8 @@ def model_report(
         "decoded": decoded,
         "weight_bytes": storage.weights,
         "cache_bytes": storage.cache,
-        "assumptions": assumptions(shape),
+        "fp8_rows": storage.fp8_rows,
+        "assumptions": assumptions(shape, config, storage),
         "variants": {
             name: {
                 "token": _parts_json(decode_work(shape, each, tokens, tokens, storage)),
@@ -131,7 +139,7 @@ def crossings(shape: ModelShape, config: DSAConfig, storage: Storage) -> dict[st
     }
 
 
-def assumptions(shape: ModelShape) -> list[str]:
+def assumptions(shape: ModelShape, config: DSAConfig, storage: Storage) -> list[str]:
     """What the figures rest on, in words."""
     said = [
         "multiply-adds are those of matrix products and index scores; norms, RoPE, softmax, activations are left out",
@@ -140,10 +148,17 @@ def assumptions(shape: ModelShape) -> list[str]:
         "of what all of them see, selections are read by each query",
         "nothing is scored while a query sees at most K tokens; its index key is stored all the same",
     ]
-    if any(isinstance(layer.attention, LatentAttention) for layer in shape.layers):
+    latent = next((each.attention for each in shape.layers if isinstance(each.attention, LatentAttention)), None)
+    if latent is not None:
         said.append(
             "latent attention runs expanded in dense prefill, H (plain + rope + value) a pair, and absorbed in "
             "decoding and over selections, H (2 latent + rope) a pair"
+        )
+        kind = "an FP8 row" if storage.fp8_rows else "a row"
+        key = shape.indexer(0, config).key_bytes
+        said.append(
+            f"a cached token takes {kind} of {storage.row(latent):,.0f} bytes a layer, and an {config.index_dtype} "
+            f"index key of {key:,} where the layer selects"
         )
     if shape.native is None:
         said.append("the indexers' queries come from the layer's hidden states")

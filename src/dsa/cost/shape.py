@@ -12,6 +12,9 @@ from dataclasses import dataclass
 
 from dsa.config import DSAConfig
 
+FP8_GROUP = 128
+"""Latent dims of an FP8 row that share a scale."""
+
 
 @dataclass(frozen=True)
 class GroupedAttention:
@@ -94,6 +97,11 @@ class LatentAttention:
     def cached(self) -> int:
         """Numbers of one token's latent and RoPE dims."""
         return self.latent + self.rope_dim
+
+    @property
+    def fp8_row(self) -> int:
+        """Bytes of one token's FP8 row: e4m3 latents, an fp32 scale for every 128 of them, RoPE dims in bf16."""
+        return self.latent + 4 * -(-self.latent // FP8_GROUP) + 2 * self.rope_dim
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from dataclasses import dataclass, fields
 
 from dsa.config import DSAConfig
 from dsa.cost.attention import kind_of, mean_read, mean_scanned
-from dsa.cost.shape import FeedForward, GroupedAttention, ModelShape
+from dsa.cost.shape import FeedForward, GroupedAttention, LatentAttention, ModelShape
 
 PARTS = (
     "attention_projections",
@@ -42,17 +42,30 @@ QUERIES_PER_READ = 128
 class Storage:
     """Bytes of one number: of the weights, and of K and V (or of the latents) in the cache.
 
+    Args:
+        weights: Of a weight.
+        cache: Of a cached number.
+        fp8_rows: Whether latents are cached as FP8 rows, 656 bytes a token for DeepSeek's sizes, in place of `cache` a
+            number.
+
     Raises:
         ValueError: Not above zero.
     """
 
     weights: float = 2.0
     cache: float = 2.0
+    fp8_rows: bool = False
 
     def __post_init__(self) -> None:
         for name in ("weights", "cache"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"bytes of one number of the {name} must be above 0, got {getattr(self, name)}")
+
+    def row(self, attention: GroupedAttention | LatentAttention) -> float:
+        """Bytes of one token in one layer's cache, its index key apart."""
+        if self.fp8_rows and isinstance(attention, LatentAttention):
+            return attention.fp8_row
+        return attention.cached * self.cache
 
 
 @dataclass(frozen=True)
@@ -171,12 +184,13 @@ def _work(
         )
         pairs = queries * mean_read(first, last, top_k)
         absorbed = sparse or not prompt
-        row = attention.cached if absorbed or isinstance(attention, GroupedAttention) else attention.pair()
+        cached = storage.row(attention)
+        row = cached if absorbed or isinstance(attention, GroupedAttention) else attention.pair() * storage.cache
         add(
             "attention",
             multiply_adds=pairs * attention.pair(absorbed),
-            cache_read=pairs * row * storage.cache / (1 if sparse else shared),
-            cache_written=queries * attention.cached * storage.cache,
+            cache_read=pairs * row / (1 if sparse else shared),
+            cache_written=queries * cached,
         )
         if kind == "sparse" and config is not None and top_k is not None:
             indexer = shape.indexer(number, config)
@@ -237,13 +251,13 @@ class Memory:
 def memory(shape: ModelShape, config: DSAConfig | None, tokens: int, storage: Storage | None = None) -> Memory:
     """What `tokens` cached tokens take; arguments as in `decode_work`."""
     storage = storage or Storage()
-    held = (layer.attention.cached * min(tokens, layer.window or tokens) for layer in shape.layers)
+    held = (storage.row(layer.attention) * min(tokens, layer.window or tokens) for layer in shape.layers)
     indexers = [] if config is None else [shape.indexer(number, config) for number in selecting_layers(shape, config)]
     projections = sum(indexer.key_projection + indexer.query_projections for indexer in indexers)
     return Memory(
         weights=shape.parameters * storage.weights,
         indexers=projections * storage.weights,
-        keys_and_values=sum(held) * storage.cache,
+        keys_and_values=sum(held),
         index_keys=float(tokens * sum(indexer.key_bytes for indexer in indexers)),
     )
 

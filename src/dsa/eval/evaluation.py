@@ -34,7 +34,7 @@ from dsa.eval.reading import Reading, read
 from dsa.eval.window import window_attention
 from dsa.models.attachment import AttachReport, LayerReport, detach, is_attached, put_on, take_off
 from dsa.models.context import DSAContext
-from dsa.models.loading import LoadedModel, attach_indexers, refuse_other_indexers
+from dsa.models.loading import LoadedModel, attach_indexers, refuse_cache, refuse_other_indexers
 from dsa.models.native.acceleration import AccelerateReport, accelerated
 from dsa.models.native.families import is_native
 
@@ -182,6 +182,7 @@ def evaluate(
     indexers: str | Path | None = None,
     start: int | None = None,
     new_tokens: int = DEFAULT_NEW_TOKENS,
+    cache: str | None = None,
     progress: Progress = silent,
     **overrides: Any,
 ) -> Evaluation:
@@ -196,6 +197,7 @@ def evaluate(
             model, or untrained ones.
         start: First position whose prediction counts; half of `tokens` by default.
         new_tokens: Tokens to decode, at most a quarter of `tokens`.
+        cache: As in `dsa.accelerate`, for models born with DSA.
         progress: Shows the steps.
         **overrides: Fields of the configuration to change, `top_k=1024` for example.
 
@@ -218,7 +220,7 @@ def evaluate(
     def reading(label: str, context: Callable[[], DSAContext] | None = None) -> Reading:
         return read(model, prompt, start=start, new_tokens=new_tokens, context=context, label=label, progress=progress)
 
-    with _sparse(loaded, indexers, overrides) as (report, source):
+    with _sparse(loaded, indexers, cache, overrides) as (report, source):
         dsa = reading("DSA")
         reset_peak_rss()
         observer = MassObserver(report.config, start)
@@ -262,7 +264,7 @@ def evaluate(
 
 @contextmanager
 def _sparse(
-    loaded: LoadedModel, indexers: str | Path | None, overrides: dict[str, Any]
+    loaded: LoadedModel, indexers: str | Path | None, cache: str | None, overrides: dict[str, Any]
 ) -> Iterator[tuple[AttachReport, str | None]]:
     """Makes a model sparse for a measurement; afterwards it is as it was, whether or not it was detached meanwhile.
 
@@ -272,9 +274,10 @@ def _sparse(
     model = loaded.model
     if is_native(model.config):
         refuse_other_indexers(loaded, indexers)
-        with accelerated(model, **overrides) as report:
+        with accelerated(model, cache, **overrides) as report:
             yield report, loaded.name
         return
+    refuse_cache(loaded, cache)
     before = None
     if is_attached(model):
         before = take_off(model)

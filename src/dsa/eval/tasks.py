@@ -27,8 +27,8 @@ from dsa.eval.ratio import perplexity_ratio
 from dsa.eval.selections import SELECTIONS, selection
 from dsa.models.attachment import is_attached, put_on, take_off
 from dsa.models.context import DSAContext
-from dsa.models.loading import LoadedModel, attach_indexers, refuse_other_indexers
-from dsa.models.native.acceleration import accelerated
+from dsa.models.loading import LoadedModel, attach_indexers, refuse_cache, refuse_other_indexers
+from dsa.models.native.acceleration import accelerated, cache_of, is_accelerated
 from dsa.models.native.families import is_native
 
 TASKS = ("comparison", "perplexity", "mass", "needles", "agreement")
@@ -92,6 +92,8 @@ def run_tasks(
     tokens: int | None = None,
     top_k: int | None = None,
     local: int | None = None,
+    index_dtype: str | None = None,
+    cache: str | None = None,
     indexers: str | Path | None = None,
     lengths: Sequence[int] = (2048, 4096),
     needle_kinds: Sequence[str] = ("single",),
@@ -107,6 +109,9 @@ def run_tasks(
         tokens: Positions read of each. `None`: 8,192, or the whole of a shorter text.
         top_k: Tokens read per query; `None` takes the indexers' own budgets.
         local: Most recent tokens always read.
+        index_dtype: How index keys are stored; `None` as the indexers came with.
+        cache: As in `dsa.accelerate`, for models born with DSA. Attention mass is measured without a cache, so on
+            latents that are not rounded.
         indexers: As in `dsa.attach`.
         lengths: Tokens of the haystacks.
         needle_kinds: Some of `dsa.eval.needle_kinds.KINDS`.
@@ -123,7 +128,8 @@ def run_tasks(
     texts = [encode(each, loaded.tokenizer, tokens) for each in documents]
     model = loaded.model
     haystacks = _haystacks(loaded, documents, needle_kinds, lengths, seed) if "needles" in tasks else {}
-    with _measured(loaded, indexers, top_k, local) as (config, source):
+    changes = {} if index_dtype is None else {"index_dtype": index_dtype}
+    with _measured(loaded, indexers, top_k, local, cache, changes) as (config, source):
         result: dict[str, Any] = {
             "format": FORMAT,
             "model": loaded.name,
@@ -132,6 +138,7 @@ def run_tasks(
             "seed": seed,
             "indexers": source,
             "born_with_dsa": is_native(model.config),
+            "cache": cache_of(model) if is_accelerated(model) else "full",
             "config": config.to_dict(),
             "texts": [
                 {"name": each.name, "tokens": ids.shape[1], "start": ids.shape[1] // 2}
@@ -154,7 +161,12 @@ def run_tasks(
 
 @contextmanager
 def _measured(
-    loaded: LoadedModel, indexers: str | Path | None, top_k: int | None, local: int | None
+    loaded: LoadedModel,
+    indexers: str | Path | None,
+    top_k: int | None,
+    local: int | None,
+    cache: str | None,
+    changes: dict[str, Any],
 ) -> Iterator[tuple[DSAConfig, str | None]]:
     """Makes a model sparse with one budget for its sparse layers; afterwards it is as it was given.
 
@@ -165,9 +177,10 @@ def _measured(
     if is_native(model.config):
         refuse_other_indexers(loaded, indexers)
         given = {name: value for name, value in (("top_k", top_k), ("local", local)) if value is not None}
-        with accelerated(model, **given) as accelerate_report:
+        with accelerated(model, cache, **given, **changes) as accelerate_report:
             yield accelerate_report.config, loaded.name
         return
+    refuse_cache(loaded, cache)
     before = None
     if is_attached(model):
         before = take_off(model)
@@ -183,7 +196,7 @@ def _measured(
         overrides = {} if top_k is None else budget(taken.config, top_k, local)
         if top_k is None and local is not None:
             overrides["local"] = local
-        with attached(model, taken, overrides) as config:
+        with attached(model, taken, {**overrides, **changes}) as config:
             yield config, source
     finally:
         if is_attached(model):

@@ -107,7 +107,7 @@ def load_model(
 
 
 def attach_indexers(
-    loaded: LoadedModel, indexers: str | Path | None = None, **overrides: Any
+    loaded: LoadedModel, indexers: str | Path | None = None, *, cache: str | None = None, **overrides: Any
 ) -> tuple[AttachReport, str | None]:
     """Attaches a loaded model with the indexers that are meant when a user names none, too.
 
@@ -117,6 +117,7 @@ def attach_indexers(
         loaded: The model. One that is attached already keeps its own indexers, unless others are named.
         indexers: As in `dsa.attach`. `None` takes the model's own, those shipped with the default model, or
             untrained ones.
+        cache: As in `dsa.accelerate`; `None` keeps what an accelerated model has, or `"full"`.
         **overrides: Fields of the configuration to change, `top_k=512` for example.
 
     Returns:
@@ -127,17 +128,25 @@ def attach_indexers(
         OSError: The indexers cannot be read.
     """
     from dsa.models.attachment import attach, detach, is_attached, put_on, report_of, take_off
-    from dsa.models.native.acceleration import accelerate, accelerate_report_of, is_accelerated, restore
+    from dsa.models.native.acceleration import (
+        accelerate,
+        accelerate_report_of,
+        cache_of,
+        is_accelerated,
+        restore,
+    )
     from dsa.models.native.families import is_native
 
     model = loaded.model
     if is_native(model.config):
         refuse_other_indexers(loaded, indexers)
         if is_accelerated(model):
-            if not overrides:
+            if cache is None and not overrides:
                 return accelerate_report_of(model), loaded.name
+            cache = cache or cache_of(model)
             restore(model)
-        return accelerate(model, **overrides), loaded.name
+        return accelerate(model, cache=cache or "full", **overrides), loaded.name
+    refuse_cache(loaded, cache)
     if is_attached(model) and indexers is None:
         report = report_of(model)
         if overrides:
@@ -158,6 +167,15 @@ def refuse_other_indexers(loaded: LoadedModel, indexers: str | Path | None) -> N
     """Raises `ValueError` where indexers are named for a model born with DSA."""
     if indexers is not None:
         raise ValueError(f"indexers: {loaded.name} has indexers of its own; leave them out")
+
+
+def refuse_cache(loaded: LoadedModel, cache: str | None) -> None:
+    """Raises `ValueError` where a kind of cache is named that only models born with DSA have."""
+    if cache not in (None, "full"):
+        raise ValueError(
+            f"cache: {loaded.name} was not born with DSA, and only the latents of such models are kept as {cache!r}; "
+            "leave it out"
+        )
 
 
 def scaling_wanted(text: str | None, indexers: str | Path | None) -> RopeScaling | None:

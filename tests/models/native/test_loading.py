@@ -46,6 +46,24 @@ def test_generate_command(saved: Path) -> None:
     assert "GlmMoeDsaAttention replaced by LatentAttention" in result.stderr
 
 
+def test_generate_with_a_compact_cache(saved: Path, tmp_path: Path) -> None:
+    out = tmp_path / "figures.json"
+    command = ["generate", str(saved), "--prompt", "What is kept?", "--max-new-tokens", "4", "--json", str(out)]
+    result = CliRunner().invoke(app, [*command, "--cache", "fp8", "--index-dtype", "fp8"])
+    assert result.exit_code == 0, result.output
+    row, key = 20 + 4 + 2 * 8, 16 + 4
+    assert f"a cache keeps FP8 rows of {row} bytes (112 as float32)" in result.stderr
+    counted = json.loads(out.read_text())["counted"]["dsa"]
+    tokens = 13 + 4 - 1
+    assert (counted["keys_and_values"], counted["index_keys"]) == (tokens * 3 * row, tokens * 2 * key)
+
+
+def test_a_kind_of_cache_that_there_is_not(saved: Path) -> None:
+    result = CliRunner().invoke(app, ["generate", str(saved), "--prompt", "What?", "--cache", "int4"])
+    assert result.exit_code == 2
+    assert "cache must be one of full, fp8, got 'int4'" in result.stderr.replace("\n", " ")
+
+
 def test_explain_command(saved: Path, tmp_path: Path) -> None:
     text, page = tmp_path / "text.txt", tmp_path / "report.html"
     text.write_text("What is kept of a long text, when every word may look back at a few others only? ")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
@@ -60,7 +60,7 @@ class _Accelerated:
     handle: RemovableHandle
 
 
-def accelerate(model: PreTrainedModel, *, cache: CacheDtype = "full", **overrides: Any) -> AccelerateReport:
+def accelerate(model: PreTrainedModel, *, cache: CacheDtype | str = "full", **overrides: Any) -> AccelerateReport:
     """Makes a model born with DSA (DeepSeek-V3.2, GLM-5) compute what it computes, truly sparse, in place.
 
     transformers scores all pairs of tokens at once and masks dense attention. Here the model's own indexers select
@@ -90,6 +90,7 @@ def accelerate(model: PreTrainedModel, *, cache: CacheDtype = "full", **override
         raise ValueError(f"{name} is accelerated already; call dsa.restore(model) first")
     if cache not in get_args(CacheDtype):
         raise ValueError(f"cache must be one of {', '.join(get_args(CacheDtype))}, got {cache!r}")
+    kind = cast(CacheDtype, cache)
     check_indexers(model, family)
     shared = sources(model, family)
     config = DSAConfig(
@@ -109,15 +110,15 @@ def accelerate(model: PreTrainedModel, *, cache: CacheDtype = "full", **override
     for layer, block in enumerate(decoder_layers(model)):
         original = block.self_attn
         originals.append(original)
-        block.self_attn = LatentAttention(original, LayerPlan(layer, config), family, cache)
+        block.self_attn = LatentAttention(original, LayerPlan(layer, config), family, kind)
         source, budget = shared[layer], config.layer_top_k(layer)
         rows.append(LayerReport(layer, "sparse" if source is None else "shared", budget, config.local, source))
         if source is None:
             weights += sum(parameter.numel() for parameter in original.indexer.parameters())
-    kept = _row_of_cache(model, cache)
+    kept = _row_of_cache(model, kind)
     report = AccelerateReport(name, tuple(rows), True, weights, config, replaced=family.attention, cache=kept)
     handle = decoder_of(model).register_forward_pre_hook(_before_decoder, with_kwargs=True)
-    setattr(model, ACCELERATED, _Accelerated(report, cache, overrides, originals, implementation, handle))
+    setattr(model, ACCELERATED, _Accelerated(report, kind, overrides, originals, implementation, handle))
     return report
 
 
@@ -138,7 +139,7 @@ def restore(model: PreTrainedModel) -> None:
 
 @contextmanager
 def accelerated(
-    model: PreTrainedModel, cache: CacheDtype | None = None, **overrides: Any
+    model: PreTrainedModel, cache: CacheDtype | str | None = None, **overrides: Any
 ) -> Iterator[AccelerateReport]:
     """`accelerate` while the context is open; afterwards the model is as it was given, accelerated or not.
 
@@ -172,6 +173,11 @@ def is_accelerated(model: nn.Module) -> bool:
 def accelerate_report_of(model: PreTrainedModel) -> AccelerateReport:
     """What `accelerate` returned for this model. Raises `ValueError` where it was not called."""
     return _state(model).report
+
+
+def cache_of(model: PreTrainedModel) -> CacheDtype:
+    """How this model's caches keep the latents. Raises `ValueError` where `accelerate` was not called."""
+    return _state(model).cache
 
 
 def _row_of_cache(model: PreTrainedModel, cache: CacheDtype) -> str:
