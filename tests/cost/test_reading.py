@@ -108,7 +108,7 @@ def test_a_missing_size_is_named(field: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "mamba"}, "the architecture 'mamba' is not known; known are cohere2"),
+        ({"model_type": "mamba"}, "the architecture 'mamba' is not known; known are axk1, cohere2"),
         ({"hidden_size": "wide"}, "hidden_size must be a whole number of at least 1, got 'wide'"),
         ({"num_hidden_layers": 0}, "num_hidden_layers must be a whole number of at least 1, got 0"),
         ({"num_key_value_heads": 5}, "num_key_value_heads 5 must divide num_attention_heads 32"),

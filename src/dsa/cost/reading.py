@@ -85,15 +85,17 @@ def multi_head(fields: Fields) -> GroupedAttention:
 
 
 def latent_attention(fields: Fields) -> LatentAttention:
-    """Multi-head latent attention."""
+    """Multi-head latent attention. MiniCPM3's values have the width of a plain head unless the file says otherwise."""
+    hidden, heads = fields.size("hidden_size"), fields.size("num_attention_heads")
+    implied = hidden // heads if fields.raw.get("model_type", "").endswith("minicpm3") else None
     return LatentAttention(
-        hidden=fields.size("hidden_size"),
-        heads=fields.size("num_attention_heads"),
+        hidden=hidden,
+        heads=heads,
         query_latent=fields.maybe("q_lora_rank"),
         latent=fields.size("kv_lora_rank"),
         rope_dim=fields.size("qk_rope_head_dim"),
         plain_dim=fields.size("qk_nope_head_dim"),
-        value_dim=fields.size("v_head_dim"),
+        value_dim=fields.size("v_head_dim", default=implied),
     )
 
 
@@ -188,6 +190,7 @@ class Family:
 
 
 FAMILIES = {
+    "axk1": Family(routed_deepseek, latent_attention),
     "cohere2": Family(windows=windows_but_every(4)),
     "deepseek_v2": Family(routed_deepseek, latent_attention),
     "deepseek_v3": Family(routed_deepseek, latent_attention),
@@ -203,6 +206,7 @@ FAMILIES = {
     "gpt_oss": Family(routed, windows=windows_but_every(2)),
     "granite": Family(),
     "llama": Family(),
+    "minicpm3": Family(gated, latent_attention),
     "mistral": Family(windows=windows_everywhere),
     "mixtral": Family(routed, windows=windows_everywhere),
     "olmo2": Family(),
@@ -212,6 +216,7 @@ FAMILIES = {
     "qwen3_moe": Family(routed_qwen3, windows=windows_on_request),
     "smollm3": Family(windows=windows_on_request),
     "starcoder2": Family(plain, windows=windows_everywhere),
+    "youtu": Family(gated, latent_attention),
 }
 
 TIED_UNLESS_SAID = True

@@ -118,6 +118,7 @@ def _never(attention: nn.Module) -> bool:
 FAMILIES = {
     family.model_type: family
     for family in (
+        Family("axk1", "AXK1ForCausalLM", "AXK1Config", latent="configured"),
         Family("cohere2", "Cohere2ForCausalLM", "Cohere2Config", rope="interleaved", layer_has_rope=_never),
         # DeepSeek-V2 hands its layers complex numbers, which have each angle once.
         Family("deepseek_v2", "DeepseekV2ForCausalLM", "DeepseekV2Config", rope="single", latent="interleaved"),
@@ -132,6 +133,7 @@ FAMILIES = {
         Family("gpt_oss", "GptOssForCausalLM", "GptOssConfig", rope="single"),
         Family("granite", "GraniteForCausalLM", "GraniteConfig"),
         Family("llama", "LlamaForCausalLM", "LlamaConfig"),
+        Family("minicpm3", "MiniCPM3ForCausalLM", "MiniCPM3Config", latent="half"),
         Family("mistral", "MistralForCausalLM", "MistralConfig"),
         Family("mixtral", "MixtralForCausalLM", "MixtralConfig"),
         Family("olmo2", "Olmo2ForCausalLM", "Olmo2Config"),
@@ -140,8 +142,18 @@ FAMILIES = {
         Family("qwen3", "Qwen3ForCausalLM", "Qwen3Config"),
         Family("smollm3", "SmolLM3ForCausalLM", "SmolLM3Config", layer_has_rope=_smollm3_has_rope),
         Family("starcoder2", "Starcoder2ForCausalLM", "Starcoder2Config"),
+        Family("youtu", "YoutuForCausalLM", "YoutuConfig", latent="configured"),
     )
 }
+
+
+UNLIKE = {
+    "bailing_hybrid": "most of its layers are linear attention, which has nothing to select",
+    "kimi_linear": "most of its layers are linear attention, which has nothing to select",
+    "longcat_flash": "its layers have two attentions each, and scale queries and latents",
+    "mistral4": "it scales queries by position",
+}
+"""Why a family with latent attention has no row."""
 
 
 def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
@@ -179,9 +191,10 @@ def family_of(model: object) -> Family:
             f"{name} ({model_type}) is not a causal language model (encoders see both sides of a token); "
             "dsa attaches to causal decoders only"
         )
+    reason = f" ({UNLIKE[model_type]})" if model_type in UNLIKE else ""
     raise ValueError(
-        f"{name}: dsa does not know the architecture {model_type!r}; it attaches to {', '.join(sorted(FAMILIES))}. "
-        "Adding one is a row in dsa/models/families.py and a test"
+        f"{name}: dsa does not know the architecture {model_type!r}{reason}; it attaches to "
+        f"{', '.join(sorted(FAMILIES))}. Adding one is a row in dsa/models/families.py and a test"
     )
 
 

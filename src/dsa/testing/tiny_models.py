@@ -34,6 +34,10 @@ _LATENT: dict[str, Any] = {
     "qk_rope_head_dim": 8,
     "qk_nope_head_dim": 12,
     "v_head_dim": 10,
+}
+
+_LATENT_AND_EXPERTS: dict[str, Any] = {
+    **_LATENT,
     "moe_intermediate_size": 16,
     "n_routed_experts": 4,
     "num_experts_per_tok": 2,
@@ -43,10 +47,11 @@ _LATENT: dict[str, Any] = {
 
 # What a family needs beyond the common sizes; layers alternate where the family mixes windows and full attention.
 _PARTICULAR: dict[str, dict[str, Any]] = {
+    "axk1": _LATENT_AND_EXPERTS,
     "cohere2": {"num_hidden_layers": 4, "sliding_window": 8},
     # One layer with a feed-forward block and one with experts, which DeepSeek-V2 chooses greedily.
-    "deepseek_v2": {**_LATENT, "first_k_dense_replace": 1},
-    "deepseek_v3": {**_LATENT, "first_k_dense_replace": 1, "num_mtp_layers": 0},
+    "deepseek_v2": {**_LATENT_AND_EXPERTS, "first_k_dense_replace": 1},
+    "deepseek_v3": {**_LATENT_AND_EXPERTS, "first_k_dense_replace": 1, "num_mtp_layers": 0},
     "gemma2": {"sliding_window": 8, "query_pre_attn_scalar": 8},
     "gemma3_text": {
         "num_hidden_layers": 3,
@@ -55,7 +60,7 @@ _PARTICULAR: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "full_attention", "full_attention"],
     },
     "glm4": {"partial_rotary_factor": 0.5},
-    "glm4_moe_lite": _LATENT,
+    "glm4_moe_lite": _LATENT_AND_EXPERTS,
     "gpt2": {
         "n_embd": 32,
         "n_layer": 2,
@@ -67,11 +72,13 @@ _PARTICULAR: dict[str, dict[str, Any]] = {
     },
     "gpt_oss": {"sliding_window": 8, "num_local_experts": 2, "num_experts_per_tok": 1},
     "gpt_neox": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+    "minicpm3": {**_LATENT, "scale_emb": 2, "dim_model_base": 16},
     "mistral": {"sliding_window": None},
     "mixtral": {"num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": None},
     "phi3": {"sliding_window": None},
     "smollm3": {"no_rope_layers": [1, 0], "use_sliding_window": False},
     "starcoder2": {"sliding_window": None},
+    "youtu": _LATENT,
 }
 
 TINY_CONFIG = DSAConfig(top_k=8, index_heads=2, index_head_dim=8, sinks=1, local=2)

@@ -18,7 +18,7 @@ from dsa.testing.memory import LargestTensor
 from dsa.testing.tiny_models import tiny_model, tiny_tokens
 
 SIZES: dict[str, Any] = {"top_k": 12, "index_heads": 4, "index_head_dim": 16}
-LATENT = ["deepseek_v2", "deepseek_v3", "glm4_moe_lite"]
+LATENT = ["axk1", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3", "youtu"]
 
 
 def logits(model: PreTrainedModel, tokens: torch.Tensor, **kwargs: Any) -> torch.Tensor:
@@ -104,6 +104,14 @@ class TestRefused:
         with pytest.raises(ValueError, match=r"index_head_dim must be at least 8"):
             dsa.attach(model, index_head_dim=4, index_rope_dim=None)
         assert not dsa.is_attached(model)
+
+    def test_latent_attention_of_another_form(self) -> None:
+        from transformers import Mistral4Config, Mistral4ForCausalLM
+
+        with torch.device("meta"):
+            model = Mistral4ForCausalLM(Mistral4Config(num_hidden_layers=1, n_routed_experts=2, num_experts_per_tok=1))
+        with pytest.raises(ValueError, match=r"Mistral4ForCausalLM.*'mistral4' \(it scales queries by position\)"):
+            dsa.attach(model)
 
     def test_a_filled_cache(self) -> None:
         model = tiny_model("deepseek_v3")

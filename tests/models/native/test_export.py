@@ -99,8 +99,10 @@ def test_attached_trained_and_loaded_by_plain_transformers(tmp_path: Path) -> No
                                              "mscale_all_dim": 1.0}}),
         ("deepseek_v2", {"first_k_dense_replace": 2}),
         ("glm4_moe_lite", {"rms_norm_eps": 1e-5}),
+        ("youtu", {"num_hidden_layers": 4, "rope_interleave": False}),
     ],
-    ids=["half-split RoPE", "biases and tied embeddings", "YaRN", "DeepSeek-V2 without experts", "GLM-4.7-Flash"],
+    ids=["half-split RoPE", "biases and tied embeddings", "YaRN", "DeepSeek-V2 without experts", "GLM-4.7-Flash",
+         "Youtu-LLM"],
 )  # fmt: skip
 def test_variants_of_the_form(model_type: str, changes: dict[str, Any], tmp_path: Path) -> None:
     model, tokens = attached(model_type, **changes), tiny_tokens(2, TOKENS)

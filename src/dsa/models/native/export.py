@@ -20,7 +20,7 @@ from dsa.models.native.attaching import layout_of
 if TYPE_CHECKING:
     from transformers import DeepseekV32Config, PreTrainedConfig, PreTrainedModel
 
-EXPORTABLE = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite")
+EXPORTABLE = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "youtu")
 """Families whose decoder layers are DeepSeek-V3.2's, but for what `_check_model` looks at."""
 
 NOT_TAKEN_OVER = frozenset({"layer_types", "architectures", "transformers_version", "auto_map", "rope_interleave"})
@@ -37,7 +37,7 @@ def export_deepseek_v32(
     model itself stays as it is. Multi-token prediction modules, which transformers does not load, are left out.
 
     Args:
-        model: DeepSeek-V3, GLM-4.7-Flash (`glm4_moe_lite`) or DeepSeek-V2 without experts, attached.
+        model: DeepSeek-V3, GLM-4.7-Flash (`glm4_moe_lite`), Youtu-LLM or DeepSeek-V2 without experts, attached.
         directory: The folder to write; created where it is missing.
         tokenizer: Saved beside the weights.
         max_shard_size: Largest file of weights, as `save_pretrained` takes it.
@@ -86,6 +86,8 @@ def native_config(config: PreTrainedConfig, indexers: DSAConfig) -> DeepseekV32C
     known = {field.name for field in dataclasses.fields(DeepseekV32Config)}
     own = config.to_dict()
     sizes = {name: value for name, value in own.items() if name in known and name not in NOT_TAKEN_OVER}
+    if "n_routed_experts" not in own:
+        sizes["mlp_layer_types"] = ["dense"] * config.num_hidden_layers
     return DeepseekV32Config(
         **sizes,
         index_topk=indexers.top_k,
