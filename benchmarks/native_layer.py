@@ -2,6 +2,7 @@
 
     python benchmarks/native_layer.py prefill --tokens 32768 --limit-gb 12 --json result.json
     python benchmarks/native_layer.py decode --tokens 131072 --peer-tokens 65536 --layer-tokens 32768 --json result.json
+    python benchmarks/native_layer.py touched --tokens 131072 --json result.json
 
 Weights are random. A prefill runs under a limit on the process's own memory, in chunks and with a cache of latents and
 index keys. Under the same limit transformers' layer then reads 1,024 tokens, 2,048 and so on, each length in a process
@@ -11,13 +12,18 @@ Decoding is compared with attention alone over expanded keys and values, eager a
 fits in memory: projections, the indexer and the new token's expansion are left out of it. A step grows with its length,
 so one at `--tokens` would take longer in proportion. transformers' whole layer, which caches latents and expands all of
 them for every token, has its own length.
+
+`touched` counts what a decoding step reads of its cache: pages of 4 KB whose accessed bit the processor set during the
+step (Linux). A page counts as a whole, and a selected row of 2,304 bytes lies on one or two of them.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import ctypes
 import json
+import mmap
 import re
 import resource
 import subprocess
@@ -212,6 +218,60 @@ def decode(parts: Parts, tokens: int, peer: int, layer_tokens: int) -> dict[str,
     return result
 
 
+def touched(parts: Parts, tokens: int) -> dict[str, Any]:
+    """Bytes of the cache that lie on pages which one decoding step touched.
+
+    Raises:
+        OSError: The system does not tell.
+    """
+    config = parts.config
+    width = config.kv_lora_rank + config.qk_rope_head_dim
+    cache = DynamicCache(config=config)
+    stored = latent_layer(cache, 0, config.kv_lora_rank, "fp32")
+    room = tokens + REPEATS + 2
+    stored.reserve(room)
+    for count in (1, tokens - 1):
+        stored.append_index(torch.randn(1, count, config.index_head_dim))
+        rows = stored.append_rows(torch.randn(1, count, width))
+        if count == 1:
+            # Small pages, which also keep the buffers apart from other memory in the system's account.
+            keys = stored.index_keys()
+            assert isinstance(keys, Tensor)
+            assert isinstance(rows, Tensor)
+            for view, dims in ((keys, config.index_head_dim), (rows, width)):
+                _small_pages(view.data_ptr(), 4 * room * dims // mmap.PAGESIZE * mmap.PAGESIZE)
+    for _ in range(2):
+        # The second step counts: the first one makes buffers.
+        Path("/proc/self/clear_refs").write_text("1")
+        parts.ours(parts.hidden(1), parts.angles(stored.get_seq_length(), 1), past_key_values=cache)
+        resident, referenced = _account_of_small_pages()
+    wanted = 4 * (tokens * config.index_head_dim + config.index_topk * width)
+    return {
+        "tokens": tokens,
+        "cache_resident_mb": resident / 1e6,
+        "cache_touched_mb": referenced / 1e6,
+        "index_keys_and_selected_rows_mb": wanted / 1e6,
+        "touched_over_wanted": referenced / wanted,
+    }
+
+
+def _small_pages(address: int, size: int) -> None:
+    library = ctypes.CDLL(None, use_errno=True)
+    if library.madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), mmap.MADV_NOHUGEPAGE):
+        raise OSError(ctypes.get_errno(), "madvise refused small pages")
+
+
+def _account_of_small_pages() -> tuple[int, int]:
+    """Resident and referenced bytes of all memory that small pages were asked for."""
+    found = [0, 0]
+    for area in re.split(r"\n(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text()):
+        sizes = dict(re.findall(r"^(\w+): +(\d+) kB$", area, re.MULTILINE))
+        if re.search(r"^VmFlags:.*\bnh\b", area, re.MULTILINE):
+            found[0] += 1024 * int(sizes["Rss"])
+            found[1] += 1024 * int(sizes["Referenced"])
+    return found[0], found[1]
+
+
 def _whole_layer(parts: Parts, tokens: int) -> dict[str, Any]:
     """One step of transformers' layer with a cache of its own, which holds latents too."""
     config = parts.config
@@ -247,7 +307,7 @@ def _median_ms(step: Callable[[], object], repeats: int) -> float:
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("prefill", "transformers", "decode"))
+    parser.add_argument("what", choices=("prefill", "transformers", "decode", "touched"))
     parser.add_argument("--tokens", type=int, default=32768)
     parser.add_argument("--limit-gb", type=float, help="most memory of its own that a process may take, 10^9 bytes")
     parser.add_argument("--attention", choices=("eager", "sdpa"), default="eager", help="of `transformers`")
@@ -271,6 +331,8 @@ def main() -> None:
             result["transformers"] = [
                 row for attention in ("eager", "sdpa") for row in doubled_until_refused(attention, given.limit_gb)
             ]
+    elif given.what == "touched":
+        result |= touched(parts, given.tokens)
     else:
         result |= decode(parts, given.tokens, given.peer_tokens, given.layer_tokens)
     result["peak_rss_gb_of_process"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
