@@ -81,7 +81,7 @@ void attend_packed(const PackedProblem& p, int64_t b, int64_t t, int64_t begin, 
         if (count == 0) continue;
         const int padded = static_cast<int>(round_up(count, kWidth));
         for (int i = 0; i < padded; ++i) {
-            if (i + 2 < padded) prefetch_row(reinterpret_cast<const char*>(p.row(b, tile[i + 2])), 0, row_bytes);
+            if (i + 2 < padded) prefetch_row(reinterpret_cast<const char*>(p.row(b, tile[i + 2])), row_bytes);
             float* into = decoded + i * p.padded_dim;
             decode_row(p.row(b, tile[i]), p.latent_dim, p.dim - p.latent_dim, into);
         }

@@ -72,9 +72,13 @@ DSA_INLINE int select_places(const int32_t* DSA_RESTRICT indices, int places, in
     return count;
 }
 
-// Asks for bytes [from, to) of a row of a tile to come.
-DSA_INLINE void prefetch_row(const char* row, int64_t from, int64_t to) {
-    for (int64_t at = from; at < to; at += 64) __builtin_prefetch(row + at, 0, 2);
+// Asks for a row of a tile to come, and perhaps for the line behind it: two lines a round, because a branch for each costs
+// more than asking.
+DSA_INLINE void prefetch_row(const char* row, int64_t bytes) {
+    for (int64_t at = 0; at < bytes; at += 128) {
+        __builtin_prefetch(row + at, 0, 2);
+        __builtin_prefetch(row + at + 64, 0, 2);
+    }
 }
 
 // Sums of four vectors, lane by lane within each 128 bits: the sum over those groups of four lanes is left to do.
@@ -123,7 +127,7 @@ void dot_rows(const float* q, int64_t q_stride, Rows rows, int keys, int64_t dim
                 reinterpret_cast<const T*>(rows.at(key)), reinterpret_cast<const T*>(rows.at(key + 1)),
                 reinterpret_cast<const T*>(rows.at(key + 2)), reinterpret_cast<const T*>(rows.at(key + 3))};
             if (ahead.index)
-                for (int i = 0; i < 4; ++i) prefetch_row(ahead.at(key + i), 0, dim * static_cast<int64_t>(sizeof(T)));
+                for (int i = 0; i < 4; ++i) prefetch_row(ahead.at(key + i), dim * static_cast<int64_t>(sizeof(T)));
             F32 sum[kRows][4];
 #pragma GCC unroll 4
             for (int r = 0; r < kRows; ++r)
@@ -157,10 +161,12 @@ void dot_rows(const float* q, int64_t q_stride, Rows rows, int keys, int64_t dim
 }
 
 // Columns [column, column + kVectors * kWidth) of total[r] = correction[r] * total[r] + sum_i weights[r][i] * rows[i].
-// `tail` lanes of the last vector are there, if kTail; the rows of `total` are padded to whole vectors.
+// `tail` lanes of the last vector are there, if kTail; the rows of `total` are padded to whole vectors. Rows [asked,
+// asked_end) of `ahead`, `bytes` long, are asked for.
 template <int kRows, int kVectors, bool kTail, class T>
 DSA_INLINE void mix_columns(const float* weights, int64_t weight_stride, Rows rows, int keys, int64_t column, int64_t tail,
-                            const float* correction, float* total, int64_t total_stride, Rows ahead) {
+                            const float* correction, float* total, int64_t total_stride, Rows ahead, int asked,
+                            int asked_end, int64_t bytes) {
     F32 sum[kRows][kVectors];
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r)
@@ -169,9 +175,7 @@ DSA_INLINE void mix_columns(const float* weights, int64_t weight_stride, Rows ro
             sum[r][c] = broadcast(correction[r]) * load(total + r * total_stride + column + c * kWidth);
     for (int i = 0; i < keys; ++i) {
         const T* row = reinterpret_cast<const T*>(rows.at(i)) + column;
-        if (ahead.index)
-            prefetch_row(ahead.at(i), column * static_cast<int64_t>(sizeof(T)),
-                         (column + kVectors * kWidth) * static_cast<int64_t>(sizeof(T)));
+        if (i >= asked && i < asked_end) prefetch_row(ahead.at(i), bytes);
         F32 weight[kRows];
 #pragma GCC unroll 4
         for (int r = 0; r < kRows; ++r) weight[r] = in_register(broadcast(weights[r * weight_stride + i]));
@@ -188,16 +192,21 @@ DSA_INLINE void mix_columns(const float* weights, int64_t weight_stride, Rows ro
         for (int c = 0; c < kVectors; ++c) store(total + r * total_stride + column + c * kWidth, sum[r][c]);
 }
 
-// All columns.
+// All columns. Each pass over the rows asks for a share of those to come.
 template <int kRows, class T>
 void mix_rows(const float* weights, int64_t weight_stride, Rows rows, int keys, int64_t dim, const float* correction,
               float* total, int64_t total_stride, Rows ahead) {
     int64_t column = 0;
+    int asked = 0;
     const auto columns = [&](auto vectors, auto has_tail, int64_t tail) {
         constexpr int kVectors = decltype(vectors)::value;
-        mix_columns<kRows, kVectors, decltype(has_tail)::value, T>(weights, weight_stride, rows, keys, column, tail,
-                                                                   correction, total, total_stride, ahead);
+        const int64_t begin = column;
         column += kVectors * kWidth;
+        const int asked_end = ahead.index ? static_cast<int>(smaller(column, dim) * keys / dim) : 0;
+        mix_columns<kRows, kVectors, decltype(has_tail)::value, T>(weights, weight_stride, rows, keys, begin, tail,
+                                                                   correction, total, total_stride, ahead, asked,
+                                                                   asked_end, dim * static_cast<int64_t>(sizeof(T)));
+        asked = asked_end;
     };
     while (dim - column >= kVectorsAtOnce * kWidth) columns(Constant<kVectorsAtOnce>{}, Constant<0>{}, 0);
     while (dim - column >= kWidth) columns(Constant<1>{}, Constant<0>{}, 0);
