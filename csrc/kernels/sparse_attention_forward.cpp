@@ -1,16 +1,11 @@
 // Attention over selected tokens: a running softmax over tiles of 64 places. Interface: dsa/sparse_attention.h.
 #include "dsa/sparse_attention.h"
 
-#include "kernels/sparse_attention_tile.h"
+#include "kernels/attention_state.h"
 
 namespace dsa::DSA_ISA {
 namespace {
 
-// One call on one thread costs less than waking another, below this many multiply-adds.
-constexpr double kSerialWork = 400e3;
-// Queries that are too few to be shared among threads are cut into pieces of this many places.
-constexpr int64_t kPiecePlaces = 128;
-constexpr int64_t kPieces = 64;
 // Neighbouring queries select mostly the same tokens: a block of them walks its places in step, so that a row is still
 // in the cache when the next query comes for it. More than this do not fit it beside the rows.
 constexpr int64_t kBlockBytes = 128 << 10;
@@ -19,12 +14,14 @@ constexpr int64_t kBlockQueries = 16;
 constexpr int64_t kTileBytes = 128 << 10;
 constexpr int64_t kFewShared = 8;
 constexpr int64_t kWidestVector = 16;
+// Rows of scores between scoring and mixing: the first cache holds them beside the rows of a tile.
+constexpr int64_t kScoreRows = 48;
 
 struct Problem {
     const dsa_sparse_attention_args& args;
     int64_t batch, tokens, heads, dim, keys, groups, value_dim, places;
-    int64_t shared, padded_dim, padded_value_dim;  // heads of one KV head; whole vectors
-    int64_t state_floats;                          // of one query
+    int64_t shared;  // heads of one KV head
+    StateShape shape;
     int64_t tile_places;
     const RowKernels &key_kernels, &value_kernels;
 
@@ -39,33 +36,13 @@ struct Problem {
           value_dim(args.v.size[3]),
           places(args.indices.size[2]),
           shared(heads / groups),
-          padded_dim(round_up(dim, kWidth)),
-          padded_value_dim(round_up(value_dim, kWidth)),
-          state_floats(round_up(heads * (padded_dim + padded_value_dim + 2), 16)),
+          shape(heads, dim, value_dim),
           tile_places(kTileKeys),
           key_kernels(kRowKernels[args.k.dtype]),
           value_kernels(kRowKernels[args.v.dtype]) {
         const int64_t row = groups * (dim * bytes_of(args.k.dtype) + value_dim * bytes_of(args.v.dtype));
         if (batch * tokens < kPieces && shared <= kFewShared)
             tile_places = larger<int64_t>(smaller(kTileBytes / larger<int64_t>(row, 1), tile_places) / kWidestVector * kWidestVector, kWidestVector);
-    }
-};
-
-// What one query keeps between tiles: its packed heads, and for each head the weighted sum of values, the largest score
-// and the sum of the weights, which are relative to it.
-struct State {
-    float *q, *mixed, *top, *total;
-
-    State(const Problem& p, float* floats)
-        : q(floats),
-          mixed(q + p.heads * p.padded_dim),
-          top(mixed + p.heads * p.padded_value_dim),
-          total(top + p.heads) {}
-
-    void begin(const Problem& p, int64_t b, int64_t t) {
-        pack_heads(p.args.q, b, t, p.args.scale, q);
-        memset(mixed, 0, static_cast<size_t>(p.heads * p.padded_value_dim) * 4);
-        for (int64_t h = 0; h < p.heads; ++h) top[h] = -INFINITY, total[h] = 0.0f;
     }
 };
 
@@ -87,26 +64,52 @@ bool overlap(const Tile& a, const Tile& b) {
     return 2 * common > a.count;
 }
 
-// One query's heads of KV head `g` over one tile. The rows of KV head `next_g` in `next` are asked for meanwhile.
-void attend_tile(const Problem& p, State& state, int64_t b, int64_t g, const Tile& tile, int64_t next_g, const Tile& next) {
-    alignas(64) float scores[kRowsAtOnce * kTileKeys];
-    float correction[kRowsAtOnce];
-    const Rows keys = head_rows(p.args.k, b, g, tile.index), values = head_rows(p.args.v, b, g, tile.index);
-    const int32_t* coming = next.count >= tile.count ? next.index : nullptr;
-    Rows keys_ahead = head_rows(p.args.k, b, next_g, coming), values_ahead = head_rows(p.args.v, b, next_g, coming);
-    const int64_t end = (g + 1) * p.shared;
-    for (int64_t h = g * p.shared; h < end;) {
-        const int rows = rows_of_pass(end - h);
-        p.key_kernels.dot[rows](state.q + h * p.padded_dim, p.padded_dim, keys, tile.count, p.dim, scores, kTileKeys,
-                                keys_ahead);
-        for (int r = 0; r < rows; ++r)
-            correction[r] =
-                weigh(scores + r * kTileKeys, tile.count, p.args.softcap, state.top + h + r, state.total + h + r);
-        p.value_kernels.mix[rows](scores, kTileKeys, values, tile.count, p.value_dim, correction,
-                                  state.mixed + h * p.padded_value_dim, p.padded_value_dim, values_ahead);
-        keys_ahead.index = values_ahead.index = nullptr;
-        h += rows;
+// Query heads [head, head + heads) of KV head `group`, of one query, over its tile.
+struct Unit {
+    int64_t query, group, head, heads;
+};
+
+// Scores every unit, then weighs, then mixes, so that units which share their rows find them in the first cache: keys and
+// values together would not fit. `ahead[i]` is the unit behind the i-th, whose rows are asked for meanwhile.
+void attend_units(const Problem& p, int64_t b, const Tile* tiles, const Unit* units, const Unit* ahead, int count,
+                  float* floats) {
+    alignas(64) float scores[kScoreRows * kTileKeys];
+    float correction[kScoreRows];
+    // `pass(state, head, heads, keys, rows, rows to ask for, row of scores)`, as many heads at a time as registers hold.
+    const auto each_pass = [&](const dsa_tensor& x, const auto& pass) {
+        int64_t row = 0;
+        for (int i = 0; i < count; ++i) {
+            const Unit &unit = units[i], &next = ahead[i];
+            const Tile &tile = tiles[unit.query], &coming = tiles[next.query];
+            const bool asks = (next.query != unit.query || next.group != unit.group) && coming.count >= tile.count;
+            const Rows rows = head_rows(x, b, unit.group, tile.index);
+            Rows rows_ahead = head_rows(x, b, next.group, asks ? coming.index : nullptr);
+            const State state(p.shape, floats + unit.query * p.shape.floats);
+            for (int64_t h = unit.head, end = h + unit.heads; h < end;) {
+                const int heads = rows_of_pass(end - h);
+                pass(state, h, heads, tile.count, rows, rows_ahead, row);
+                rows_ahead.index = nullptr;
+                h += heads;
+                row += heads;
+            }
+        }
+    };
+    const int64_t padded = p.shape.padded_dim, padded_value = p.shape.padded_value_dim;
+    const auto score = [&](const State& state, int64_t h, int heads, int keys, Rows rows, Rows coming, int64_t row) {
+        p.key_kernels.dot[heads](state.q + h * padded, padded, rows, keys, p.dim, scores + row * kTileKeys, kTileKeys, coming);
+    };
+    each_pass(p.args.k, score);
+    for (int64_t i = 0, row = 0; i < count; ++i) {
+        const State state(p.shape, floats + units[i].query * p.shape.floats);
+        const int keys = tiles[units[i].query].count;
+        for (int64_t h = units[i].head; h < units[i].head + units[i].heads; ++h, ++row)
+            correction[row] = weigh(scores + row * kTileKeys, keys, p.args.softcap, state.top + h, state.total + h);
     }
+    const auto mix = [&](const State& state, int64_t h, int heads, int keys, Rows rows, Rows coming, int64_t row) {
+        p.value_kernels.mix[heads](scores + row * kTileKeys, kTileKeys, rows, keys, p.value_dim, correction + row,
+                                   state.mixed + h * padded_value, padded_value, coming);
+    };
+    each_pass(p.args.v, mix);
 }
 
 // Queries [first, last) of batch row b over places [begin, end), in step: all of them over the first tile, then over the
@@ -125,7 +128,8 @@ void attend(const Problem& p, int64_t b, int64_t first, int64_t last, int64_t be
                                             &outside);
         }
     };
-    for (int64_t t = first; t < last; ++t) State(p, floats + (t - first) * p.state_floats).begin(p, b, t);
+    for (int64_t t = first; t < last; ++t)
+        State(p.shape, floats + (t - first) * p.shape.floats).begin(p.shape, p.args.q, b, t, p.args.scale);
     Tile *tile = tiles[0], *after = tiles[1];
     if (begin < end) select(tile, begin);
     for (int64_t place = begin; place < end; place += p.tile_places) {
@@ -137,49 +141,33 @@ void attend(const Problem& p, int64_t b, int64_t first, int64_t last, int64_t be
         // Queries that share their tokens take turns on one KV head, whose rows then stay in the first cache; others take
         // all KV heads of their own tokens, which lie side by side.
         const bool alike = queries > 1 && overlap(tile[0], tile[queries - 1]);
-        const int64_t units = queries * p.groups;
-        for (int64_t unit = 0; unit < units; ++unit) {
-            const auto query_of = [&](int64_t at) { return alike && at < units ? at % queries : at / p.groups; };
-            const auto head_of = [&](int64_t at) { return alike ? at / queries % p.groups : at % p.groups; };
-            const int64_t query = query_of(unit);
-            if (tile[query].count == 0) continue;
-            State state(p, floats + query * p.state_floats);
-            attend_tile(p, state, b, head_of(unit), tile[query], head_of(unit + 1), tile[query_of(unit + 1)]);
+        const int64_t parts = ceil_div(p.shared, kScoreRows), steps = queries * p.groups * parts;
+        const auto unit_at = [&](int64_t step) {
+            const int64_t at = step / parts, part = step % parts;
+            if (step == steps) return Unit{queries, 0, 0, 0};
+            const int64_t query = alike ? at % queries : at / p.groups, group = alike ? at / queries : at % p.groups;
+            const int64_t from = part * p.shared / parts, to = (part + 1) * p.shared / parts;
+            return Unit{query, group, group * p.shared + from, to - from};
+        };
+        Unit units[kScoreRows + 1];
+        for (int64_t step = 0; step < steps;) {
+            int count = 0;
+            units[0] = unit_at(step);
+            for (int64_t rows = 0; step < steps; units[count] = unit_at(step)) {
+                const Unit& unit = units[count];
+                if (rows + unit.heads > kScoreRows || (alike && unit.group != units[0].group)) break;
+                ++step;
+                if (tile[unit.query].count == 0) continue;
+                rows += unit.heads;
+                ++count;
+            }
+            attend_units(p, b, tile, units, units + 1, count, floats);
         }
         Tile* free = tile;
         tile = after;
         after = free;
     }
     if (outside) __atomic_store_n(p.args.outside, 1, __ATOMIC_RELAXED);
-}
-
-// Adds the sums of another piece of the same query's places.
-void merge(const Problem& p, State& state, const State& other) {
-    for (int64_t h = 0; h < p.heads; ++h) {
-        const float top = larger(state.top[h], other.top[h]), origin = finite_or_zero(top);
-        const float mine = expf(state.top[h] - origin), theirs = expf(other.top[h] - origin);
-        state.top[h] = top;
-        state.total[h] = state.total[h] * mine + other.total[h] * theirs;
-        float* mixed = state.mixed + h * p.padded_value_dim;
-        const float* more = other.mixed + h * p.padded_value_dim;
-        const F32 a = broadcast(mine), b = broadcast(theirs);
-        for (int64_t i = 0; i < p.padded_value_dim; i += kWidth)
-            store(mixed + i, fma(load(more + i), b, load(mixed + i) * a));
-    }
-}
-
-void finish(const Problem& p, int64_t b, int64_t t, State& state) {
-    const dsa_tensor &out = p.args.out, &lse = p.args.lse, &sink = p.args.sink_logits;
-    for (int64_t h = 0; h < p.heads; ++h) {
-        const float origin = finite_or_zero(state.top[h]);
-        float total = state.total[h];
-        static_cast<float*>(lse.data)[b * lse.stride[0] + t * lse.stride[1] + h * lse.stride[2]] = logf(total) + origin;
-        if (sink.data) total += expf(element(sink, h * sink.stride[0]) - origin);
-        const F32 divisor = broadcast(total == 0.0f ? 1.0f : total);
-        float* mixed = state.mixed + h * p.padded_value_dim;
-        for (int64_t i = 0; i < p.padded_value_dim; i += kWidth) store(mixed + i, load(mixed + i) / divisor);
-        store_row(out, b * out.stride[0] + t * out.stride[1] + h * out.stride[2], p.value_dim, mixed);
-    }
 }
 
 }  // namespace
@@ -190,41 +178,39 @@ int sparse_attention(const dsa_sparse_attention_args& args) {
     if (queries == 0) return DSA_OK;
     const double work = static_cast<double>(queries) * p.places * p.heads * (p.dim + p.value_dim);
     const int threads = work < kSerialWork ? 1 : args.threads;
-    // Depends on the shape alone, so that the result does not depend on the number of threads.
-    const int64_t pieces = smaller(larger<int64_t>(ceil_div(p.places, kPiecePlaces), 1), larger<int64_t>(kPieces / queries, 1));
+    const StateShape& shape = p.shape;
+    const int64_t pieces = pieces_of_query(p.places, queries);
     if (pieces == 1) {
-        const int64_t fitting = smaller(kBlockBytes / (p.state_floats * 4), kBlockQueries);
+        const int64_t fitting = smaller(kBlockBytes / (shape.floats * 4), kBlockQueries);
         const int64_t sharing = queries / (4 * larger(threads, 1));
         const int64_t block = larger<int64_t>(smaller(smaller(fitting, sharing), p.tokens), 1);
-        const int64_t blocks = ceil_div(p.tokens, block), floats = block * p.state_floats;
+        const int64_t blocks = ceil_div(p.tokens, block), floats = block * shape.floats;
         Scratch scratch(larger(threads, 1) * floats * 4);
         if (scratch.failed()) return DSA_OUT_OF_MEMORY;
         for_each_item(p.batch * blocks, threads, [&](int64_t item, int worker) {
             const int64_t b = item / blocks, first = item % blocks * block, last = smaller(first + block, p.tokens);
             float* states = scratch.at<float>() + worker * floats;
             attend(p, b, first, last, 0, p.places, states);
-            for (int64_t t = first; t < last; ++t) {
-                State state(p, states + (t - first) * p.state_floats);
-                finish(p, b, t, state);
-            }
+            for (int64_t t = first; t < last; ++t)
+                State(shape, states + (t - first) * shape.floats).finish(shape, args.out, args.lse, args.sink_logits, b, t);
         });
         return DSA_OK;
     }
     const int64_t places = round_up(ceil_div(p.places, pieces), p.tile_places);
-    Scratch scratch(queries * pieces * p.state_floats * 4);
+    Scratch scratch(queries * pieces * shape.floats * 4);
     if (scratch.failed()) return DSA_OUT_OF_MEMORY;
-    const auto states = [&](int64_t query, int64_t piece) {
-        return scratch.at<float>() + (query * pieces + piece) * p.state_floats;
+    const auto floats_of = [&](int64_t query, int64_t piece) {
+        return scratch.at<float>() + (query * pieces + piece) * shape.floats;
     };
     for_each_item(queries * pieces, threads, [&](int64_t item, int) {
         const int64_t query = item / pieces, piece = item % pieces, b = query / p.tokens, t = query % p.tokens;
         const int64_t begin = smaller(piece * places, p.places), end = smaller(begin + places, p.places);
-        attend(p, b, t, t + 1, begin, end, states(query, piece));
+        attend(p, b, t, t + 1, begin, end, floats_of(query, piece));
     });
     for (int64_t query = 0; query < queries; ++query) {
-        State state(p, states(query, 0));
-        for (int64_t piece = 1; piece < pieces; ++piece) merge(p, state, State(p, states(query, piece)));
-        finish(p, query / p.tokens, query % p.tokens, state);
+        State state(shape, floats_of(query, 0));
+        for (int64_t piece = 1; piece < pieces; ++piece) state.merge(shape, State(shape, floats_of(query, piece)));
+        state.finish(shape, args.out, args.lse, args.sink_logits, query / p.tokens, query % p.tokens);
     }
     return DSA_OK;
 }
