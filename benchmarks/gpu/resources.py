@@ -31,6 +31,7 @@ from dsa.ops import triton_support
 from dsa.ops.indexer_loss import triton as loss_kernels
 from dsa.ops.ranges import resolve_ranges
 from dsa.ops.sparse_attention import triton as attention_kernels
+from dsa.ops.sparse_attention import triton_packed as packed_kernels
 
 INSTRUCTIONS = ("HGMMA", "HMMA", "UTCHMMA", "LDGSTS", "RED", "REDG", "STL", "LDL")
 TENSOR_MEMORY_COLUMNS = 512
@@ -38,6 +39,7 @@ TENSOR_MEMORY_COLUMNS = 512
 
 POINTERS = {
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32", torch.int64: "*i64",
+    torch.uint8: "*u8", torch.int8: "*i8", torch.float8_e4m3fn: "*fp8e4nv",
 }  # fmt: skip
 
 
@@ -155,6 +157,7 @@ def compile_all(capability: int, wanted: str) -> Iterator[dict[str, Any]]:
                     lambda a=(out, q, k, v, indices, sinks, out, lse): attention_kernels.backward(*a, 0.1, 3.0),
                 )  # fmt: skip
                 torch.use_deterministic_algorithms(False)
+        yield from compile_packed(capability, wanted)
         for label, selected in (("loss dense", None), ("loss selected", indices)):
             for dtype in (torch.bfloat16, torch.float32, torch.float16):
                 tokens, keys, heads, groups, dim, index_heads, index_dim = 16, 64, 32, 8, 128, 8, 64
@@ -179,9 +182,36 @@ def compile_all(capability: int, wanted: str) -> Iterator[dict[str, Any]]:
                 )  # fmt: skip
 
 
+def compile_packed(capability: int, wanted: str) -> Iterator[dict[str, Any]]:
+    """Attention over FP8 rows: in one piece, in pages, and with everything at once, also where sizes are one."""
+    indices = torch.zeros(1, 16, 2048, dtype=torch.int32)
+    # Where a GPU has e4m3 numbers is asked of the tensors' device, which is none here.
+    with mock.patch.object(packed_kernels, "has_fp8", return_value=capability >= 89):
+        for dtype, heads, page in (
+            (torch.bfloat16, 128, 0), (torch.bfloat16, 128, 64), (torch.bfloat16, 16, 64), (torch.float32, 128, 0)
+        ):  # fmt: skip
+            q, data = torch.zeros(1, 16, heads, 576, dtype=dtype), torch.zeros(1, 128, 656, dtype=torch.uint8)
+            table = torch.zeros(1, 2, dtype=torch.int32) if page else None
+            label = f"packed {str(dtype).removeprefix('torch.')} {heads} heads{' paged' if page else ''}"
+            yield from record(
+                packed_kernels, ["attend_packed"], label, capability, wanted,
+                lambda a=(q, data[0] if page else data, table), page=page: packed_kernels.forward(
+                    *a, indices, None, 128, page, 512, 0.1, None, splits=1
+                ),
+            )  # fmt: skip
+        q, data = torch.zeros(1, 1, 1, 4, dtype=torch.float16), torch.zeros(1, 8, dtype=torch.uint8)
+        yield from record(
+            packed_kernels, ["attend_packed", "merge_splits"], "ones, sinks, softcap, packed float16", capability,
+            wanted, lambda: packed_kernels.forward(
+                q, data, torch.zeros(1, 1, dtype=torch.int32), indices[:, :1, :1], torch.zeros(1), 1,
+                1, 4, 0.1, 3.0, splits=2,
+            ),
+        )  # fmt: skip
+
+
 def record(module: Any, names: list[str], label: str, capability: int, wanted: str, call: Any) -> list[dict[str, Any]]:
     """Compiles the named kernels of a module as one call launches them."""
-    everything = [n for n in ("attend", "merge_splits", "attend_union", "mark", "collect", "attend_backward",
+    everything = [n for n in ("attend", "attend_packed", "merge_splits", "attend_union", "mark", "collect", "attend_backward",
                               "sum_by_key", "attention_totals", "index_totals", "divergence", "selected_totals",
                               "selected_divergence")
                   if hasattr(module, n)]  # fmt: skip

@@ -100,6 +100,16 @@ def checks_indices() -> bool:
     return os.environ.get("DSA_CHECK_INDICES", "0") not in ("", "0")
 
 
+def has_fp8(device: torch.device) -> bool:
+    """Whether the device converts and multiplies e4m3 numbers by itself; elsewhere kernels decode their bytes."""
+    return device.type == "cuda" and capability(device.index or 0) >= (8, 9)
+
+
+def on(device: torch.device) -> torch.cuda.device:
+    """Triton launches on the current device; this makes it that of the tensors (and is nothing on a CPU)."""
+    return torch.cuda.device(device if device.type == "cuda" else -1)
+
+
 def shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that one block may use; unlimited under the interpreter."""
     if device.type != "cuda":

@@ -139,6 +139,13 @@ def dot_rows(a, b, factor, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.
 
 
 @triton.jit
+def decode_e4m3(code):
+    """fp16 numbers from bytes of e4m3, divided by 256 (the difference of the exponent biases); NaN is 1.875."""
+    code = code.to(tl.int16)
+    return (((code & 0x80) << 8) | ((code & 0x7F) << 7)).to(tl.float16, bitcast=True)
+
+
+@triton.jit
 def tanh(x):
     """Through `exp2`; the absolute error is that of fp32 at 1."""
     decay = tl.exp2(tl.abs(x) * (-2.0 * LOG2_E))

@@ -203,7 +203,7 @@ def _operands(q: Tensor, k: Tensor | QuantizedKeys, w: Tensor, scale: float) -> 
         query = query.transpose(1, 2)
         if k.dtype == "int8":
             return _Operands("int8", query, k.data, coefficient, k.scale)
-        if q.is_cuda and triton_support.capability(q.device.index or 0) >= (8, 9):
+        if triton_support.has_fp8(q.device):
             return _Operands("fp8", query.view(torch.float8_e4m3fn), k.data, coefficient, k.scale)
         return _Operands("fp8_as_fp16", query, k.data.view(torch.uint8), coefficient, k.scale)
     narrow = q.dtype == k.dtype and q.dtype.itemsize == 2

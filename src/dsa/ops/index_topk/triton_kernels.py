@@ -16,6 +16,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from dsa.ops.triton_tiles import decode_e4m3
+
 _INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 _HIDDEN = tl.constexpr(-(2**31))
 _NOT_A_NUMBER = tl.constexpr(-(2**31) + 1)
@@ -28,17 +30,10 @@ _INTEGER_FLOAT = tl.constexpr(8388608.0)
 
 
 @triton.jit
-def _decode_e4m3(code):
-    """fp16 numbers from bytes of e4m3, divided by 256 (the difference of the exponent biases)."""
-    code = code.to(tl.int16)
-    return (((code & 0x80) << 8) | ((code & 0x7F) << 7)).to(tl.float16, bitcast=True)
-
-
-@triton.jit
 def _as_operand(x, KIND: tl.constexpr):
     """Brings loaded queries or keys into the type in which they are multiplied."""
     if KIND == "fp8_as_fp16":
-        x = _decode_e4m3(x)
+        x = decode_e4m3(x)
     elif KIND == "fp32":
         x = x.to(tl.float32)
     return x

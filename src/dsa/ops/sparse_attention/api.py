@@ -92,6 +92,17 @@ def sparse_attention(
         )
 
 
+def _row_gap(rows: PackedLatents | PagedLatents) -> str | None:
+    """Why the Triton kernel cannot read rows of this form, or `None` where it can."""
+    data = rows.pages if isinstance(rows, PagedLatents) else rows.data
+    if rows.latent_dim % 4 or data.shape[-1] % 4:
+        return (
+            f"the kernel reads rows whose scales lie at multiples of four bytes, got {data.shape[-1]} bytes with "
+            f"latent_dim={rows.latent_dim}"
+        )
+    return None
+
+
 def _over_packed(
     q: Tensor,
     k: PackedLatents | PagedLatents,
@@ -117,11 +128,27 @@ def _over_packed(
         check_tensor(_OP, "sink_logits", sink_logits, "[H]", (heads,), device=q.device)
     check_tensor(_OP, "indices", indices, "[B, T, K]", (batch, tokens, None), device=q.device, integer=True)
     scale = check_scale(_OP, "scale", scale, width**-0.5)
+    others = {"native": native_support.gap(q, sink_logits), "reference": None}
+    gaps = triton_support.beside(others, q, sink_logits)
+    if gaps["triton"] is None:
+        gaps["triton"] = _row_gap(k)
+    chosen = resolve_impl(_OP, impl, gaps)
+    if chosen == "triton":
+        from dsa.ops.sparse_attention import triton_packed
+
+        if triton_support.checks_indices():
+            check_indices(_OP, indices, k.shape[1])
+            if isinstance(k, PagedLatents):
+                k.physical(indices)
+        with torch.no_grad():
+            out, lse = triton_packed.packed_attention(
+                q, k, indices, scale=scale, softcap=softcap, sink_logits=sink_logits
+            )
+        return without_gradient(out, q, sink_logits), lse
     if isinstance(k, PagedLatents):
         rows, indices = k.pool(), k.physical(indices)
     else:
         rows = k
-    chosen = resolve_impl(_OP, impl, {"native": native_support.gap(q, sink_logits), "reference": None})
     with torch.no_grad(), full_precision(q.device):
         if chosen == "native":
             from dsa.ops.sparse_attention import native

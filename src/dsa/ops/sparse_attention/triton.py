@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from dsa.ops.sparse_attention.triton_backward import attend_backward, sum_by_key
 from dsa.ops.sparse_attention.triton_forward import attend, merge_splits
 from dsa.ops.sparse_attention.triton_shared import attend_union, collect, mark
-from dsa.ops.triton_support import Config, capability, fitting, launch_chosen, processors
+from dsa.ops.triton_support import Config, capability, fitting, launch_chosen, on, processors
 from dsa.ops.triton_tiles import TILE_DTYPES, padded_width, precision, product_dtype, split_width
 
 SCRATCH_BYTES = 384 << 20
@@ -252,7 +252,7 @@ def _launch_forward(
     widest = 512 if dtype.itemsize == 2 else 128
     offsets, widths = split_width(head_dim, widest)
     v_offsets, v_widths = split_width(value_dim, widest)
-    with _on(q.device):
+    with on(q.device):
         attend[(programs * splits,)](
             q, k, v, indices, sink_logits, flags, parts, logs,
             *q.stride(), *k.stride(), *v.stride(), *indices.stride(),
@@ -319,7 +319,7 @@ def _launch_shared(
     for first in range(0, blocks, at_once):
         here = min(at_once, blocks - first)
         table = torch.zeros(here, keys, dtype=torch.int32, device=device)
-        with _on(device):
+        with on(device):
             mark[(here, queries)](
                 indices, table, flags, *indices.stride(), tokens, keys, selected, blocks_of_row, first,
                 QUERIES=queries, BLOCK=1024,
@@ -327,7 +327,7 @@ def _launch_shared(
             collect[(here,)](table, positions, members, counts, flags, keys, capacity, first, BLOCK=2048)
 
         def launch(config: Config, first: int = first, here: int = here) -> None:
-            with _on(device):
+            with on(device):
                 attend_union[(here * groups,)](
                     q, k, v, positions, members, counts, flags, sink_logits, out, lse,
                     *q.stride(), *k.stride(), *v.stride(), tokens, keys, capacity, blocks_of_row, first,
@@ -431,7 +431,7 @@ def _launch_backward(
                     torch.empty(programs, selected, size, dtype=torch.float32, device=q.device)
                     for size in (head_dim, value_dim)
                 ]
-            with _on(q.device):
+            with on(q.device):
                 attend_backward[(programs,)](
                     q, k, v, indices, sink_logits, out, lse, grad_out, grad_q, *targets, delta,
                     *q.stride(), *k.stride(), *v.stride(), *indices.stride(), *grad_out.stride(),
@@ -548,8 +548,3 @@ def _gathered_width(k: Tensor, v: Tensor) -> int:
 
 def _shape_key(q: Tensor, k: Tensor, v: Tensor) -> tuple[object, ...]:
     return str(product_dtype(q, k, v)), q.shape[-1], v.shape[-1], values_in_keys(k, v, 512)
-
-
-def _on(device: torch.device) -> torch.cuda.device:
-    """Triton launches on the current device; this makes it that of the tensors (and is nothing on a CPU)."""
-    return torch.cuda.device(device if device.type == "cuda" else -1)
