@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsa.ops import QuantizedKeys, index_topk, quantize_index_keys
+from dsa.ops import PagedKeys, QuantizedKeys, index_topk, quantize_index_keys
 from dsa.ops.index_topk import reference
 from dsa.ops.index_topk import triton as kernels
 from dsa.ops.quantize import hadamard_transform, is_power_of_two
@@ -74,6 +74,18 @@ def make_index(
     if tied:
         return tuple(torch.randint(-1, 2, size, generator=generator).float().to(device) for size in sizes)
     return tuple(torch.randn(size, generator=generator).to(device) for size in sizes)
+
+
+def in_pages(keys: QuantizedKeys, block: int) -> PagedKeys:
+    """The keys in pages that lie in another order; unused entries of the table are -1."""
+    batch, tokens, dim = keys.shape
+    used = -(-tokens // block)
+    order = torch.randperm(batch * used, generator=torch.Generator().manual_seed(3)).int().view(batch, used)
+    table = torch.cat((order, torch.full((batch, 2), -1, dtype=torch.int32)), dim=1).to(keys.device)
+    pages = torch.full((batch * used, block, dim + 4), 255, dtype=torch.uint8, device=keys.device)
+    paged = PagedKeys(pages, table, tokens, keys.dtype)
+    paged.write(keys)
+    return paged
 
 
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
@@ -201,6 +213,43 @@ def test_keys_are_read_where_the_cache_holds_them(dtype: str, device: str) -> No
     assert torch.equal(selection, index_topk(q, quantize_index_keys(k, dtype), w, 9, impl="triton"))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "limits"), [("fp8", kernels.Limits()), ("int8", replace(ROUNDS, rows=2))], ids=["one round", "rounds"]
+)
+def test_keys_are_read_in_their_pages(dtype: str, limits: kernels.Limits, device: str) -> None:
+    """Prefill in one round and in several, chunks that split the batch, packed documents."""
+    q, k, w = make_index(3, 2, 400, device)
+    keys = quantize_index_keys(k, dtype)
+    start = torch.tensor([[0, 60]], device=device).expand(3, 2)
+    end = torch.tensor([[290, 400]], device=device).expand(3, 2)
+    ranges = resolve_ranges("index_topk", start, end, 3, 2, 400, q.device)
+    options = {"scale": 0.25, "sinks": 2, "local": 3, "ranges": ranges, "limits": limits}
+    selection = kernels.select(q, in_pages(keys, 64), w, 37, **options)
+    assert torch.equal(selection, kernels.select(q, keys, w, 37, **options))
+
+
+@pytest.mark.parametrize("tokens", [5, 1500])
+def test_decoding_reads_pages_too(tokens: int, device: str) -> None:
+    q, k, w = make_index(2, 1, tokens, device)
+    keys = quantize_index_keys(k)
+    paged = in_pages(keys, 16)
+    selection = index_topk(q, paged, w, 9, impl="triton")
+    assert torch.equal(selection, index_topk(q, keys, w, 9, impl="reference"))
+
+
+def test_a_page_outside_the_pool_is_not_read(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, w = make_index(1, 1, 40, device)
+    keys = quantize_index_keys(k)
+    paged = in_pages(keys, 8)
+    paged.block_table[0, 1], paged.block_table[0, 3] = 5, -3
+    keys.data[0, 8:16], keys.data[0, 24:32] = 0, 0
+    selection = index_topk(q, paged, w, 9, impl="triton")
+    assert torch.equal(selection, index_topk(q, keys, w, 9, impl="reference"))
+    monkeypatch.setenv("DSA_CHECK_INDICES", "1")
+    with pytest.raises(ValueError, match="block_table entries"):
+        index_topk(q, paged, w, 9, impl="triton")
+
+
 @pytest.mark.parametrize(("q_dtype", "k_dtype"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float16)])
 def test_mixed_dtypes(q_dtype: torch.dtype, k_dtype: torch.dtype, device: str) -> None:
     q, k, w = make_index(1, 2, 50, device)
@@ -219,7 +268,11 @@ def test_is_one_operator(dtype: str | None, device: str) -> None:
         quantised = quantize_index_keys(k, dtype)
         key, key_scale = quantised.data, quantised.scale
     end = torch.tensor([[20, 12]], dtype=torch.int32, device=device)
-    torch.library.opcheck(kernels._index_topk, (q, key, key_scale, w, None, end, 3, 0.25, 1, 1))
+    torch.library.opcheck(kernels._index_topk, (q, key, key_scale, None, w, None, end, 20, "", 3, 0.25, 1, 1))
+    if dtype is not None:
+        paged = in_pages(QuantizedKeys(key, key_scale), 8)
+        arguments = (q, paged.pages, None, paged.block_table, w, None, end, 20, dtype, 3, 0.25, 1, 1)
+        torch.library.opcheck(kernels._index_topk, arguments)
 
 
 def test_compiles_into_one_graph(device: str) -> None:
@@ -258,7 +311,7 @@ def check(kernel, capability, pointers, **constants):
     assert compiled.asm["cubin"]
 
 int32 = dict.fromkeys(("first_ptr", "last_ptr", "bound_ptr", "dense_ptr", "count_ptr", "count_in_ptr",
-                       "count_out_ptr", "selection_ptr"), "*i32")
+                       "count_out_ptr", "selection_ptr", "table_ptr"), "*i32")
 tile = dict(HEADS=4, DIM=128, BLOCK_D=128, BLOCK_N=64, STAGES=3, stride_qd=1, stride_kd=1, stride_ss=1)
 kinds = (80, "int8", "i8"), (80, "fp8_as_fp16", "u8"), (90, "fp8", "fp8e4nv"), (90, "half", "bf16")
 for capability, kind, element in kinds:
@@ -266,7 +319,7 @@ for capability, kind, element in kinds:
                         "key_scale_ptr": "*fp32", "candidate_ptr": "*i64"}
     for rows, filtered in (16, False), (64, True):
         check(kernels.score_kernel, capability, pointers, **tile, BLOCK_M=rows, KIND=kind, SCALED=kind != "half",
-              FILTER=filtered)
+              PAGE=0 if filtered or kind == "half" else 64, FILTER=filtered)
 for dense, final in (True, False), (False, True):
     pointers = int32 | {"source_ptr": "*i32" if dense else "*i64", "target_ptr": "*i64"}
     check(kernels.select_kernel, 80, pointers, DENSE=dense, FINAL=final, BLOCK=1024, BLOCK_M=64)

@@ -44,7 +44,8 @@ def index_topk(
         q: Index queries `[B, T, Hi, Di]`, any strides.
         k: Index keys `[B, S, Di]`, or `QuantizedKeys` of that shape. With int8 keys the queries are quantised
             too and the dot products are exact integers, so the selection is the same everywhere. `PagedKeys` are
-            brought into one piece first; the selection is that of positions in the sequences.
+            brought into one piece first (read in their pages by the Triton kernels); the selection is that of
+            positions in the sequences.
         w: Head weights `[B, T, Hi]`.
         top_k: `K`, at least 1.
         scale: Factor on the scores; `None` means `Di**-0.5`.
@@ -63,7 +64,8 @@ def index_topk(
     Raises:
         TypeError: An argument of the wrong type or kind of dtype.
         ValueError: Shapes, devices or ranges that do not fit, `sinks + local > top_k`, or an entry of the block table
-            that is needed and is not a page.
+            that is needed and is not a page. The Triton kernels do not read such a page, and its tokens score 0,
+            without waiting for the device to look; `DSA_CHECK_INDICES=1` makes them raise too.
         NotImplementedError: The implementation asked for cannot run this input.
     """
     check_tensor(_OP, "q", q, "[B, T, Hi, Di]", (None,) * 4)
@@ -87,8 +89,6 @@ def index_topk(
             f"local={local}, top_k={top_k}; raise top_k or lower local"
         )
     scale = check_scale(_OP, "scale", scale, head_dim**-0.5)
-    if isinstance(k, PagedKeys):
-        k = k.gather()
     native_gap = _native_gap(q, k, w)
     chosen = "native"
     if impl != "auto" or native_gap is not None:
@@ -96,6 +96,10 @@ def index_topk(
         if gaps["triton"] is None and head_dim > _TRITON_LARGEST_DIM:
             gaps["triton"] = f"the kernels take index heads of at most {_TRITON_LARGEST_DIM} dims, got {head_dim}"
         chosen = resolve_impl(_OP, impl, gaps)
+    if isinstance(k, PagedKeys) and (chosen != "triton" or triton_support.checks_indices()):
+        # This looks at the table; the Triton kernels read the pages where they lie.
+        gathered = k.gather()
+        k = k if chosen == "triton" else gathered
     if chosen == "native":
         from dsa.ops.index_topk import native
 
@@ -114,11 +118,11 @@ def index_topk(
             return reference.index_topk(q, k, w, top_k, scale=scale, sinks=sinks, local=local, ranges=ranges)
 
 
-def _floating(q: Tensor, k: Tensor | QuantizedKeys, w: Tensor) -> tuple[Tensor | None, ...]:
+def _floating(q: Tensor, k: Tensor | QuantizedKeys | PagedKeys, w: Tensor) -> tuple[Tensor | None, ...]:
     return q, w, k if isinstance(k, Tensor) else None
 
 
-def _native_gap(q: Tensor, k: Tensor | QuantizedKeys, w: Tensor) -> str | None:
+def _native_gap(q: Tensor, k: Tensor | QuantizedKeys | PagedKeys, w: Tensor) -> str | None:
     """Why the compiled kernel cannot take these arguments, or `None` where it can."""
     if q.shape[-1] > _NATIVE_LARGEST_DIM:
         return f"the kernel takes index heads of at most {_NATIVE_LARGEST_DIM} dims, got {q.shape[-1]}"

@@ -35,6 +35,7 @@ from torch import Tensor
 
 from dsa.ops import triton_support
 from dsa.ops.index_topk.triton_kernels import fill_kernel, score_kernel, select_kernel
+from dsa.ops.paging.types import PagedKeys
 from dsa.ops.quantize.triton import quantize_weighted_queries
 from dsa.ops.quantize.types import QuantizedKeys
 from dsa.ops.ranges import VisibleRanges, resolve_ranges
@@ -49,6 +50,8 @@ _SELECT_REGISTERS = {8: 80, 16: 64}
 """By warps: `select_kernel` waits more than it computes, so several programs share a processor at a few spills."""
 
 _INTERPRETER_PROCESSORS = 4
+
+Keys = Tensor | QuantizedKeys | PagedKeys
 _BEYOND = 1 << 62
 
 
@@ -75,7 +78,7 @@ class Limits:
 
 def index_topk(
     q: Tensor,
-    k: Tensor | QuantizedKeys,
+    k: Keys,
     w: Tensor,
     top_k: int,
     *,
@@ -88,10 +91,15 @@ def index_topk(
     """int32 `[B, T, K]`; arguments as in `api.index_topk`, validated but for the ranges.
 
     One operator to `torch.compile`. A CUDA graph can capture it; given ranges are then neither checked nor read, and
-    all keys are gone through.
+    all keys are gone through. Keys in pages are read through the block table; a page outside the pool is not read,
+    its tokens score 0.
     """
+    if isinstance(k, PagedKeys):
+        return _index_topk(
+            q, k.pages, None, k.block_table, w, key_start, key_end, k.shape[1], k.dtype, top_k, scale, sinks, local
+        )
     key, key_scale = (k.data, k.scale) if isinstance(k, QuantizedKeys) else (k, None)
-    return _index_topk(q, key, key_scale, w, key_start, key_end, top_k, scale, sinks, local)
+    return _index_topk(q, key, key_scale, None, w, key_start, key_end, k.shape[1], "", top_k, scale, sinks, local)
 
 
 @torch.library.custom_op("dsa::index_topk_triton", mutates_args=())
@@ -99,16 +107,21 @@ def _index_topk(
     q: Tensor,
     key: Tensor,
     key_scale: Tensor | None,
+    block_table: Tensor | None,
     w: Tensor,
     key_start: Tensor | None,
     key_end: Tensor | None,
+    keys: int,
+    page_dtype: str,
     top_k: int,
     scale: float,
     sinks: int,
     local: int,
 ) -> Tensor:
-    k = key if key_scale is None else QuantizedKeys(key, key_scale)
-    ranges = _visible(q, key.shape[1], key_start, key_end)
+    k: Keys = key if key_scale is None else QuantizedKeys(key, key_scale)
+    if block_table is not None:
+        k = PagedKeys(key, block_table, keys, "int8" if page_dtype == "int8" else "fp8")
+    ranges = _visible(q, keys, key_start, key_end)
     return select(q, k, w, top_k, scale=scale, sinks=sinks, local=local, ranges=ranges)
 
 
@@ -117,9 +130,12 @@ def _(
     q: Tensor,
     key: Tensor,
     key_scale: Tensor | None,
+    block_table: Tensor | None,
     w: Tensor,
     key_start: Tensor | None,
     key_end: Tensor | None,
+    keys: int,
+    page_dtype: str,
     top_k: int,
     scale: float,
     sinks: int,
@@ -147,7 +163,7 @@ def _visible(q: Tensor, keys: int, key_start: Tensor | None, key_end: Tensor | N
 
 def select(
     q: Tensor,
-    k: Tensor | QuantizedKeys,
+    k: Keys,
     w: Tensor,
     top_k: int,
     *,
@@ -172,7 +188,7 @@ def select(
         most = max(1, min(limits.rows, limits.candidates // (4 * top_k)))
         for rows in _chunks(batch, tokens, most):
             if (ranges.host_end[rows] - ranges.host_start[rows] > top_k).any():
-                operands = _operands(q[rows], k[rows[0]], w[rows], scale)
+                operands = _operands(q[rows], _of_batch(k, rows[0]), w[rows], scale)
                 _Chunk(operands, top_k, sinks, local, ranges, rows, limits).select(selection[rows])
     return selection
 
@@ -186,26 +202,40 @@ def _chunks(batch: int, tokens: int, rows: int) -> Iterator[tuple[slice, slice]]
             yield slice(b, b + batch_step), slice(t, t + token_step)
 
 
+def _of_batch(k: Keys, batch: slice) -> Keys:
+    """The keys of some batch rows."""
+    if isinstance(k, PagedKeys):
+        return PagedKeys(k.pages, k.block_table[batch], k.tokens, k.dtype)
+    return k[batch]
+
+
 @dataclass(frozen=True)
 class _Operands:
-    """What `score_kernel` multiplies; strides of queries are those of `[B, T, Hi, Di]`."""
+    """What `score_kernel` multiplies; strides of queries are those of `[B, T, Hi, Di]`.
+
+    With a block table, keys and scales are those of the pool, `[P, page, Di]` and `[P, page]`.
+    """
 
     kind: str
     query: Tensor
     key: Tensor
     coefficient: Tensor
     key_scale: Tensor | None
+    block_table: Tensor | None = None
 
 
-def _operands(q: Tensor, k: Tensor | QuantizedKeys, w: Tensor, scale: float) -> _Operands:
-    if isinstance(k, QuantizedKeys):
+def _operands(q: Tensor, k: Keys, w: Tensor, scale: float) -> _Operands:
+    if isinstance(k, QuantizedKeys | PagedKeys):
         query, coefficient = quantize_weighted_queries(q, w, scale, k.dtype)
         query = query.transpose(1, 2)
+        data, key_scale = k.parts() if isinstance(k, PagedKeys) else (k.data, k.scale)
+        table = k.block_table if isinstance(k, PagedKeys) else None
         if k.dtype == "int8":
-            return _Operands("int8", query, k.data, coefficient, k.scale)
+            return _Operands("int8", query, data.view(torch.int8), coefficient, key_scale, table)
         if triton_support.has_fp8(q.device):
-            return _Operands("fp8", query.view(torch.float8_e4m3fn), k.data, coefficient, k.scale)
-        return _Operands("fp8_as_fp16", query, k.data.view(torch.uint8), coefficient, k.scale)
+            query, data = query.view(torch.float8_e4m3fn), data.view(torch.float8_e4m3fn)
+            return _Operands("fp8", query, data, coefficient, key_scale, table)
+        return _Operands("fp8_as_fp16", query, data.view(torch.uint8), coefficient, key_scale, table)
     narrow = q.dtype == k.dtype and q.dtype.itemsize == 2
     # The interpreter cannot multiply bf16; widened, the products are the same.
     kind = "half" if narrow and not (triton_support.interpreted() and q.dtype == torch.bfloat16) else "fp32"
@@ -325,7 +355,12 @@ class _Chunk:
 
     def _choose(self, configs: list[Config], keys: int) -> Config:
         """The tile to use; where that is decided by time, of a first round of so many keys."""
-        shape = (self._operands.kind, *self._operands.query.shape[2:], configs[0]["BLOCK_M"])
+        shape = (
+            self._operands.kind,
+            self._operands.block_table is not None,
+            *self._operands.query.shape[2:],
+            configs[0]["BLOCK_M"],
+        )
         return triton_support.choose(
             "index_topk", shape, configs, self._device, lambda config: self._score(config, 0, keys)
         )
@@ -348,15 +383,18 @@ class _Chunk:
             segment_keys = _round_up(triton.cdiv(end - begin, programs), config["BLOCK_N"])
         key_scale = operands.coefficient[:, 0] if operands.key_scale is None else operands.key_scale
         segments = triton.cdiv(end - begin, segment_keys) if counts is None else counts.shape[1] - 1
+        table = operands.block_table
         score_kernel[(segments, blocks, self._batch)](
-            operands.query, operands.key, operands.coefficient, key_scale, self._first, self._last, self._bound,
+            operands.query, operands.key, operands.coefficient, key_scale,
+            self._first if table is None else table, self._first, self._last, self._bound,
             self._dense, self._candidates, self._bound if counts is None else counts,
             *operands.query.stride(), *operands.key.stride(), *key_scale.stride(),
+            *((0, 0) if table is None else table.stride()), operands.key.shape[0],
             self._tokens, begin, end, segment_keys, self._sinks, self._local, 2 * self._capacity, self._capacity,
             1 + segments,
             HEADS=heads, DIM=dim, BLOCK_D=max(32, triton.next_power_of_2(dim)),
             BLOCK_M=config["BLOCK_M"], BLOCK_N=config["BLOCK_N"], KIND=operands.kind,
-            SCALED=operands.key_scale is not None, FILTER=counts is not None,
+            SCALED=operands.key_scale is not None, PAGE=0 if table is None else operands.key.shape[1], FILTER=counts is not None,
             STAGES=config["num_stages"], num_warps=config["num_warps"], maxnreg=config.get("maxnreg"),
             # The reference rounds products and sums one by one.
             enable_fp_fusion=operands.kind != "int8",

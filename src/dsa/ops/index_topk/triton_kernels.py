@@ -98,6 +98,7 @@ def score_kernel(
     k_ptr,
     coefficient_ptr,
     key_scale_ptr,
+    table_ptr,
     first_ptr,
     last_ptr,
     bound_ptr,
@@ -113,6 +114,9 @@ def score_kernel(
     stride_kd,
     stride_sb,
     stride_ss,
+    stride_tb,
+    stride_te,
+    pages,
     tokens,
     round_begin,
     round_end,
@@ -129,6 +133,7 @@ def score_kernel(
     BLOCK_N: tl.constexpr,
     KIND: tl.constexpr,
     SCALED: tl.constexpr,
+    PAGE: tl.constexpr,
     FILTER: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -137,6 +142,10 @@ def score_kernel(
     `score = (sum over heads in order of coefficient * relu(q . k)) * key_scale`. With `FILTER`, what lies above
     the row's bound is appended to the segment of the row, newest first, and counted. Without, the ordered key of
     every token is stored at its distance from the newest, hidden ones included.
+
+    With `PAGE` above zero, keys and scales lie in a pool of `pages` pages of so many tokens, the first strides are those
+    of a page, and the table says which page holds a block of tokens. A page outside the pool is not read: its tokens
+    score 0.
 
     Grid: segments, blocks of queries, `B`.
     """
@@ -154,7 +163,11 @@ def score_kernel(
     q_offsets = (tl.arange(0, BLOCK_M) * stride_qt)[:, None] + (dim * stride_qd)[None, :]
     q_mask = present[:, None] & (dim < DIM)[None, :]
     coefficient_ptrs = coefficient_ptr + batch.to(tl.int64) * HEADS * tokens + token
-    k_base = k_ptr + batch.to(tl.int64) * stride_kb
+    if PAGE > 0:
+        table_ptr += batch.to(tl.int64) * stride_tb
+    else:
+        k_ptr += batch.to(tl.int64) * stride_kb
+        key_scale_ptr += batch.to(tl.int64) * stride_sb
     kept = row * capacity + segment * segment_keys
     filled = tl.zeros([BLOCK_M], tl.int32)
     if FILTER:
@@ -166,8 +179,16 @@ def score_kernel(
     for distance in range(begin, end, BLOCK_N):
         position = highest - 1 - distance - column
         exists = position >= lowest
-        k_offsets = (position.to(tl.int64) * stride_ks)[:, None] + (dim * stride_kd)[None, :]
-        key = tl.load(k_base + k_offsets, mask=exists[:, None] & (dim < DIM)[None, :], other=0.0)
+        readable = exists
+        k_place = position.to(tl.int64) * stride_ks
+        s_place = position.to(tl.int64) * stride_ss
+        if PAGE > 0:
+            page = tl.load(table_ptr + position // PAGE * stride_te, mask=exists, other=-1)
+            readable = exists & (page >= 0) & (page < pages)
+            k_place = page.to(tl.int64) * stride_kb + position % PAGE * stride_ks
+            s_place = page.to(tl.int64) * stride_sb + position % PAGE * stride_ss
+        k_offsets = k_place[:, None] + (dim * stride_kd)[None, :]
+        key = tl.load(k_ptr + k_offsets, mask=readable[:, None] & (dim < DIM)[None, :], other=0.0)
         key = tl.trans(_as_operand(key, KIND))
         score = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for head in tl.range(HEADS, num_stages=STAGES):
@@ -175,9 +196,7 @@ def score_kernel(
             coefficient = tl.load(coefficient_ptrs + head * tokens, mask=present, other=0.0)
             score += _relu_products(_as_operand(query, KIND), key, KIND) * coefficient[:, None]
         if SCALED:
-            key_scale = tl.load(
-                key_scale_ptr + batch.to(tl.int64) * stride_sb + position * stride_ss, mask=exists, other=0.0
-            )
+            key_scale = tl.load(key_scale_ptr + s_place, mask=readable, other=0.0)
             score *= key_scale[None, :]
 
         ordered = _ordered_keys(score)

@@ -176,7 +176,7 @@ class PagedKeys:
         Raises:
             ValueError: A table entry that is needed is not a page.
         """
-        data, scale = self._parts()
+        data, scale = self.parts()
         places = places_of(self.block_table, self.pages.shape[0], self.block, 0, self.shape[1]).long()
         page, row = places // self.block, places % self.block
         return QuantizedKeys(data[page, row].view(_DTYPES[self.dtype]), scale[page, row])
@@ -194,12 +194,12 @@ class PagedKeys:
                 f"got {keys.dtype} {list(keys.shape)}"
             )
         places = _places_to_write("PagedKeys.write", self, start, keys.shape[1])
-        data, scale = self._parts()
+        data, scale = self.parts()
         page, row = places // self.block, places % self.block
         data[page, row] = keys.data.view(torch.uint8)
         scale[page, row] = keys.scale
 
-    def _parts(self) -> tuple[Tensor, Tensor]:
+    def parts(self) -> tuple[Tensor, Tensor]:
         """Bytes of the data `[P, block, Di]` and scales `[P, block]`, views of the pages."""
         count, block, width = self.pages.shape
         flat = self.pages.view(count, block * width)

@@ -17,28 +17,26 @@ from dsa.ops.paging.types import PagedLatents
 from dsa.ops.sparse_attention.triton import split_count
 from dsa.ops.sparse_attention.triton_forward import merge_splits
 from dsa.ops.sparse_attention.triton_packed_forward import attend_packed
-from dsa.ops.triton_support import Config, fitting, has_fp8, launch_chosen, on
+from dsa.ops.triton_support import Config, capability, fitting, has_fp8, launch_chosen, on
 from dsa.ops.triton_tiles import TILE_DTYPES, Parts, padded_width, split_width
 
-# Best guesses first. A decoded tile lies beside the bytes in flight, so fewer keys fit than with rows of 16 bits.
+# Best guesses first. A decoded tile passes through registers and lies beside the bytes in flight, so tiles have fewer
+# keys than with rows of 16 bits; these spill little or nothing.
 _MANY_HEADS = (
-    {"BLOCK_HEADS": 64, "BLOCK_KEYS": 64, "STAGES": 2, "num_warps": 8},
     {"BLOCK_HEADS": 64, "BLOCK_KEYS": 32, "STAGES": 3, "num_warps": 8},
-    {"BLOCK_HEADS": 64, "BLOCK_KEYS": 32, "STAGES": 2, "num_warps": 8},
+    {"BLOCK_HEADS": 64, "BLOCK_KEYS": 32, "STAGES": 4, "num_warps": 8},
     {"BLOCK_HEADS": 32, "BLOCK_KEYS": 32, "STAGES": 2, "num_warps": 8},
-    {"BLOCK_HEADS": 16, "BLOCK_KEYS": 32, "STAGES": 2, "num_warps": 4},
-    {"BLOCK_HEADS": 16, "BLOCK_KEYS": 16, "STAGES": 2, "num_warps": 4},
+    {"BLOCK_HEADS": 32, "BLOCK_KEYS": 16, "STAGES": 3, "num_warps": 8},
+    {"BLOCK_HEADS": 16, "BLOCK_KEYS": 16, "STAGES": 4, "num_warps": 4},
 )
 _FEW_HEADS = (
-    {"BLOCK_HEADS": 16, "BLOCK_KEYS": 64, "STAGES": 3, "num_warps": 4},
-    {"BLOCK_HEADS": 16, "BLOCK_KEYS": 64, "STAGES": 2, "num_warps": 8},
-    {"BLOCK_HEADS": 16, "BLOCK_KEYS": 32, "STAGES": 3, "num_warps": 4},
-    {"BLOCK_HEADS": 16, "BLOCK_KEYS": 16, "STAGES": 2, "num_warps": 4},
+    {"BLOCK_HEADS": 16, "BLOCK_KEYS": 32, "STAGES": 3, "num_warps": 8},
+    {"BLOCK_HEADS": 16, "BLOCK_KEYS": 16, "STAGES": 4, "num_warps": 4},
+    {"BLOCK_HEADS": 16, "BLOCK_KEYS": 32, "STAGES": 2, "num_warps": 8},
 )
 _FLOAT32 = (
-    {"BLOCK_HEADS": 16, "BLOCK_KEYS": 32, "STAGES": 2, "num_warps": 4},
-    {"BLOCK_HEADS": 16, "BLOCK_KEYS": 16, "STAGES": 2, "num_warps": 4},
-    {"BLOCK_HEADS": 16, "BLOCK_KEYS": 16, "STAGES": 1, "num_warps": 4},
+    {"BLOCK_HEADS": 16, "BLOCK_KEYS": 16, "STAGES": 2, "num_warps": 8},
+    {"BLOCK_HEADS": 16, "BLOCK_KEYS": 16, "STAGES": 1, "num_warps": 8},
 )
 
 
@@ -218,4 +216,8 @@ def candidates(q: Tensor, row_bytes: int) -> list[Config]:
 
     if itemsize == 4:
         return fitting(_FLOAT32, bytes_of, q.device)
-    return fitting(_FEW_HEADS if q.shape[2] <= 16 else _MANY_HEADS, bytes_of, q.device)
+    configs = _FEW_HEADS if q.shape[2] <= 16 else _MANY_HEADS
+    if q.is_cuda and capability(q.device.index or 0)[0] not in (9, 10):
+        # Matrix instructions of single warps need the operands in registers too: 64 heads spill.
+        configs = tuple(config for config in configs if config["BLOCK_HEADS"] <= 32)
+    return fitting(configs, bytes_of, q.device)

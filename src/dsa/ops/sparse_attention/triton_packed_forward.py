@@ -153,9 +153,7 @@ def attend_packed(
         # The next tile's indices are read by hand, so that every stage of the loop's pipeline holds gathered rows.
         place = start + BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
         index = tl.load(i_base + place * i_place, mask=place < end, other=-1)
-        next_position, next_valid = _place_of(
-            index, (index >= 0) & (index < keys), table, t_entry, pages, PAGE
-        )
+        next_position, next_valid = _place_of(index, (index >= 0) & (index < keys), table, t_entry, pages, PAGE)
         parts = ()
         part_scales = ()
         scores = tl.full([BLOCK_HEADS, BLOCK_KEYS], 0.0, tl.float32)
