@@ -216,9 +216,9 @@ def compile_packed(capability: int, wanted: str) -> Iterator[dict[str, Any]]:
 
 def record(module: Any, names: list[str], label: str, capability: int, wanted: str, call: Any) -> list[dict[str, Any]]:
     """Compiles the named kernels of a module as one call launches them."""
-    everything = [n for n in ("attend", "attend_packed", "merge_splits", "attend_union", "mark", "collect", "attend_backward",
-                              "sum_by_key", "attention_totals", "index_totals", "divergence", "selected_totals",
-                              "selected_divergence")
+    everything = [n for n in ("attend", "attend_packed", "merge_splits", "attend_union", "mark", "collect",
+                              "attend_backward", "sum_by_key", "attention_totals", "index_totals", "divergence",
+                              "selected_totals", "selected_divergence")
                   if hasattr(module, n)]  # fmt: skip
     recorders = {n: Recorder(getattr(module, n), f"{label} {n}", capability) for n in everything}
     with mock.patch.multiple(module, **{n: mock.MagicMock() for n in everything}):

@@ -328,7 +328,7 @@ for fp8 in False, True:
     pointers = {"x_ptr": "*bf16", "weight_ptr": "*bf16", "data_ptr": "*u8" if fp8 else "*i8", "scale_ptr": "*fp32",
                 "coefficient_ptr": "*fp32", "normalizer": "fp32", "levels": "fp32", "factor": "fp32"}
     check(quantize._quantize_kernel, 80, pointers, DIM=128, BLOCK_D=128, BLOCK_ROWS=32, ROTATE=True, FP8=fp8,
-          WEIGHTED=fp8)
+          POWER_OF_TWO=fp8, WEIGHTED=fp8)
 """
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from dsa.ops import QuantizedKeys, quantize_index_keys, quantize_index_queries
-from dsa.ops.quantize.triton import quantize_weighted_queries
+from dsa.ops.quantize.triton import _write_keys, quantize_weighted_queries
 
 # The interpreter computes with NumPy, which warns of the rows that are there for that.
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")
@@ -38,6 +38,8 @@ def test_bytes_are_those_of_the_reference(dim: int, dtype: str, device: str) -> 
     assert_same(quantize_index_keys(rows, dtype, impl="triton").to("cpu"), expected)
     strided = torch.empty(37, 2, 2 * dim, device=device).transpose(0, 1)[..., ::2].copy_(rows)
     assert_same(quantize_index_keys(strided, dtype, impl="triton").to("cpu"), expected)
+    expected = quantize_index_keys(rows.cpu(), dtype, power_of_two=True, impl="reference")
+    assert_same(quantize_index_keys(rows, dtype, power_of_two=True, impl="triton").to("cpu"), expected)
 
 
 @pytest.mark.parametrize("dtype", ["int8", "fp8"])
@@ -75,3 +77,24 @@ def test_queries_come_with_their_coefficients(dim: int, device: str) -> None:
     assert torch.equal(data.cpu().transpose(1, 2), expected)
     wanted = (w.cpu() * scale) * 0.3
     assert torch.equal(coefficient.cpu().transpose(1, 2).nan_to_num(9.0), wanted.nan_to_num(9.0))
+
+
+@pytest.mark.parametrize("dtype", ["int8", "fp8"])
+def test_is_one_operator(dtype: str, device: str) -> None:
+    rows = torch.ones(1, 3, 16, device=device)
+    data = torch.empty(1, 3, 16, dtype=torch.uint8 if dtype == "fp8" else torch.int8, device=device)
+    scale = torch.empty(1, 3, device=device)
+    torch.library.opcheck(_write_keys, (rows, data, scale, False))
+
+
+@pytest.mark.parametrize("dtype", ["int8", "fp8"])
+def test_appending_compiles_into_one_graph(dtype: str, device: str) -> None:
+    rows = make_rows(16, device)[:, 6:20]
+    caches = [quantize_index_keys(torch.ones(2, 64, 16, device=device), dtype) for _ in range(2)]
+
+    def append(rows: Tensor, cache: QuantizedKeys) -> Tensor:
+        return quantize_index_keys(rows * 2, dtype, out=cache[:, 5:19], impl="triton").scale * 2
+
+    compiled = torch.compile(append, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(rows, caches[0]), append(rows, caches[1]))
+    assert_same(*caches)

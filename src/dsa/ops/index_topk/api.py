@@ -96,10 +96,17 @@ def index_topk(
         if gaps["triton"] is None and head_dim > _TRITON_LARGEST_DIM:
             gaps["triton"] = f"the kernels take index heads of at most {_TRITON_LARGEST_DIM} dims, got {head_dim}"
         chosen = resolve_impl(_OP, impl, gaps)
-    if isinstance(k, PagedKeys) and (chosen != "triton" or triton_support.checks_indices()):
-        # This looks at the table; the Triton kernels read the pages where they lie.
-        gathered = k.gather()
-        k = k if chosen == "triton" else gathered
+    if chosen == "triton":
+        from dsa.ops.index_topk import triton
+
+        if isinstance(k, PagedKeys) and triton_support.checks_indices():
+            k.gather()
+        with torch.no_grad():
+            return triton.index_topk(
+                q, k, w, top_k, scale=scale, sinks=sinks, local=local, key_start=key_start, key_end=key_end
+            )
+    if isinstance(k, PagedKeys):
+        k = k.gather()
     if chosen == "native":
         from dsa.ops.index_topk import native
 
@@ -107,12 +114,6 @@ def index_topk(
             q, k, w, top_k, scale=scale, sinks=sinks, local=local, key_start=key_start, key_end=key_end
         )
     with torch.no_grad():
-        if chosen == "triton":
-            from dsa.ops.index_topk import triton
-
-            return triton.index_topk(
-                q, k, w, top_k, scale=scale, sinks=sinks, local=local, key_start=key_start, key_end=key_end
-            )
         ranges = resolve_ranges(_OP, key_start, key_end, batch, tokens, k.shape[1], q.device)
         with full_precision(q.device):
             return reference.index_topk(q, k, w, top_k, scale=scale, sinks=sinks, local=local, ranges=ranges)

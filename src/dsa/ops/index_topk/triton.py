@@ -394,8 +394,9 @@ class _Chunk:
             1 + segments,
             HEADS=heads, DIM=dim, BLOCK_D=max(32, triton.next_power_of_2(dim)),
             BLOCK_M=config["BLOCK_M"], BLOCK_N=config["BLOCK_N"], KIND=operands.kind,
-            SCALED=operands.key_scale is not None, PAGE=0 if table is None else operands.key.shape[1], FILTER=counts is not None,
-            STAGES=config["num_stages"], num_warps=config["num_warps"], maxnreg=config.get("maxnreg"),
+            SCALED=operands.key_scale is not None, PAGE=0 if table is None else operands.key.shape[1],
+            FILTER=counts is not None, STAGES=config["num_stages"], num_warps=config["num_warps"],
+            maxnreg=config.get("maxnreg"),
             # The reference rounds products and sums one by one.
             enable_fp_fusion=operands.kind != "int8",
         )  # fmt: skip

@@ -143,9 +143,9 @@ def score_kernel(
     the row's bound is appended to the segment of the row, newest first, and counted. Without, the ordered key of
     every token is stored at its distance from the newest, hidden ones included.
 
-    With `PAGE` above zero, keys and scales lie in a pool of `pages` pages of so many tokens, the first strides are those
-    of a page, and the table says which page holds a block of tokens. A page outside the pool is not read: its tokens
-    score 0.
+    With `PAGE` above zero, keys and scales lie in a pool of `pages` pages of so many tokens, their first strides are
+    those of a page, and the table says which page holds a block of tokens. A page outside the pool is not read: its
+    tokens score 0.
 
     Grid: segments, blocks of queries, `B`.
     """

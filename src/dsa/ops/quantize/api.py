@@ -57,12 +57,12 @@ def quantize_index_keys(
     native_gap = native_support.gap(k) if dtype == "int8" else "the CPU kernels keep index keys in int8 or fp32"
     gaps = triton_support.beside({"native": native_gap, "reference": None}, k)
     if power_of_two:
-        gaps.update(dict.fromkeys(("native", "triton"), "the kernels do not round scales to powers of two"))
+        gaps["native"] = "the CPU kernels do not round scales to powers of two"
     chosen = resolve_impl(op, impl, gaps)
     if chosen == "triton":
         from dsa.ops.quantize import triton
 
-        return triton.quantize_keys(k, dtype, out)
+        return triton.quantize_keys(k, dtype, power_of_two, out)
     if chosen == "native":
         from dsa.ops.quantize import native
 

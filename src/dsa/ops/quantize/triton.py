@@ -11,14 +11,13 @@ Shapes: `B` batch, `T` query tokens, `S` key tokens, `Hi`/`Di` index heads / ind
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from dsa.ops.quantize.types import QuantizedKeys
+from dsa.ops.triton_support import on
 
 _KEY_LEVELS = 127.0
 _QUERY_LEVELS = 63.0
@@ -54,6 +53,47 @@ def encode_e4m3(x):
 
 
 @triton.jit
+def scale_of(x, levels, ROWS: tl.constexpr, POWER_OF_TWO: tl.constexpr):
+    """What `x[ROWS, n]` is divided by to lie in `[-levels, levels]`: 1 for zeros, NaN for a row that is not finite."""
+    size = tl.abs(x)
+    finite = size < float("inf")
+    broken = tl.max(tl.where(finite, 0, 1), axis=1) > 0
+    scale = tl.div_rn(tl.max(tl.where(finite, size, 0.0), axis=1), tl.zeros([ROWS], tl.float32) + levels)
+    if POWER_OF_TWO:
+        scale = _next_power_of_two(scale)
+    scale = tl.where(scale == 0.0, 1.0, scale)
+    return tl.where(broken, float("nan"), scale)
+
+
+@triton.jit
+def _next_power_of_two(x):
+    """The least power of two that is not below `x`, and 0 for 0; `x` is not negative."""
+    bits = x.to(tl.int32, bitcast=True)
+    normal = (bits + 0x7FFFFF) & 0x7F800000
+    # Below 2**-126 the bits are the number itself in units of 2**-149: their own next power of two is wanted.
+    units = bits.to(tl.float32).to(tl.int32, bitcast=True)
+    subnormal = ((units + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True).to(tl.int32)
+    return tl.where(bits < 0x800000, subnormal, normal).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def levels_of(x, scale, levels, ROWS: tl.constexpr, SIZE: tl.constexpr):
+    """`x[ROWS, SIZE]` divided by its scales, not yet rounded; zeros in rows that are not finite."""
+    level = tl.div_rn(x, tl.broadcast_to(scale[:, None], [ROWS, SIZE]))
+    level = tl.where((scale != scale)[:, None], 0.0, level)
+    return tl.minimum(tl.maximum(level, -levels), levels)
+
+
+@triton.jit
+def encode(level, FP8: tl.constexpr):
+    """Bytes of e4m3 or int8 numbers, half to even; clamped before, the limits are whole numbers."""
+    if FP8:
+        return encode_e4m3(level)
+    else:
+        return ((level + _ROUNDER) - _ROUNDER).to(tl.int8)
+
+
+@triton.jit
 def _quantize_kernel(
     x_ptr,
     weight_ptr,
@@ -85,6 +125,7 @@ def _quantize_kernel(
     BLOCK_ROWS: tl.constexpr,
     ROTATE: tl.constexpr,
     FP8: tl.constexpr,
+    POWER_OF_TWO: tl.constexpr,
     WEIGHTED: tl.constexpr,
 ):
     """Rows of `x[outer, middle, inner, DIM]`; `coefficient = (weight * scale) * factor` where `WEIGHTED`."""
@@ -100,21 +141,10 @@ def _quantize_kernel(
     if ROTATE:
         x = hadamard(x, BLOCK_ROWS, BLOCK_D) * normalizer
 
-    size = tl.abs(x)
-    finite = size < float("inf")
-    broken = tl.max(tl.where(finite, 0, 1), axis=1) > 0
-    scale = tl.div_rn(tl.max(tl.where(finite, size, 0.0), axis=1), tl.zeros([BLOCK_ROWS], tl.float32) + levels)
-    scale = tl.where(scale == 0.0, 1.0, scale)
-    level = tl.where(broken[:, None], 0.0, tl.div_rn(x, tl.broadcast_to(scale[:, None], [BLOCK_ROWS, BLOCK_D])))
-    level = tl.minimum(tl.maximum(level, -levels), levels)
-    scale = tl.where(broken, float("nan"), scale)
-
+    scale = scale_of(x, levels, BLOCK_ROWS, POWER_OF_TWO)
+    level = levels_of(x, scale, levels, BLOCK_ROWS, BLOCK_D)
     target = (a * stride_da + b * stride_db + c * stride_dc)[:, None] + (dim * stride_dd)[None, :]
-    if FP8:
-        tl.store(data_ptr + target, encode_e4m3(level), mask=inside)
-    else:
-        # Clamped before rounding: the limits are whole numbers, so the order does not matter.
-        tl.store(data_ptr + target, ((level + _ROUNDER) - _ROUNDER).to(tl.int8), mask=inside)
+    tl.store(data_ptr + target, encode(level, FP8), mask=inside)
     place = a * stride_sa + b * stride_sb + c * stride_sc
     if WEIGHTED:
         weight = tl.load(weight_ptr + a * stride_wa + b * stride_wb + c * stride_wc, mask=present, other=0.0)
@@ -123,12 +153,13 @@ def _quantize_kernel(
         tl.store(scale_ptr + place, scale, mask=present)
 
 
-def quantize_keys(k: Tensor, dtype: str, out: QuantizedKeys | None = None) -> QuantizedKeys:
+def quantize_keys(k: Tensor, dtype: str, power_of_two: bool = False, out: QuantizedKeys | None = None) -> QuantizedKeys:
     """`[B, S, Di]` to int8 or e4m3, as `reference.quantize_keys_int8` and `reference.quantize_keys_fp8`.
 
     Args:
         k: Any floating dtype up to fp32, any strides.
         dtype: `"int8"` or `"fp8"`.
+        power_of_two: Round each scale up to a power of two.
         out: Where to write, of this shape and dtype, such as the next tokens of a cache. `None` allocates.
     """
     batch, tokens, dim = k.shape
@@ -138,9 +169,20 @@ def quantize_keys(k: Tensor, dtype: str, out: QuantizedKeys | None = None) -> Qu
             torch.empty(batch, tokens, dim, dtype=data_dtype, device=k.device),
             torch.empty(batch, tokens, dtype=torch.float32, device=k.device),
         )
-    levels = _FP8_LARGEST if dtype == "fp8" else _KEY_LEVELS
-    _launch(k.unsqueeze(2), None, out.data.unsqueeze(2), out.scale.unsqueeze(2), levels, 1.0)
+    _write_keys(k.detach(), out.data.view(torch.uint8) if dtype == "fp8" else out.data, out.scale, power_of_two)
     return out
+
+
+@torch.library.custom_op("dsa::quantize_index_keys_triton", mutates_args=("data", "scale"))
+def _write_keys(k: Tensor, data: Tensor, scale: Tensor, power_of_two: bool) -> None:
+    """One operator to `torch.compile`; fp8 as uint8."""
+    levels = _FP8_LARGEST if data.dtype == torch.uint8 else _KEY_LEVELS
+    _launch(k.unsqueeze(2), None, data.unsqueeze(2), scale.unsqueeze(2), levels, 1.0, power_of_two)
+
+
+@_write_keys.register_fake
+def _(k: Tensor, data: Tensor, scale: Tensor, power_of_two: bool) -> None:
+    return None
 
 
 def quantize_weighted_queries(q: Tensor, w: Tensor, factor: float, dtype: str) -> tuple[Tensor, Tensor]:
@@ -165,18 +207,21 @@ def quantize_weighted_queries(q: Tensor, w: Tensor, factor: float, dtype: str) -
     return data, coefficient
 
 
-def _launch(x: Tensor, weight: Tensor | None, data: Tensor, scale: Tensor, levels: float, factor: float) -> None:
+def _launch(
+    x: Tensor, weight: Tensor | None, data: Tensor, scale: Tensor, levels: float, factor: float,
+    power_of_two: bool = False,
+) -> None:  # fmt: skip
     """Runs the kernel over all rows of `x[a, b, c, Di]`; `scale` receives the coefficients if there are weights."""
     rows, dim = x.shape[:-1].numel(), x.shape[-1]
     if rows == 0:
         return
-    fp8 = data.dtype in (torch.uint8, torch.float8_e4m3fn)
     rotate = dim & (dim - 1) == 0
     weights = scale if weight is None else weight
-    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+    with on(x.device):
         _quantize_kernel[(triton.cdiv(rows, _ROWS_PER_PROGRAM),)](
-            x, weights, data.view(torch.uint8) if fp8 else data, scale, scale, rows, *x.shape[1:3],
+            x, weights, data, scale, scale, rows, *x.shape[1:3],
             *x.stride(), *weights.stride(), *data.stride(), *scale.stride(), dim**-0.5, levels, factor,
             DIM=dim, BLOCK_D=triton.next_power_of_2(dim), BLOCK_ROWS=_ROWS_PER_PROGRAM,
-            ROTATE=rotate, FP8=fp8, WEIGHTED=weight is not None, num_warps=4,
+            ROTATE=rotate, FP8=data.dtype == torch.uint8, POWER_OF_TWO=power_of_two, WEIGHTED=weight is not None,
+            num_warps=4,
         )  # fmt: skip

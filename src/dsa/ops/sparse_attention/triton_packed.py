@@ -54,14 +54,11 @@ def packed_attention(
     What lies outside, an index or the page of one, is skipped. bf16 queries are multiplied in bf16, fp16 ones in tf32,
     which has fp16's mantissa and room for the scales, fp32 ones as three tf32 products; sums are fp32. No gradient.
     """
-    table = None
-    data = rows.data if isinstance(rows, PackedLatents) else rows.pages.flatten(0, 1)
     if isinstance(rows, PagedLatents):
-        table = rows.block_table
-    return _packed(
-        q, data, table, indices, sink_logits, rows.shape[1], 0 if table is None else rows.block, rows.latent_dim, scale,
-        softcap,
-    )  # fmt: skip
+        data, table, page = rows.pages.flatten(0, 1), rows.block_table, rows.block
+    else:
+        data, table, page = rows.data, None, 0
+    return _packed(q, data, table, indices, sink_logits, rows.shape[1], page, rows.latent_dim, scale, softcap)
 
 
 @torch.library.custom_op("dsa::packed_attention_triton", mutates_args=())
@@ -197,7 +194,8 @@ def _launch(
 
 def _latent_parts(latent_dim: int) -> Parts:
     """Parts of a row's latent dims, none of which reaches into two groups."""
-    offsets, widths = [], []
+    offsets: list[int] = []
+    widths: list[int] = []
     for group in range(0, latent_dim, GROUP):
         inner = split_width(min(GROUP, latent_dim - group), GROUP)
         offsets += [group + offset for offset in inner[0]]
@@ -216,7 +214,7 @@ def candidates(q: Tensor, row_bytes: int) -> list[Config]:
 
     if itemsize == 4:
         return fitting(_FLOAT32, bytes_of, q.device)
-    configs = _FEW_HEADS if q.shape[2] <= 16 else _MANY_HEADS
+    configs: tuple[Config, ...] = _FEW_HEADS if q.shape[2] <= 16 else _MANY_HEADS
     if q.is_cuda and capability(q.device.index or 0)[0] not in (9, 10):
         # Matrix instructions of single warps need the operands in registers too: 64 heads spill.
         configs = tuple(config for config in configs if config["BLOCK_HEADS"] <= 32)
