@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dsa.ops import native_support
+from dsa.ops import native_support, triton_support
 from dsa.ops.blocks import full_precision
 from dsa.ops.checks import check_tensor, describe
 from dsa.ops.index_projection import reference
@@ -16,7 +16,7 @@ from dsa.ops.types import Impl, resolve_impl
 _OP = "index_projection"
 
 FEW_TOKENS = 8
-"""`B * T` up to which `auto` takes the compiled kernel: with more, torch's matrix products are ahead."""
+"""`B * T` up to which `auto` takes the compiled kernel on a CPU: with more, torch's matrix products are ahead."""
 
 
 def index_projection(
@@ -54,11 +54,23 @@ def index_projection(
         NotImplementedError: The implementation asked for cannot run this input.
     """
     batch, tokens = _check(hidden, weights, rope, out, begin)
-    if impl == "auto" and batch * tokens > FEW_TOKENS:
+    if impl == "auto" and batch * tokens > FEW_TOKENS and hidden.is_cpu:
         impl = "reference"
-    addresses = weights.addresses()
-    gap = "the kernel takes weights that are fp32 and dense" if addresses is None else _native_gap(hidden, rope, out)
-    if resolve_impl(_OP, impl, {"native": gap, "reference": None}) == "native":
+    addresses, gap = None, None
+    if hidden.is_cpu and impl in ("auto", "native"):
+        addresses = weights.addresses()
+        gap = "the kernel takes weights that are fp32 and dense" if addresses is None else None
+    gap = gap or _native_gap(hidden, rope, out)
+    chosen = "native"
+    if impl != "auto" or gap is not None:
+        gaps = triton_support.beside({"native": gap, "reference": None}, hidden, *weights.tensors, *(rope or ()))
+        chosen = resolve_impl(_OP, impl, gaps)
+    if chosen == "triton":
+        from dsa.ops.index_projection import triton
+
+        with torch.no_grad():
+            return triton.index_projection(hidden, weights, rope, out, begin, queries=queries)
+    if chosen == "native":
         from dsa.ops.index_projection import native
 
         assert addresses is not None

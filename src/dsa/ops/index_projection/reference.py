@@ -5,11 +5,10 @@ Shapes: `B` batch, `T` tokens, `C` hidden size, `Hi`/`Di` index heads / index he
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsa.ops.index_projection.types import NORM_EPSILON, IndexWeights, Rope
+from dsa.ops.index_projection.types import NORM_EPSILON, IndexWeights, Rope, rotate_half_split
 from dsa.ops.quantize import reference as quantize
 from dsa.ops.quantize.types import QuantizedKeys
 
@@ -41,16 +40,3 @@ def index_projection(
     if rope is not None:
         query = rotate_half_split(query, *(table.unsqueeze(2) for table in rope))
     return query, F.linear(hidden, to_head).float() * weights.heads**-0.5
-
-
-def rope_tables(cos: Tensor, sin: Tensor) -> Rope:
-    """`Rope` out of the cosines and sines `[B or 1, T, R/2]` of one angle per pair."""
-    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
-
-
-def rotate_half_split(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Applies RoPE, as `Rope` has it, to the first `cos.shape[-1]` dims of `x`."""
-    width = cos.shape[-1]
-    rotated = x if width == x.shape[-1] else x[..., :width]
-    turned = rotated * cos.to(x.dtype) + rotated.roll(width // 2, -1) * sin.to(x.dtype)
-    return turned if width == x.shape[-1] else torch.cat((turned, x[..., width:]), dim=-1)

@@ -1,4 +1,4 @@
-"""What the implementations share: the weights of an indexer and its tables of angles.
+"""What the implementations share: the weights of an indexer, its tables of angles, and how these turn.
 
 Shapes: `B` batch, `T` tokens, `C` hidden size, `Hi`/`Di` index heads / index head dim, `R` rotated dims.
 """
@@ -64,3 +64,16 @@ class IndexWeights:
             self._addresses = _pack_addresses(*pointers) if fits else None
             self._pointers = pointers
         return self._addresses
+
+
+def rope_tables(cos: Tensor, sin: Tensor) -> Rope:
+    """`Rope` out of the cosines and sines `[B or 1, T, R/2]` of one angle per pair."""
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+
+
+def rotate_half_split(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Applies RoPE, as `Rope` has it, to the first `cos.shape[-1]` dims of `x`."""
+    width = cos.shape[-1]
+    rotated = x if width == x.shape[-1] else x[..., :width]
+    turned = rotated * cos.to(x.dtype) + rotated.roll(width // 2, -1) * sin.to(x.dtype)
+    return turned if width == x.shape[-1] else torch.cat((turned, x[..., width:]), dim=-1)

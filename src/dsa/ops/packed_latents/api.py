@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dsa.ops import native_support
+from dsa.ops import native_support, triton_support
 from dsa.ops.blocks import full_precision
 from dsa.ops.checks import check_count, check_tensor
 from dsa.ops.packed_latents import reference
@@ -56,7 +56,12 @@ def pack_latents(
             f"{_OP}: out must be {list(rows.shape)} with latent_dim={latent_dim} on {rows.device} like the rows, "
             f"got {list(out.shape)} with latent_dim={out.latent_dim} on {out.device}; slice it"
         )
-    chosen = resolve_impl(_OP, impl, {"native": native_support.gap(rows), "reference": None})
+    others = {"native": native_support.gap(rows), "reference": None}
+    chosen = resolve_impl(_OP, impl, triton_support.beside(others, rows))
+    if chosen == "triton":
+        from dsa.ops.packed_latents import triton
+
+        return triton.pack_latents(rows, latent_dim, power_of_two, out)
     if chosen == "native":
         from dsa.ops.packed_latents import native
 
