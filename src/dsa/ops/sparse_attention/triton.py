@@ -10,6 +10,7 @@ Shapes: `B` batch, `T` query tokens, `S` key tokens, `H`/`G` query / KV heads, `
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -24,7 +25,8 @@ from dsa.ops.triton_support import Config, capability, fitting, launch_chosen, o
 from dsa.ops.triton_tiles import TILE_DTYPES, padded_width, precision, product_dtype, split_width
 
 SCRATCH_BYTES = 384 << 20
-"""What the fp32 sums of the backward pass may take at once; KV heads, or queries, go in turns beyond that."""
+"""What the fp32 sums of the backward pass may take at once. Beyond that KV heads go in turns, then keys and values, and
+in a fixed order queries."""
 
 SHARING_BYTES = 128 << 20
 """What the tables of neighbouring queries' unions may take at once; blocks of queries go in turns beyond that."""
@@ -413,40 +415,49 @@ def _launch_backward(
     # 4 bytes for every column of a key and its value.
     per_group = 4 * batch * keys * (head_dim + value_dim)
     groups_at_once = max(1, min(groups, SCRATCH_BYTES // per_group))
-    rows_at_once = rows
-    if deterministic:
-        per_row = 4 * groups_at_once * head_blocks * selected * (head_dim + value_dim)
-        rows_at_once = max(1, min(rows, SCRATCH_BYTES // per_row))
+    # One latent row cannot be split by heads: its gradients as key and as value take a sweep each.
+    sweeps = [("k", "v")] if per_group <= SCRATCH_BYTES else [("k",), ("v",)]
+    sizes, results = {"k": head_dim, "v": value_dim}, {"k": grad_k, "v": grad_v}
     for first_group in range(0, groups, groups_at_once):
         here = min(groups_at_once, groups - first_group)
-        sums = [
-            torch.zeros(batch, keys, here, size, dtype=torch.float32, device=q.device) for size in (head_dim, value_dim)
-        ]
-        for first_row in range(0, rows, rows_at_once):
-            rows_here = min(rows_at_once, rows - first_row)
-            programs = rows_here * here * head_blocks
-            targets = sums
+        for wanted in sweeps:
+            sums = {
+                name: torch.zeros(batch, keys, here, sizes[name], dtype=torch.float32, device=q.device)
+                for name in wanted
+            }
+            rows_at_once = rows
             if deterministic:
-                targets = [
-                    torch.empty(programs, selected, size, dtype=torch.float32, device=q.device)
-                    for size in (head_dim, value_dim)
-                ]
-            with on(q.device):
-                attend_backward[(programs,)](
-                    q, k, v, indices, sink_logits, out, lse, grad_out, grad_q, *targets, delta,
-                    *q.stride(), *k.stride(), *v.stride(), *indices.stride(), *grad_out.stride(),
-                    tokens, keys, selected, first_row, first_group, scale, softcap or 1.0,
-                    HEADS=heads, GROUPS=groups, GROUPS_HERE=here, SIZE=head_dim, OFFSETS=offsets, WIDTHS=widths,
-                    V_SIZE=value_dim, V_OFFSETS=v_offsets, V_WIDTHS=v_widths,
-                    VALUES_IN_KEYS=values_in_keys(k, v, widest),
-                    HAS_SINK=sink_logits is not None, HAS_SOFTCAP=softcap is not None, DETERMINISTIC=deterministic,
-                    DTYPE=TILE_DTYPES[dtype], PRECISION="ieee", **config,
-                )  # fmt: skip
+                per_row = 4 * groups_at_once * head_blocks * selected * sum(sizes[name] for name in wanted)
+                rows_at_once = max(1, min(rows, SCRATCH_BYTES // 3 // per_row))
+            for first_row in range(0, rows, rows_at_once):
+                rows_here = min(rows_at_once, rows - first_row)
+                programs = rows_here * here * head_blocks
+                targets = sums
                 if deterministic:
-                    _sum_in_order(indices, first_row, rows_here, here, head_blocks, keys, targets, sums)
-        part = slice(first_group, first_group + here)
-        grad_k[:, :, part] = sums[0]
-        grad_v[:, :, part] = sums[1]
+                    targets = {
+                        name: torch.empty(programs, selected, sizes[name], dtype=torch.float32, device=q.device)
+                        for name in wanted
+                    }
+                with on(q.device):
+                    attend_backward[(programs,)](
+                        q, k, v, indices, sink_logits, out, lse, grad_out, grad_q,
+                        targets.get("k", delta), targets.get("v", delta), delta,
+                        *q.stride(), *k.stride(), *v.stride(), *indices.stride(), *grad_out.stride(),
+                        tokens, keys, selected, first_row, first_group, scale, softcap or 1.0,
+                        HEADS=heads, GROUPS=groups, GROUPS_HERE=here, SIZE=head_dim, OFFSETS=offsets, WIDTHS=widths,
+                        V_SIZE=value_dim, V_OFFSETS=v_offsets, V_WIDTHS=v_widths,
+                        VALUES_IN_KEYS=values_in_keys(k, v, widest),
+                        HAS_SINK=sink_logits is not None, HAS_SOFTCAP=softcap is not None, DETERMINISTIC=deterministic,
+                        WITH_KEYS="k" in wanted, WITH_VALUES="v" in wanted,
+                        DTYPE=TILE_DTYPES[dtype], PRECISION="ieee", **config,
+                    )  # fmt: skip
+                    if deterministic:
+                        pairs = zip(targets.values(), sums.values())
+                        _sum_in_order(indices, first_row, rows_here, here, head_blocks, keys, pairs)
+                        targets.clear()
+            for name in wanted:
+                # Let go before the next sweep allocates its own.
+                results[name][:, :, first_group : first_group + here] = sums.pop(name)
 
 
 def _sum_in_order(
@@ -456,10 +467,9 @@ def _sum_in_order(
     groups: int,
     head_blocks: int,
     keys: int,
-    contributions: list[Tensor],
-    sums: list[Tensor],
+    pairs: Iterable[tuple[Tensor, Tensor]],
 ) -> None:
-    """Adds the contributions `[programs, K, D]` of some rows to `[B, S, groups, D]`, in the order of the rows."""
+    """Adds contributions `[programs, K, D]` of some rows to sums `[B, S, groups, D]`, in the order of the rows."""
     batch, tokens, selected = indices.shape
     device = indices.device
     row = torch.arange(first_row, first_row + rows, device=device)
@@ -471,7 +481,7 @@ def _sum_in_order(
     # [rows, groups, head blocks, K]: the order in which programs are numbered.
     places = places[:, :, None].expand(rows, groups, head_blocks, selected).reshape(-1)
     places, order = places.sort(stable=True)
-    for source, total in zip(contributions, sums):
+    for source, total in pairs:
         size = total.shape[-1]
         block = min(128, triton.next_power_of_2(size))
         sum_by_key[(places.numel(), triton.cdiv(size, block))](

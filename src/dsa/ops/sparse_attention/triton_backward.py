@@ -89,6 +89,8 @@ def attend_backward(
     HAS_SINK: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     DETERMINISTIC: tl.constexpr,
+    WITH_KEYS: tl.constexpr,
+    WITH_VALUES: tl.constexpr,
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
@@ -99,7 +101,8 @@ def attend_backward(
 
     `grad_k` and `grad_v` are fp32. Added atomically they are `[B, S, GROUPS_HERE, D]` and zero at first; deterministic
     ones are `[programs, K, D]`. A launch covers the rows from `first_row` on, as many as the grid has, and the KV heads
-    from `first_group` on, `GROUPS_HERE` of them.
+    from `first_group` on, `GROUPS_HERE` of them. Without `WITH_KEYS` or `WITH_VALUES` it leaves out the gradients of
+    keys and queries, or those of the values.
     """
     SHARED: tl.constexpr = HEADS // GROUPS
     HEAD_BLOCKS: tl.constexpr = (SHARED + BLOCK_HEADS - 1) // BLOCK_HEADS
@@ -154,7 +157,9 @@ def attend_backward(
         else:
             value_parts = load_parts(v_base + position * v_token, valid, v_dim, V_SIZE, V_OFFSETS, V_WIDTHS, DTYPE)
         scores = dot_rows(queries, key_parts, factor, BLOCK_HEADS, BLOCK_KEYS, len(WIDTHS), PRECISION)
-        grad_scores = dot_rows(grads, value_parts, scale, BLOCK_HEADS, BLOCK_KEYS, len(V_WIDTHS), PRECISION)
+        grad_scores = scores
+        if WITH_KEYS:
+            grad_scores = dot_rows(grads, value_parts, scale, BLOCK_HEADS, BLOCK_KEYS, len(V_WIDTHS), PRECISION)
         weights = scores
         # Always taken: see the same branch in the forward pass.
         if keys > 0:
@@ -164,39 +169,44 @@ def attend_backward(
                 slope = 1.0 - scores * scores
                 scores *= softcap * LOG2_E
             weights = tl.exp2(tl.where(valid[None, :], scores, float("-inf")) - log_total[:, None])
-            grad_scores = weights * (grad_scores - mean[:, None] * scale) * slope
+            if WITH_KEYS:
+                grad_scores = weights * (grad_scores - mean[:, None] * scale) * slope
         grad_scores = grad_scores.to(DTYPE)
         weights = weights.to(DTYPE)
-        grown = ()
-        for i in tl.static_range(len(WIDTHS)):
-            grown = grown + (dot(grad_scores, key_parts[i], grown_q[i], PRECISION),)
-        grown_q = grown
+        if WITH_KEYS:
+            grown = ()
+            for i in tl.static_range(len(WIDTHS)):
+                grown = grown + (dot(grad_scores, key_parts[i], grown_q[i], PRECISION),)
+            grown_q = grown
         if DETERMINISTIC:
             target = program.to(tl.int64) * selected + place
             wanted = place < end
         else:
             target = (batch * keys + position) * GROUPS_HERE + group_here
             wanted = valid
-        turned = tl.trans(weights)
-        for i in tl.static_range(len(V_WIDTHS)):
-            none = tl.full([BLOCK_KEYS, V_WIDTHS[i]], 0.0, tl.float32)
-            part = dot(turned, grads[i], none, PRECISION)
-            if DETERMINISTIC:
-                store_part(grad_v + target * V_SIZE, wanted, part, V_SIZE, V_OFFSETS[i], V_WIDTHS[i])
-            else:
-                add_part(grad_v + target * V_SIZE, wanted, part, V_SIZE, V_OFFSETS[i], V_WIDTHS[i])
-        turned = tl.trans(grad_scores)
-        for i in tl.static_range(len(WIDTHS)):
-            none = tl.full([BLOCK_KEYS, WIDTHS[i]], 0.0, tl.float32)
-            part = dot(turned, queries[i], none, PRECISION)
-            if DETERMINISTIC:
-                store_part(grad_k + target * SIZE, wanted, part, SIZE, OFFSETS[i], WIDTHS[i])
-            else:
-                add_part(grad_k + target * SIZE, wanted, part, SIZE, OFFSETS[i], WIDTHS[i])
+        if WITH_VALUES:
+            turned = tl.trans(weights)
+            for i in tl.static_range(len(V_WIDTHS)):
+                none = tl.full([BLOCK_KEYS, V_WIDTHS[i]], 0.0, tl.float32)
+                part = dot(turned, grads[i], none, PRECISION)
+                if DETERMINISTIC:
+                    store_part(grad_v + target * V_SIZE, wanted, part, V_SIZE, V_OFFSETS[i], V_WIDTHS[i])
+                else:
+                    add_part(grad_v + target * V_SIZE, wanted, part, V_SIZE, V_OFFSETS[i], V_WIDTHS[i])
+        if WITH_KEYS:
+            turned = tl.trans(grad_scores)
+            for i in tl.static_range(len(WIDTHS)):
+                none = tl.full([BLOCK_KEYS, WIDTHS[i]], 0.0, tl.float32)
+                part = dot(turned, queries[i], none, PRECISION)
+                if DETERMINISTIC:
+                    store_part(grad_k + target * SIZE, wanted, part, SIZE, OFFSETS[i], WIDTHS[i])
+                else:
+                    add_part(grad_k + target * SIZE, wanted, part, SIZE, OFFSETS[i], WIDTHS[i])
         index = next_index
 
-    for i in tl.static_range(len(WIDTHS)):
-        store_part(grad_q + own_row * SIZE, real_head, grown_q[i], SIZE, OFFSETS[i], WIDTHS[i])
+    if WITH_KEYS:
+        for i in tl.static_range(len(WIDTHS)):
+            store_part(grad_q + own_row * SIZE, real_head, grown_q[i], SIZE, OFFSETS[i], WIDTHS[i])
 
 
 @triton.jit
