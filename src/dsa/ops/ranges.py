@@ -203,6 +203,33 @@ def resolve_ranges(
     return VisibleRanges(both[0], both[1], host[0], host[1])
 
 
+def ranges_for_kernels(
+    op: str,
+    key_start: Tensor | None,
+    key_end: Tensor | None,
+    batch: int,
+    tokens: int,
+    keys: int,
+    device: torch.device,
+) -> VisibleRanges:
+    """`resolve_ranges` without the copies between host and device that a graph cannot capture.
+
+    While one is captured, given ranges are cut to `[0, S]` in place of being checked, and the host believes that every
+    query sees all keys: that says how far kernels go, and they look at the ranges themselves.
+    """
+    given = key_start is not None or key_end is not None
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if given and not capturing:
+        return resolve_ranges(op, key_start, key_end, batch, tokens, keys, device)
+    host = resolve_ranges(op, None, None, batch, tokens, keys, torch.device("cpu"))
+    if key_start is None:
+        key_start = torch.zeros(batch, tokens, dtype=torch.int64, device=device)
+    if key_end is None:
+        key_end = torch.arange(keys - tokens + 1, keys + 1, device=device).clamp_min(0).expand(batch, tokens)
+    last = torch.full_like(host.host_end, keys) if given else host.host_end
+    return VisibleRanges(key_start.long().clamp(0, keys), key_end.long().clamp(0, keys), host.host_start, last)
+
+
 def _default_start(batch: int, tokens: int) -> Tensor:
     return torch.zeros(batch, tokens, dtype=torch.int64)
 

@@ -141,3 +141,36 @@ def test_only_the_gradients_that_are_wanted(device: str) -> None:
     index[1].requires_grad_()
     run(case, inputs, index, selected=True).backward()
     assert [x.grad is not None for x in index] == [False, True, False]
+
+
+@both_equations
+def test_compiles_into_one_graph(selected: bool, device: str) -> None:
+    case = replace(BY_NAME["odd_lengths"], tokens=1, keys=9, batch=1)
+    inputs = make_inputs(case, device)
+    index = index_tensors(inputs)
+    compiled = torch.compile(
+        lambda *tensors: run(case, inputs, list(tensors), selected) * 2, fullgraph=True, backend="aot_eager"
+    )
+    results = [torch.autograd.grad(f(*index), index) for f in (compiled, compiled.__wrapped__)]
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_is_one_operator(wanted: bool, device: str) -> None:
+    case = replace(BY_NAME["odd_lengths"], tokens=1, keys=9, batch=1)
+    inputs = make_inputs(case, device)
+    index = [x.requires_grad_(wanted) for x in index_tensors(inputs)]
+    arguments = (*index, inputs.q, inputs.k, None, None, None, None, inputs.query_mask, wanted, 0.3, 0.2, None, 0, 0)
+    torch.library.opcheck(kernels._loss, arguments)
+
+
+def test_indices_outside_are_skipped_or_found(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = replace(BY_NAME["odd_lengths"], tokens=1, keys=9, batch=1)
+    inputs = make_inputs(case, device)
+    inputs.indices[..., 1] = -1
+    expected = run(case, inputs, index_tensors(inputs), True)
+    inputs.indices[..., 1] = 2**30
+    assert torch.equal(run(case, inputs, index_tensors(inputs), True), expected)
+    monkeypatch.setenv("DSA_CHECK_INDICES", "1")
+    with pytest.raises(ValueError, match="indices must lie in"):
+        run(case, inputs, index_tensors(inputs), True)

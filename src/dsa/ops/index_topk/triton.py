@@ -38,7 +38,7 @@ from dsa.ops.index_topk.triton_kernels import fill_kernel, score_kernel, select_
 from dsa.ops.paging.types import PagedKeys
 from dsa.ops.quantize.triton import quantize_weighted_queries
 from dsa.ops.quantize.types import QuantizedKeys
-from dsa.ops.ranges import VisibleRanges, resolve_ranges
+from dsa.ops.ranges import VisibleRanges, ranges_for_kernels
 from dsa.ops.triton_support import Config
 
 _CANDIDATE_BYTES = 384 << 20
@@ -121,7 +121,7 @@ def _index_topk(
     k: Keys = key if key_scale is None else QuantizedKeys(key, key_scale)
     if block_table is not None:
         k = PagedKeys(key, block_table, keys, "int8" if page_dtype == "int8" else "fp8")
-    ranges = _visible(q, keys, key_start, key_end)
+    ranges = ranges_for_kernels("index_topk", key_start, key_end, q.shape[0], q.shape[1], keys, q.device)
     return select(q, k, w, top_k, scale=scale, sinks=sinks, local=local, ranges=ranges)
 
 
@@ -142,23 +142,6 @@ def _(
     local: int,
 ) -> Tensor:
     return torch.empty(q.shape[0], q.shape[1], top_k, dtype=torch.int32, device=q.device)
-
-
-def _visible(q: Tensor, keys: int, key_start: Tensor | None, key_end: Tensor | None) -> VisibleRanges:
-    """`resolve_ranges` without the copies between host and device that a graph cannot capture."""
-    batch, tokens = q.shape[:2]
-    given = key_start is not None or key_end is not None
-    capturing = q.is_cuda and torch.cuda.is_current_stream_capturing()
-    if given and not capturing:
-        return resolve_ranges("index_topk", key_start, key_end, batch, tokens, keys, q.device)
-    host = resolve_ranges("index_topk", None, None, batch, tokens, keys, torch.device("cpu"))
-    if key_start is None:
-        key_start = torch.zeros(batch, tokens, dtype=torch.int64, device=q.device)
-    if key_end is None:
-        key_end = torch.arange(keys - tokens + 1, keys + 1, device=q.device).clamp_min(0).expand(batch, tokens)
-    # What the host believes only says how far the kernels go; they look at the ranges themselves.
-    last = torch.full_like(host.host_end, keys) if given else host.host_end
-    return VisibleRanges(key_start.long(), key_end.long(), host.host_start, last)
 
 
 def select(

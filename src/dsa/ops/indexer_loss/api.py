@@ -72,7 +72,8 @@ def indexer_loss(
 
     Raises:
         TypeError: An argument of the wrong type or kind of dtype.
-        ValueError: Shapes, devices or ranges that do not fit, or an index outside `[-1, S)`.
+        ValueError: Shapes, devices or ranges that do not fit, or an index outside `[-1, S)`. The Triton kernels skip
+            such an index without waiting for the device to look; `DSA_CHECK_INDICES=1` makes it raise there too.
         NotImplementedError: The implementation asked for cannot run this input.
     """
     check_attention(_OP, q, k, None, sink_logits, softcap)
@@ -86,7 +87,6 @@ def indexer_loss(
     check_tensor(_OP, "w_index", w_index, "[B, T, Hi]", (batch, tokens, index_heads), device=device)
     if indices is not None:
         check_tensor(_OP, "indices", indices, "[B, T, K]", (batch, tokens, None), device=device, integer=True)
-        check_indices(_OP, indices, keys)
     if query_mask is not None and (
         not isinstance(query_mask, Tensor)
         or query_mask.dtype != torch.bool
@@ -101,12 +101,21 @@ def indexer_loss(
     check_count(_OP, "local", local, 0)
     index_scale = check_scale(_OP, "index_scale", index_scale, index_dim**-0.5)
     attention_scale = check_scale(_OP, "attention_scale", attention_scale, head_dim**-0.5)
-    visible = resolve_ranges(_OP, key_start, key_end, batch, tokens, keys, device)
-    if query_mask is not None:
-        visible = visible.only(query_mask.cpu())
     floating = (q, k, sink_logits, q_index, k_index, w_index)
     gaps = triton_support.beside({"native": native_support.gap(*floating), "reference": None}, *floating)
     chosen = resolve_impl(_OP, impl, gaps)
+    if indices is not None and (chosen != "triton" or triton_support.checks_indices()):
+        check_indices(_OP, indices, keys)
+    if chosen == "triton":
+        from dsa.ops.indexer_loss import triton
+
+        options = triton.Options(index_scale, attention_scale, softcap, sinks, local)
+        return triton.indexer_loss(
+            q_index, k_index, w_index, q, k, sink_logits, indices, key_start, key_end, query_mask, options
+        )
+    visible = resolve_ranges(_OP, key_start, key_end, batch, tokens, keys, device)
+    if query_mask is not None:
+        visible = visible.only(query_mask.cpu())
     constants: dict[str, Any] = {
         "q": q.detach(),
         "k": k.detach(),
@@ -122,8 +131,4 @@ def indexer_loss(
 
         return native.indexer_loss(q_index, k_index, w_index, native.Constants(**constants, sinks=sinks, local=local))
     inputs = reference.LossInputs(**constants, kept=visible.shrink(sinks, local))
-    if chosen == "triton":
-        from dsa.ops.indexer_loss import triton
-
-        return triton.indexer_loss(q_index, k_index, w_index, **vars(inputs))
     return reference.indexer_loss(q_index, k_index, w_index, inputs)

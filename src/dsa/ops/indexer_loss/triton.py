@@ -12,7 +12,7 @@ Shapes: `B` batch, `T` query tokens, `S` key tokens, `Hi`/`Di` index heads / ind
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from dsa.ops.indexer_loss.triton_dense import attention_totals, divergence, index_totals
 from dsa.ops.indexer_loss.triton_selected import selected_divergence, selected_totals
-from dsa.ops.ranges import VisibleRanges
+from dsa.ops.ranges import VisibleRanges, ranges_for_kernels
 from dsa.ops.triton_support import Config, fitting, launch_chosen, processors
 from dsa.ops.triton_tiles import TILE_DTYPES, padded_width, precision, product_dtype, split_width
 
@@ -66,39 +66,112 @@ class Constants:
         return first, second, third, fourth
 
 
-class IndexerLoss(torch.autograd.Function):
-    """The loss, with its gradients kept for the backward pass."""
+class Options(NamedTuple):
+    """What is no tensor, as in `api.indexer_loss`."""
 
-    @staticmethod
-    def forward(
-        ctx: Any, q_index: Tensor, k_index: Tensor, w_index: Tensor, constants: Constants, config: Config | None
-    ) -> Tensor:
-        wanted = any(ctx.needs_input_grad[:3])
-        loss, grads = loss_and_gradients(q_index, k_index, w_index, constants, wanted, config)
-        if wanted:
-            ctx.save_for_backward(*grads)
-        return loss
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        grads = (
-            (grad * grad_loss).to(grad.dtype) if needed else None
-            for grad, needed in zip(ctx.saved_tensors, ctx.needs_input_grad)
-        )
-        return (*grads, None, None)
+    index_scale: float
+    attention_scale: float
+    softcap: float | None
+    sinks: int
+    local: int
 
 
 def indexer_loss(
-    q_index: Tensor, k_index: Tensor, w_index: Tensor, *, config: Config | None = None, **constants: Any
+    q_index: Tensor,
+    k_index: Tensor,
+    w_index: Tensor,
+    q: Tensor,
+    k: Tensor,
+    sink_logits: Tensor | None,
+    indices: Tensor | None,
+    key_start: Tensor | None,
+    key_end: Tensor | None,
+    query_mask: Tensor | None,
+    options: Options,
 ) -> Tensor:
-    """Scalar fp32; everything validated and resolved but for the values of the indices.
+    """Scalar fp32; arguments as in `api.indexer_loss`, validated but for the values of indices and ranges.
 
-    Args:
-        config: Sizes to use instead of the chosen ones.
-        constants: The fields of `Constants`.
+    One operator to `torch.compile`, which CUDA graphs capture; ranges that are given are not checked then.
     """
-    return IndexerLoss.apply(q_index, k_index, w_index, Constants(**constants), config)
+    wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (q_index, k_index, w_index))
+    held = (None if x is None else x.detach() for x in (q, k, sink_logits))
+    loss, *_ = _loss(q_index, k_index, w_index, *held, indices, key_start, key_end, query_mask, wanted, *options)
+    return loss
+
+
+@torch.library.custom_op("dsa::indexer_loss_triton", mutates_args=())
+def _loss(
+    q_index: Tensor,
+    k_index: Tensor,
+    w_index: Tensor,
+    q: Tensor,
+    k: Tensor,
+    sink_logits: Tensor | None,
+    indices: Tensor | None,
+    key_start: Tensor | None,
+    key_end: Tensor | None,
+    query_mask: Tensor | None,
+    wanted: bool,
+    index_scale: float,
+    attention_scale: float,
+    softcap: float | None,
+    sinks: int,
+    local: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The loss and its gradients by the three index tensors, without elements where they are not wanted."""
+    batch, tokens = q_index.shape[:2]
+    visible = ranges_for_kernels("indexer_loss", key_start, key_end, batch, tokens, k.shape[1], q.device)
+    if query_mask is not None:
+        # A query that does not count sees nothing.
+        seen = visible.start * query_mask, visible.end * query_mask
+        visible = VisibleRanges(*seen, visible.host_start, visible.host_end)
+    kept = visible.shrink(sinks, local)
+    constants = Constants(q, k, sink_logits, indices, index_scale, attention_scale, softcap, visible, kept)
+    loss, grads = loss_and_gradients(q_index, k_index, w_index, constants, wanted, None)
+    first, second, third = grads if wanted else (x.new_empty(0) for x in (q_index, k_index, w_index))
+    return loss, first, second, third
+
+
+@_loss.register_fake
+def _(
+    q_index: Tensor,
+    k_index: Tensor,
+    w_index: Tensor,
+    q: Tensor,
+    k: Tensor,
+    sink_logits: Tensor | None,
+    indices: Tensor | None,
+    key_start: Tensor | None,
+    key_end: Tensor | None,
+    query_mask: Tensor | None,
+    wanted: bool,
+    index_scale: float,
+    attention_scale: float,
+    softcap: float | None,
+    sinks: int,
+    local: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    sizes = (x.shape if wanted else (0,) for x in (q_index, k_index, w_index))
+    grads = (torch.empty(size, dtype=x.dtype, device=x.device) for size, x in zip(sizes, (q_index, k_index, w_index)))
+    first, second, third = grads
+    return torch.empty((), dtype=torch.float32, device=q_index.device), first, second, third
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+@once_differentiable
+def _differentiate(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    grads = (
+        (grad * grad_loss).to(grad.dtype) if needed else None
+        for grad, needed in zip(ctx.saved_tensors, ctx.needs_input_grad)
+    )
+    return (*grads, *[None] * 13)
+
+
+_loss.register_autograd(_differentiate, setup_context=_save)
 
 
 def loss_and_gradients(
