@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from dsa.ops import native_support, triton_support
+from dsa.ops import native_support, triton_support, vendor_support
 from dsa.ops.blocks import full_precision
 from dsa.ops.checks import check_count, check_scale, check_tensor, describe
-from dsa.ops.index_topk import reference
+from dsa.ops.index_topk import reference, vendor
 from dsa.ops.paging.types import PagedKeys
 from dsa.ops.quantize.types import QuantizedKeys
 from dsa.ops.ranges import resolve_ranges
@@ -89,34 +92,49 @@ def index_topk(
             f"local={local}, top_k={top_k}; raise top_k or lower local"
         )
     scale = check_scale(_OP, "scale", scale, head_dim**-0.5)
+    options = {"scale": scale, "sinks": sinks, "local": local, "key_start": key_start, "key_end": key_end}
     native_gap = _native_gap(q, k, w)
-    chosen = "native"
-    if impl != "auto" or native_gap is not None:
-        gaps = triton_support.beside({"native": native_gap, "reference": None}, *_floating(q, k, w))
-        if gaps["triton"] is None and head_dim > _TRITON_LARGEST_DIM:
-            gaps["triton"] = f"the kernels take index heads of at most {_TRITON_LARGEST_DIM} dims, got {head_dim}"
-        chosen = resolve_impl(_OP, impl, gaps)
+    if impl == "auto" and native_gap is None:
+        return _run("native", q, k, w, top_k, options)
+    gaps = triton_support.beside({"native": native_gap, "reference": None}, *_floating(q, k, w))
+    if gaps["triton"] is None and head_dim > _TRITON_LARGEST_DIM:
+        gaps["triton"] = f"the kernels take index heads of at most {_TRITON_LARGEST_DIM} dims, got {head_dim}"
+    if impl in ("auto", "vendor"):
+        gaps["vendor"] = vendor.gap(q, k)
+    chosen = resolve_impl(_OP, impl, gaps)
+    if impl == "auto" and gaps["vendor"] is None:
+        shape = batch, tokens.bit_length(), k.shape[1].bit_length(), heads, head_dim, top_k
+        runs = {name: partial(_run, name, q, k, w, top_k, options) for name in (chosen, "vendor")}
+        chosen = vendor_support.faster(_OP, vendor.LIBRARY, shape, q.device, chosen, runs)
+    return _run(chosen, q, k, w, top_k, options)
+
+
+def _run(
+    chosen: str, q: Tensor, k: Tensor | QuantizedKeys | PagedKeys, w: Tensor, top_k: int, options: dict[str, Any]
+) -> Tensor:
+    """One implementation that can take the arguments."""
     if chosen == "triton":
         from dsa.ops.index_topk import triton
 
         if isinstance(k, PagedKeys) and triton_support.checks_indices():
             k.gather()
         with torch.no_grad():
-            return triton.index_topk(
-                q, k, w, top_k, scale=scale, sinks=sinks, local=local, key_start=key_start, key_end=key_end
-            )
+            return triton.index_topk(q, k, w, top_k, **options)
     if isinstance(k, PagedKeys):
         k = k.gather()
     if chosen == "native":
         from dsa.ops.index_topk import native
 
-        return native.index_topk(
-            q, k, w, top_k, scale=scale, sinks=sinks, local=local, key_start=key_start, key_end=key_end
-        )
+        return native.index_topk(q, k, w, top_k, **options)
+    edges = options["key_start"], options["key_end"]
+    options = {name: value for name, value in options.items() if name not in ("key_start", "key_end")}
     with torch.no_grad():
-        ranges = resolve_ranges(_OP, key_start, key_end, batch, tokens, k.shape[1], q.device)
+        ranges = resolve_ranges(_OP, *edges, q.shape[0], q.shape[1], k.shape[1], q.device)
+        if chosen == "vendor":
+            assert isinstance(k, QuantizedKeys)
+            return vendor.index_topk(q, k, w, top_k, ranges=ranges, **options)
         with full_precision(q.device):
-            return reference.index_topk(q, k, w, top_k, scale=scale, sinks=sinks, local=local, ranges=ranges)
+            return reference.index_topk(q, k, w, top_k, ranges=ranges, **options)
 
 
 def _floating(q: Tensor, k: Tensor | QuantizedKeys | PagedKeys, w: Tensor) -> tuple[Tensor | None, ...]:

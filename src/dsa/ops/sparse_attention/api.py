@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from dsa.ops import native_support, triton_support
+from dsa.ops import native_support, triton_support, vendor_support
 from dsa.ops.blocks import full_precision
 from dsa.ops.checks import check_attention, check_indices, check_scale, check_softcap, check_tensor, describe
 from dsa.ops.packed_latents.gradient import without_gradient
 from dsa.ops.packed_latents.types import PackedLatents
 from dsa.ops.paging.types import PagedLatents
-from dsa.ops.sparse_attention import reference
+from dsa.ops.sparse_attention import reference, vendor
 from dsa.ops.types import Impl, resolve_impl
 
 _OP = "sparse_attention"
@@ -58,8 +60,8 @@ def sparse_attention(
     Raises:
         TypeError: An argument of the wrong type or kind of dtype, or `k` or `v` wider than `q`.
         ValueError: Shapes or devices that do not fit, an index outside `[-1, S)`, or an entry of the block table that
-            an index needs and that is not a page; nothing is read then. The Triton kernels skip an index outside,
-            without waiting for the device to look; `DSA_CHECK_INDICES=1` makes them raise too.
+            an index needs and that is not a page; nothing is read then. On GPUs such an index is skipped, without
+            waiting for the device to look; `DSA_CHECK_INDICES=1` makes it raise there too.
         NotImplementedError: The implementation asked for cannot run this input.
     """
     if isinstance(k, PackedLatents | PagedLatents):
@@ -71,19 +73,61 @@ def sparse_attention(
     check_tensor(_OP, "indices", indices, "[B, T, K]", (batch, tokens, None), device=q.device, integer=True)
     scale = check_scale(_OP, "scale", scale, head_dim**-0.5)
     native_gap = native_support.gap(q, k, v, sink_logits)
-    chosen = "native"
-    if impl != "auto" or native_gap is not None:
-        others = {"native": native_gap, "reference": None}
-        chosen = resolve_impl(_OP, impl, triton_support.beside(others, q, k, v, sink_logits))
+    if impl == "auto" and native_gap is None:
+        return _run("native", q, k, v, indices, scale, softcap, sink_logits)
+    gaps = triton_support.beside({"native": native_gap, "reference": None}, q, k, v, sink_logits)
+    chosen = _resolve(impl, gaps, q, k, v, indices, scale, softcap, sink_logits)
+    return _run(chosen, q, k, v, indices, scale, softcap, sink_logits)
+
+
+def _resolve(
+    impl: str,
+    gaps: dict[str, str | None],
+    q: Tensor,
+    k: Tensor | PackedLatents | PagedLatents,
+    v: Tensor | None,
+    indices: Tensor,
+    scale: float,
+    softcap: float | None,
+    sink_logits: Tensor | None,
+) -> str:
+    """The implementation to run; `auto` takes the vendor's where that was measured to be faster than the first able."""
+    if impl in ("auto", "vendor"):
+        gaps["vendor"] = vendor.gap(q, k, v, softcap, sink_logits)
+    chosen = resolve_impl(_OP, impl, gaps)
+    if impl == "auto" and gaps["vendor"] is None:
+        form = type(k).__name__, q.shape[0], q.shape[1].bit_length(), q.shape[2], indices.shape[-1]
+        run = _run if isinstance(k, Tensor) else _run_packed
+        runs = {
+            name: partial(run, name, q, k, v, indices, scale, softcap, sink_logits)  # type: ignore[arg-type]
+            for name in (chosen, "vendor")
+        }
+        return vendor_support.faster(_OP, vendor.LIBRARY, form, q.device, chosen, runs)
+    return chosen
+
+
+def _run(
+    chosen: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    scale: float,
+    softcap: float | None,
+    sink_logits: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """One implementation that can take the arguments."""
     if chosen == "native":
         from dsa.ops.sparse_attention import native
 
         return native.sparse_attention(q, k, v, indices, scale=scale, softcap=softcap, sink_logits=sink_logits)
-    if chosen == "triton":
-        from dsa.ops.sparse_attention import triton
-
+    if chosen in ("triton", "vendor"):
         if triton_support.checks_indices():
             check_indices(_OP, indices, k.shape[1])
+        if chosen == "vendor":
+            return vendor.attend(q, k, indices, scale=scale, sink_logits=sink_logits)
+        from dsa.ops.sparse_attention import triton
+
         return triton.sparse_attention(q, k, v, indices, scale=scale, softcap=softcap, sink_logits=sink_logits)
     padded = check_indices(_OP, indices, k.shape[1])
     with full_precision(q.device):
@@ -128,35 +172,46 @@ def _over_packed(
         check_tensor(_OP, "sink_logits", sink_logits, "[H]", (heads,), device=q.device)
     check_tensor(_OP, "indices", indices, "[B, T, K]", (batch, tokens, None), device=q.device, integer=True)
     scale = check_scale(_OP, "scale", scale, width**-0.5)
-    others = {"native": native_support.gap(q, sink_logits), "reference": None}
-    gaps = triton_support.beside(others, q, sink_logits)
+    gaps = triton_support.beside({"native": native_support.gap(q, sink_logits), "reference": None}, q, sink_logits)
     if gaps["triton"] is None:
         gaps["triton"] = _row_gap(k)
-    chosen = resolve_impl(_OP, impl, gaps)
-    if chosen == "triton":
-        from dsa.ops.sparse_attention import triton_packed
+    chosen = _resolve(impl, gaps, q, k, None, indices, scale, softcap, sink_logits)
+    with torch.no_grad():
+        out, lse = _run_packed(chosen, q, k, None, indices, scale, softcap, sink_logits)
+    return without_gradient(out, q, sink_logits), lse
 
+
+def _run_packed(
+    chosen: str,
+    q: Tensor,
+    k: PackedLatents | PagedLatents,
+    v: None,
+    indices: Tensor,
+    scale: float,
+    softcap: float | None,
+    sink_logits: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """One implementation that can take FP8 rows."""
+    if chosen in ("triton", "vendor"):
         if triton_support.checks_indices():
             check_indices(_OP, indices, k.shape[1])
             if isinstance(k, PagedLatents):
                 k.physical(indices)
-        with torch.no_grad():
-            out, lse = triton_packed.packed_attention(
-                q, k, indices, scale=scale, softcap=softcap, sink_logits=sink_logits
-            )
-        return without_gradient(out, q, sink_logits), lse
+        if chosen == "vendor":
+            return vendor.attend(q, k, indices, scale=scale, sink_logits=sink_logits)
+        from dsa.ops.sparse_attention import triton_packed
+
+        return triton_packed.packed_attention(q, k, indices, scale=scale, softcap=softcap, sink_logits=sink_logits)
+    rows = k
     if isinstance(k, PagedLatents):
         rows, indices = k.pool(), k.physical(indices)
-    else:
-        rows = k
-    with torch.no_grad(), full_precision(q.device):
+    assert isinstance(rows, PackedLatents)
+    with full_precision(q.device):
         if chosen == "native":
             from dsa.ops.sparse_attention import native
 
-            out, lse = native.packed_attention(q, rows, indices, scale=scale, softcap=softcap, sink_logits=sink_logits)
-        else:
-            padded = check_indices(_OP, indices, rows.shape[1])
-            out, lse = reference.packed_attention(
-                q, rows, indices, scale=scale, softcap=softcap, sink_logits=sink_logits, padded=padded
-            )
-    return without_gradient(out, q, sink_logits), lse
+            return native.packed_attention(q, rows, indices, scale=scale, softcap=softcap, sink_logits=sink_logits)
+        padded = check_indices(_OP, indices, rows.shape[1])
+        return reference.packed_attention(
+            q, rows, indices, scale=scale, softcap=softcap, sink_logits=sink_logits, padded=padded
+        )
