@@ -1,11 +1,15 @@
 """The check and the benchmark of every GPU kernel, in one command.
 
-    python benchmarks/gpu.py [--only sparse_attention indexer_loss index_topk] [--small] [--checks] [--out FILE.json]
+    python benchmarks/gpu.py [--only SECTION ...] [--small] [--checks] [--seed N] [--selections FILE] [--out FILE.json]
 
 Each section checks its kernels against fp64 on fresh random inputs and stops the run where one is wrong; then it
-measures: device events, medians after warm-up. The device's ceilings come first, one table comes last, and all of
-it is written as JSON. `--small` runs all of it at sizes for a first try, without a GPU too (then under Triton's
-interpreter, and its times mean nothing); `--checks` stops after the checks, which is what a memory checker should see:
+measures: device events, medians after warm-up, the L2 full of other data. The device's ceilings come first and every
+row has its floor beside it; vendors' kernels run beside ours where they are installed. One table comes last, with what
+was asked, and all of it is written as JSON.
+`--selections` takes a recording of a trained model's selections (`benchmarks/gpu/record_selections.py`).
+
+`--small` runs all of it at sizes for a first try, without a GPU too (then under Triton's interpreter, and its times
+mean nothing); `--checks` stops after the checks, which is what a memory checker should see:
 
     compute-sanitizer --tool memcheck python benchmarks/gpu.py --small --checks
 """
@@ -15,6 +19,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import secrets
 import sys
 import time
 from pathlib import Path
@@ -23,7 +28,7 @@ import torch
 
 from dsa.testing.triton_interpreter import start_interpreter
 
-SECTIONS = ("sparse_attention", "indexer_loss", "index_topk")
+SECTIONS = ("sparse_attention", "packed_attention", "whole_path", "indexer_loss", "index_topk", "append")
 
 
 def main() -> int:
@@ -31,6 +36,8 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS)
     parser.add_argument("--small", action="store_true", help="sizes for a first try")
     parser.add_argument("--checks", action="store_true", help="stop each section after its checks")
+    parser.add_argument("--seed", type=int, help="of the random inputs; default: another one every time")
+    parser.add_argument("--selections", type=Path, help="recorded selections for whole_path, safetensors")
     parser.add_argument("--out", type=Path, help="JSON file; default benchmarks/results/gpu-DEVICE-DATE.json")
     arguments = parser.parse_args()
 
@@ -41,7 +48,8 @@ def main() -> int:
         assert start_interpreter()
     from gpu import common
 
-    found = common.environment() | {"rows": [], "seconds": {}}
+    common.SEED = secrets.randbelow(1 << 31) if arguments.seed is None else arguments.seed
+    found = common.environment() | {"seed": common.SEED, "rows": [], "seconds": {}}
     out = arguments.out
     if out is None and common.DEVICE.type == "cuda" and not arguments.small and not arguments.checks:
         device = "".join(letter if letter.isalnum() else "-" for letter in found["device"].lower())
@@ -51,7 +59,8 @@ def main() -> int:
     for name in arguments.only:
         section = importlib.import_module(f"gpu.{name}")
         begin = time.perf_counter()
-        for row in section.rows(arguments.small):
+        extra = {"recorded": arguments.selections} if name == "whole_path" else {}
+        for row in section.rows(arguments.small, **extra):
             if arguments.checks and not row["what"].startswith("check"):
                 break
             found["rows"].append({"section": name} | row)

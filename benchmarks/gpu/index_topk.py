@@ -1,9 +1,9 @@
-"""`index_topk` and the append to the index cache on one GPU.
+"""`index_topk` on one GPU.
 
 Every form is checked at the sizes that are timed: int8 against the reference, bit for bit; the others against the exact
 top-k of the scores that the kernel itself stores, and those scores against fp64. Then the fused operation is timed
 beside the unfused path (the same kernel storing all scores, then `torch.topk`), decoding from a CUDA graph, a whole
-causal prefill, the append, and every candidate tile.
+causal prefill, paged keys, and every candidate tile.
 
 Shapes: `B` batch, `T` query tokens, `S` key tokens, `Hi`/`Di` index heads / index head dim, `K` top-k.
 """
@@ -17,16 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsa.ops import QuantizedKeys, hadamard_transform, index_topk, quantize_index_keys, triton_support
-from dsa.ops.index_topk import reference
+from dsa.ops import PagedKeys, QuantizedKeys, hadamard_transform, index_topk, quantize_index_keys, triton_support
+from dsa.ops.index_topk import reference, vendor
 from dsa.ops.index_topk import triton as kernels
+from dsa.ops.index_topk.selection import select_highest
+from dsa.ops.paging.types import BLOCK
 from dsa.ops.ranges import resolve_ranges
-from gpu.common import DEVICE, Row, extra_memory, milliseconds, normal, replayed
+from gpu.common import DEVICE, MEMORY, Row, beside_floor, extra_memory, milliseconds, normal, replayed, with_vendor
 
 DEFAULT = kernels.Limits()
 ONE_ROUND = replace(DEFAULT, one_round=1 << 62)
 SINKS, LOCAL = 4, 32
-Inputs = tuple[Tensor, Tensor | QuantizedKeys, Tensor]
+Inputs = tuple[Tensor, Tensor | QuantizedKeys | PagedKeys, Tensor]
 
 
 def make(batch: int, tokens: int, keys: int, heads: int, dim: int, form: str, seed: int = 0) -> Inputs:
@@ -84,7 +86,7 @@ class StoredScores:
     def selection(self, top_k: int) -> Tensor:
         """The exact top-k of the stored scores by torch alone, int64 `[B * T, K]`."""
         oldest_first = self.store().flip(-1)
-        return reference.select_highest(oldest_first, top_k) + (self.newest() - self.extent).unsqueeze(1)
+        return select_highest(oldest_first, top_k) + (self.newest() - self.extent).unsqueeze(1)
 
 
 def check(inputs: Inputs, top_k: int, form: str, limits: kernels.Limits) -> Row:
@@ -128,7 +130,7 @@ def shape_of(inputs: Inputs) -> str:
     return f"B {q.shape[0]} T {q.shape[1]} S {k.shape[1]} Hi {q.shape[2]} Di {q.shape[3]}"
 
 
-def prefill(inputs: Inputs, top_k: int, form: str, asked: str) -> Row:
+def prefill(inputs: Inputs, top_k: int, form: str, asked: tuple[tuple[str, str, float], ...]) -> Row:
     """The fused operation beside the unfused path, on one chunk of queries at the end of the keys."""
     q, k, _ = inputs
     visible = int(options(q, k)["ranges"].host_end.sum()) * q.shape[0]
@@ -140,7 +142,7 @@ def prefill(inputs: Inputs, top_k: int, form: str, asked: str) -> Row:
         "topk": milliseconds(lambda: scores.topk(top_k, dim=-1, sorted=False)),
     }
     operations = 2 * visible * q.shape[2] * q.shape[3]
-    return {
+    row = {
         "what": "index prefill",
         "form": form,
         "shape": shape_of(inputs),
@@ -149,10 +151,13 @@ def prefill(inputs: Inputs, top_k: int, form: str, asked: str) -> Row:
         "ratio": (times["logits"] + times["topk"]) / times["fused"],
         "logits TFLOP/s": operations / times["logits"] / 1e9,
         "fused TFLOP/s": operations / times["fused"] / 1e9,
-        "extra MB": extra_memory(lambda: fused(inputs, top_k)) - 4 * q.shape[0] * q.shape[1] * top_k / 1e6,
+        "extra MB": extra_memory(lambda: fused(inputs, top_k)),
         "parts": times,
         "asked": asked,
     }
+    gap = vendor.gap(q, k)
+    row = with_vendor(row, gap, lambda: index_topk(*inputs, top_k, sinks=SINKS, local=LOCAL, impl="vendor"))
+    return beside_floor(row, q.nbytes, operations, "bf16" if form == "bf16" else "fp8")
 
 
 def decode(sets: list[Inputs], top_k: int, form: str) -> Row:
@@ -163,33 +168,11 @@ def decode(sets: list[Inputs], top_k: int, form: str) -> Row:
 
     took = replayed([lambda inputs=inputs: launch(inputs) for inputs in sets])
     key_bytes = sets[0][1].shape.numel() * (2 if form == "bf16" else 1)
-    return {
+    row = {
         "what": "index decode", "form": form, "shape": shape_of(sets[0]), "ms": took,
         "launched ms": milliseconds(lambda: launch(sets[0])), "GB/s of keys": key_bytes / took / 1e6,
     }  # fmt: skip
-
-
-def check_append(tokens: int, dim: int, dtype: str) -> Row:
-    """Raises unless the cache holds the bytes of the reference on a CPU."""
-    k = normal(1, tokens, dim)
-    cache = quantize_index_keys(torch.zeros_like(k), dtype, impl="triton")
-    quantize_index_keys(k, dtype, out=cache, impl="triton")
-    plain = quantize_index_keys(k.cpu(), dtype, impl="reference").to(DEVICE)
-    assert torch.equal(cache.data.view(torch.uint8), plain.data.view(torch.uint8)), f"{dtype}: other bytes"
-    assert torch.equal(cache.scale, plain.scale), f"{dtype}: other scales"
-    return {"what": "check append", "form": dtype, "shape": f"S {tokens} Di {dim}"}
-
-
-def append(tokens: int, dim: int, dtype: str) -> Row:
-    """Rotation, quantisation and store of new keys into a cache; each byte moves once."""
-    k = normal(1, tokens, dim)
-    cache = quantize_index_keys(k, dtype, impl="triton")
-    took = milliseconds(lambda: quantize_index_keys(k, dtype, out=cache, impl="triton"))
-    unfused = milliseconds(lambda: quantize_index_keys(k, dtype, out=cache, impl="reference"))
-    return {
-        "what": "append", "form": dtype, "shape": f"S {tokens} Di {dim}", "ms": took, "unfused ms": unfused,
-        "GB/s": tokens * (3 * dim + 4) / took / 1e6,
-    }  # fmt: skip
+    return beside_floor(row, key_bytes, 0)
 
 
 def tiles(inputs: Inputs, form: str) -> Iterator[Row]:
@@ -205,30 +188,39 @@ def tiles(inputs: Inputs, form: str) -> Iterator[Row]:
         }  # fmt: skip
 
 
-def fp8_ceiling() -> Row:
-    """What the device reaches on an fp8 matrix product of random data."""
-    a, b = (normal(8192, 8192, seed=seed).to(torch.float8_e4m3fn) for seed in (1, 2))
-    one = torch.ones((), device=DEVICE)
-    took = milliseconds(lambda: torch._scaled_mm(a, b.T, one, one, out_dtype=torch.bfloat16))
-    return {"what": "ceiling", "form": "fp8", "shape": "8192^3", "ms": took, "TFLOP/s": 2 * 8192**3 / took / 1e9}
+def in_pages(keys: QuantizedKeys) -> PagedKeys:
+    """The same keys in pages that lie in another order."""
+    batch, tokens, dim = keys.shape
+    count = -(-tokens // BLOCK)
+    order = torch.randperm(batch * count, device=DEVICE).int().view(batch, count)
+    pages = torch.zeros(batch * count, BLOCK, dim + 4, dtype=torch.uint8, device=DEVICE)
+    paged = PagedKeys(pages, order, tokens, keys.dtype)
+    paged.write(keys)
+    return paged
+
+
+def check_pages(inputs: Inputs, top_k: int, form: str) -> Row:
+    """Raises unless keys in pages give the selection of the same keys in one piece."""
+    q, k, w = inputs
+    assert isinstance(k, QuantizedKeys)
+    paged = index_topk(q, in_pages(k), w, top_k, sinks=SINKS, local=LOCAL, impl="triton")
+    assert torch.equal(paged, index_topk(q, k, w, top_k, sinks=SINKS, local=LOCAL, impl="triton")), "pages change it"
+    return {"what": "check pages", "form": form, "shape": shape_of(inputs)}
 
 
 def rows(small: bool) -> Iterator[Row]:
     """Everything, checks first."""
-    native = DEVICE.type == "cuda" and torch.cuda.get_device_capability() >= (8, 9)
     tokens, lengths, top_k = (3, (600,), 40) if small else (2048, (65536, 131072), 2048)
     heads, dim = (2, 32) if small else (64, 128)
     limits = replace(DEFAULT, first_round=256, one_round=1) if small else DEFAULT
     for form in ("fp8", "int8", "bf16"):
         yield check(make(1, tokens, lengths[0], heads, dim, form, seed=1), top_k, form, limits)
     yield check(make(3, 1, lengths[0], heads, dim, "int8", seed=2), top_k, "int8", limits)
-    for dtype in ("int8", "fp8"):
-        yield check_append(70 if small else 131072, dim, dtype)
-    if native:
-        yield fp8_ceiling()
+    for form in ("fp8", "int8"):
+        yield check_pages(make(2, min(tokens, 64), lengths[0], heads, dim, form, seed=4), top_k, form)
     for length in lengths:
         for form in ("fp8", "int8", "bf16"):
-            asked = "ratio 1.4, logits 700 TFLOP/s, extra 512 MB" if form == "fp8" else "extra 512 MB"
+            asked = (("ratio", ">=", 1.4), ("logits TFLOP/s", ">=", 700), MEMORY) if form == "fp8" else (MEMORY,)
             yield prefill(make(1, tokens, length, heads, dim, form), top_k, form, asked)
     for form in ("fp8", "int8"):
         yield from tiles(make(1, tokens, min(16384, lengths[0]), heads, dim, form), form)
@@ -237,14 +229,18 @@ def rows(small: bool) -> Iterator[Row]:
             number = 2 if small else 6 // batch + 1
             sets = [make(batch, 1, lengths[-1], *size, "int8", seed) for seed in range(number)]
             yield decode(sets, top_k, "int8")
+            paged = [(q, in_pages(k), w) for q, k, w in sets if isinstance(k, QuantizedKeys)]
+            del sets
+            yield decode(paged, top_k, "paged")
+            del paged
     length = 60 if small else 131072
     inputs = make(1, length, length, *((2, 32) if small else (8, 64)), "int8")
     took = milliseconds(lambda: fused(inputs, top_k), 3)
-    yield {
+    operations = length * length * inputs[0].shape[2] * inputs[0].shape[3]
+    row = {
         "what": "index whole prefill", "form": "int8", "shape": shape_of(inputs), "ms": took,
-        "fused TFLOP/s": length * length * inputs[0].shape[2] * inputs[0].shape[3] / took / 1e9,
-        "extra MB": extra_memory(lambda: fused(inputs, top_k)) - 4 * length * top_k / 1e6,
-        "asked": "extra 512 MB",
+        "fused TFLOP/s": operations / took / 1e9, "extra MB": extra_memory(lambda: fused(inputs, top_k)),
+        "asked": (MEMORY,),
     }  # fmt: skip
-    for dtype in ("int8", "fp8"):
-        yield append(length, dim, dtype)
+    # int8 products run at the rate of fp8's.
+    yield beside_floor(row, 0, operations, "fp8")

@@ -2,9 +2,9 @@
 
     python benchmarks/gpu/resources.py [--targets 80 86 90 100 120] [--kernel NAME]
 
-Compiles every kernel of `sparse_attention` and `indexer_loss` at the sizes of the benchmark, with the first
-configuration that fits each target, and reads the machine code. Fails if a kernel does not compile, and says where no
-configuration fits. Needs triton only; it must not run under Triton's interpreter.
+Compiles the kernels of `sparse_attention`, `indexer_loss` and the appends to caches at the sizes of the benchmark, with
+the first configuration that fits each target, and reads the machine code. Fails if a kernel does not compile, and says
+where no configuration fits. Needs triton only; it must not run under Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ from triton.compiler import ASTSource
 from triton.runtime.errors import OutOfResources
 
 from dsa.ops import triton_support
+from dsa.ops.index_projection import triton as key_kernels
 from dsa.ops.indexer_loss import triton as loss_kernels
+from dsa.ops.packed_latents import triton as row_kernels
 from dsa.ops.ranges import resolve_ranges
 from dsa.ops.sparse_attention import triton as attention_kernels
 from dsa.ops.sparse_attention import triton_packed as packed_kernels
@@ -36,6 +38,12 @@ from dsa.ops.sparse_attention import triton_packed as packed_kernels
 INSTRUCTIONS = ("HGMMA", "HMMA", "UTCHMMA", "LDGSTS", "RED", "REDG", "STL", "LDL")
 TENSOR_MEMORY_COLUMNS = 512
 """Of SM100, per multiprocessor."""
+
+KERNELS = (
+    "attend", "attend_packed", "_pack_kernel", "_append_kernel", "merge_splits", "attend_union", "mark", "collect",
+    "attend_backward", "sum_by_key", "attention_totals", "index_totals", "divergence", "selected_totals",
+    "selected_divergence",
+)  # fmt: skip
 
 POINTERS = {
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32", torch.int64: "*i64",
@@ -158,6 +166,7 @@ def compile_all(capability: int, wanted: str) -> Iterator[dict[str, Any]]:
                 )  # fmt: skip
                 torch.use_deterministic_algorithms(False)
         yield from compile_packed(capability, wanted)
+        yield from compile_appends(capability, wanted)
         for label, selected in (("loss dense", None), ("loss selected", indices)):
             for dtype in (torch.bfloat16, torch.float32, torch.float16):
                 tokens, keys, heads, groups, dim, index_heads, index_dim = 16, 64, 32, 8, 128, 8, 64
@@ -214,12 +223,32 @@ def compile_packed(capability: int, wanted: str) -> Iterator[dict[str, Any]]:
         )  # fmt: skip
 
 
+def compile_appends(capability: int, wanted: str) -> Iterator[dict[str, Any]]:
+    """What writes to caches: FP8 rows and keys out of an indexer's projection, also where sizes are one."""
+    for label, rows, latent_dim in (
+        ("rows", torch.zeros(2, 64, 576, dtype=torch.bfloat16), 512), ("ones, rows", torch.zeros(1, 1, 1), 1)
+    ):  # fmt: skip
+        yield from record(
+            row_kernels, ["_pack_kernel"], f"append {label}", capability, wanted,
+            lambda x=rows, latent=latent_dim: row_kernels.pack_latents(x, latent, latent == 512, None),
+        )  # fmt: skip
+    for label, dim, rotated, dtype in (
+        ("int8", 64, 32, torch.int8),
+        ("fp8", 128, 0, torch.uint8),
+        ("ones, fp32", 1, 0, None),
+    ):
+        tables = (None, None) if not rotated else torch.zeros(2, 1, 16, rotated).unbind(0)
+        key, norm = torch.zeros(1, 1 if dtype is None else 16, dim, dtype=torch.bfloat16), torch.zeros(dim)
+        data, scale = torch.zeros(key.shape, dtype=dtype or torch.float32), torch.zeros(key.shape[:2])
+        yield from record(
+            key_kernels, ["_append_kernel"], f"append {label} keys", capability, wanted,
+            lambda a=(key, norm, norm, *tables, data, None if dtype is None else scale): key_kernels._append(*a),
+        )  # fmt: skip
+
+
 def record(module: Any, names: list[str], label: str, capability: int, wanted: str, call: Any) -> list[dict[str, Any]]:
     """Compiles the named kernels of a module as one call launches them."""
-    everything = [n for n in ("attend", "attend_packed", "merge_splits", "attend_union", "mark", "collect",
-                              "attend_backward", "sum_by_key", "attention_totals", "index_totals", "divergence",
-                              "selected_totals", "selected_divergence")
-                  if hasattr(module, n)]  # fmt: skip
+    everything = [n for n in KERNELS if hasattr(module, n)]
     recorders = {n: Recorder(getattr(module, n), f"{label} {n}", capability) for n in everything}
     with mock.patch.multiple(module, **{n: mock.MagicMock() for n in everything}):
         chosen = [n for n in names if wanted in recorders[n].label]

@@ -17,7 +17,23 @@ from torch import Tensor
 
 from dsa.ops import sparse_attention
 from dsa.ops.sparse_attention import triton as kernels
-from gpu.common import DEVICE, Row, error, expect, extra_memory, milliseconds, normal, replayed
+from dsa.ops.sparse_attention import vendor
+from gpu import common
+from gpu.common import (
+    DEVICE,
+    MEMORY,
+    Row,
+    beside_floor,
+    error,
+    expect,
+    extra_memory,
+    milliseconds,
+    normal,
+    replayed,
+    with_vendor,
+)
+
+Asked = tuple[tuple[str, str, float], ...]
 
 Tensors = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -36,7 +52,7 @@ def gqa(batch: int, tokens: int, keys: int, heads: tuple[int, int], top_k: int, 
 
 def selection(batch: int, tokens: int, keys: int, top_k: int, seed: int) -> Tensor:
     """Random causal positions; early queries see fewer keys than places and repeat some."""
-    generator = torch.Generator(DEVICE).manual_seed(seed)
+    generator = torch.Generator(DEVICE).manual_seed(common.SEED + seed)
     visible = torch.arange(keys - tokens + 1, keys + 1, device=DEVICE)[:, None]
     return (torch.rand(batch, tokens, top_k, generator=generator, device=DEVICE) * visible).int()
 
@@ -91,14 +107,19 @@ def attend(tensors: Tensors) -> Tensor:
     return sparse_attention(*tensors, impl="triton")[0]
 
 
-def forward_row(what: str, form: str, tensors: Tensors, asked: str, repeats: int = 20) -> Row:
-    q, _, v, indices = tensors
+def forward_row(what: str, form: str, tensors: Tensors, asked: Asked = (), repeats: int = 20) -> Row:
+    q, k, v, indices = tensors
     took = milliseconds(lambda: attend(tensors), repeats)
     operations = 2 * q.shape[0] * q.shape[1] * q.shape[2] * indices.shape[-1] * (q.shape[3] + v.shape[3])
-    return {
+    row = {
         "what": what, "form": form, "shape": shape_of(tensors), "ms": took, "TFLOP/s": operations / took / 1e9,
         "extra MB": extra_memory(lambda: attend(tensors)), "asked": asked,
     }  # fmt: skip
+    # Everything once: the rows that are selected are at most all there are, and stay in the L2 at best.
+    moved = q.nbytes * (1 + v.shape[3] / q.shape[3]) + k.nbytes + indices.nbytes
+    gap = vendor.gap(q, k, v, None, None)
+    row = with_vendor(row, gap, lambda: sparse_attention(*tensors, impl="vendor"))
+    return beside_floor(row, moved, operations)
 
 
 def candidate_rows(form: str, tensors: Tensors) -> Iterator[Row]:
@@ -109,7 +130,7 @@ def candidate_rows(form: str, tensors: Tensors) -> Iterator[Row]:
         yield {"what": "tile", "form": form, "shape": shape_of(tensors), "ms": took, "config": config}
 
 
-def backward_row(form: str, tensors: Tensors, forward_rate: float, asked: str) -> Row:
+def backward_row(form: str, tensors: Tensors, forward_rate: float, asked: Asked = ()) -> Row:
     q, k, v, indices = tensors
     scale = q.shape[-1] ** -0.5
     out, lse = kernels.forward(q, k, v, indices, None, scale, None)
@@ -121,10 +142,11 @@ def backward_row(form: str, tensors: Tensors, forward_rate: float, asked: str) -
     took = milliseconds(launch, 5)
     operations = 2 * q.shape[0] * q.shape[1] * q.shape[2] * indices.shape[-1] * (3 * q.shape[3] + 2 * v.shape[3])
     rate = operations / took / 1e9
-    return {
+    row = {
         "what": "backward", "form": form, "shape": shape_of(tensors), "ms": took, "TFLOP/s": rate,
         "of the forward's rate": rate / forward_rate, "extra MB": extra_memory(launch), "asked": asked,
     }  # fmt: skip
+    return beside_floor(row, 3 * q.nbytes + 2 * (k.nbytes + v.nbytes), operations)
 
 
 def shape_of(tensors: Tensors) -> str:
@@ -148,7 +170,7 @@ def packed_dense(q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
     return lambda: torch.nn.functional.scaled_dot_product_attention(packed, k, v)
 
 
-def decode_row(form: str, sets: list[Tensors], asked: str, peers: bool) -> Row:
+def decode_row(form: str, sets: list[Tensors], asked: Asked, peers: bool) -> Row:
     took = replayed([lambda s=s: attend(s) for s in sets])
     q, k, v, indices = sets[0]
     moved = q.shape[0] * indices.shape[-1] * k.shape[2] * (k.shape[3] + v.shape[3]) * k.element_size()
@@ -160,7 +182,7 @@ def decode_row(form: str, sets: list[Tensors], asked: str, peers: bool) -> Row:
         row["sdpa ms"] = milliseconds(dense(q, k, v, causal=False))
         row["packed sdpa ms"] = milliseconds(packed_dense(q, k, v))
         row["times faster"] = min(row["sdpa ms"], row["packed sdpa ms"]) / took
-    return row
+    return beside_floor(row, moved, 0)
 
 
 def rows(small: bool) -> Iterator[Row]:
@@ -177,41 +199,24 @@ def rows(small: bool) -> Iterator[Row]:
     tokens, top_k = (2, 20) if small else (4096, 2048)
     for keys in (32,) if small else (8192, 32768, 131072):
         latent = mla(1, tokens, keys, heads, top_k, dims)
-        row = forward_row("MLA prefill", "bf16", latent, "500 TFLOP/s")
+        row = forward_row("MLA prefill", "bf16", latent, (("TFLOP/s", ">=", 500), MEMORY))
         yield row
     yield from candidate_rows("MLA", latent)
-    yield backward_row("MLA", mla(1, tokens // 2, keys, heads, top_k, dims), row["TFLOP/s"], "-")
+    yield backward_row("MLA", mla(1, tokens // 2, keys, heads, top_k, dims), row["TFLOP/s"], (MEMORY,))
     del latent
-    sets = [mla(2 if small else 128, 2, 32 if small else 32768, heads, top_k, dims, seed) for seed in range(1)]
-    decode = forward_row("MLA decode", "bf16", sets[0], "330 TFLOP/s with FP8 rows, which this is not")
-    yield decode
-    del sets
+    yield forward_row("MLA decode", "bf16", mla(2 if small else 128, 2, 32 if small else 32768, heads, top_k, dims))
 
     heads_of, dim, keys = ((4, 2), 16, 40) if small else ((32, 8), 128, 131072)
-    for batch, asked in ((1, "5x"),) if small else ((1, "5x"), (32, "10x")):
+    for batch, times in ((1, 5),) if small else ((1, 5), (32, 10)):
         q, k, v, _ = gqa(batch, 1, keys, heads_of, top_k, dim)
         # Enough different selections that none finds its rows in the L2.
         number = 2 if small else max(2, 16 // batch)
         sets = [(q, k, v, selection(batch, 1, keys, top_k, seed)) for seed in range(number)]
-        yield decode_row("GQA", sets, asked, peers=True)
+        yield decode_row("GQA", sets, (("times faster", ">=", times),), peers=True)
         if batch == 1:
             yield from candidate_rows("GQA", sets[0])
         del q, k, v, sets
-    tokens = 4 if small else 16384
-    tensors = gqa(1, tokens, keys, heads_of, top_k, dim)
-    forward = forward_row("GQA last queries", "random", tensors, "-", 5)
+    tensors = gqa(1, 4 if small else 16384, keys, heads_of, top_k, dim)
+    forward = forward_row("GQA last queries", "random", tensors, (MEMORY,), repeats=5)
     yield forward
-    yield backward_row("GQA", tensors, forward["TFLOP/s"], "0.5")
-    del tensors
-    tokens = 4 if small else keys
-    q, k, v, _ = gqa(1, tokens, tokens, heads_of, 1, dim)
-    took = milliseconds(dense(q, k, v, causal=True), 3)
-    shape = f"B 1 T {tokens} S {tokens} {heads_of[0]}/{heads_of[1]}/{dim}"
-    yield {"what": "GQA prefill", "form": "SDPA", "shape": shape, "ms": took}
-    for form, indices in (
-        ("random", selection(1, tokens, tokens, top_k, 0)),
-        ("overlap", overlapping(tokens, tokens, top_k)),
-    ):
-        row = forward_row("GQA prefill, attend", form, (q, k, v, indices), "3x (overlap), 1x (random), whole path", 3)
-        row["times faster"] = took / row["ms"]
-        yield row
+    yield backward_row("GQA", tensors, forward["TFLOP/s"], (("of the forward's rate", ">=", 0.5), MEMORY))

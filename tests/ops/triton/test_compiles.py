@@ -12,7 +12,14 @@ SCRIPT = Path(__file__).parents[3] / "benchmarks" / "gpu" / "resources.py"
 
 @pytest.mark.parametrize(
     ("target", "kernels", "instruction"),
-    [(80, "gqa bfloat16 forward attend", "HMMA"), (90, "mla bfloat16 forward attend", "HGMMA"), (90, "sinks", "HMMA")],
+    [
+        (80, "gqa bfloat16 forward attend", "HMMA"),
+        (90, "mla bfloat16 forward attend", "HGMMA"),
+        (90, "sinks", "HMMA"),
+        (90, "packed bfloat16 128 heads paged", "HGMMA"),
+        (80, "packed bfloat16 16 heads", "HMMA"),
+        (80, "append", "REG"),
+    ],
 )
 def test_machine_code(target: int, kernels: str, instruction: str) -> None:
     """In a process of its own, because here kernels are interpreted."""
