@@ -44,6 +44,11 @@ def load(name: str) -> Any:
         raise RuntimeError(f"it is installed but cannot be imported: {error}") from error
 
 
+def considered(impl: str) -> bool:
+    """Whether the library is looked at: its functions are no operators that a compiled graph can hold."""
+    return impl == "vendor" or (impl == "auto" and not torch.compiler.is_compiling())
+
+
 def device_gap(name: str, device: torch.device) -> str | None:
     """Why the library cannot run on this device at all, or `None`."""
     if device.type != "cuda" or torch.version.hip is not None:
@@ -104,9 +109,6 @@ def faster(
     Args:
         runs: A launch by name, `"vendor"` and `ours`; each must bear being run many times.
     """
-    if torch.compiler.is_compiling():
-        # Its functions are not operators that a graph can hold.
-        return ours
     names, configs = (ours, "vendor"), [{"vendor": 0}, {"vendor": 1}]
     key = f"{op} {ours} {library} {version(library)} {shape}"
     choices = _choices(device.index or 0)

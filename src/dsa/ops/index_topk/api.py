@@ -99,10 +99,10 @@ def index_topk(
     gaps = triton_support.beside({"native": native_gap, "reference": None}, *_floating(q, k, w))
     if gaps["triton"] is None and head_dim > _TRITON_LARGEST_DIM:
         gaps["triton"] = f"the kernels take index heads of at most {_TRITON_LARGEST_DIM} dims, got {head_dim}"
-    if impl in ("auto", "vendor"):
+    if vendor_support.considered(impl):
         gaps["vendor"] = vendor.gap(q, k)
     chosen = resolve_impl(_OP, impl, gaps)
-    if impl == "auto" and gaps["vendor"] is None:
+    if impl == "auto" and gaps.get("vendor", "") is None:
         shape = batch, tokens.bit_length(), k.shape[1].bit_length(), heads, head_dim, top_k
         runs = {name: partial(_run, name, q, k, w, top_k, options) for name in (chosen, "vendor")}
         chosen = vendor_support.faster(_OP, vendor.LIBRARY, shape, q.device, chosen, runs)

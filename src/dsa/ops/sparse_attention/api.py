@@ -92,10 +92,10 @@ def _resolve(
     sink_logits: Tensor | None,
 ) -> str:
     """The implementation to run; `auto` takes the vendor's where that was measured to be faster than the first able."""
-    if impl in ("auto", "vendor"):
+    if vendor_support.considered(impl):
         gaps["vendor"] = vendor.gap(q, k, v, softcap, sink_logits)
     chosen = resolve_impl(_OP, impl, gaps)
-    if impl == "auto" and gaps["vendor"] is None:
+    if impl == "auto" and gaps.get("vendor", "") is None:
         form = type(k).__name__, q.shape[0], q.shape[1].bit_length(), q.shape[2], indices.shape[-1]
         run = _run if isinstance(k, Tensor) else _run_packed
         runs = {
