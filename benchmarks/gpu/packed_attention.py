@@ -83,7 +83,7 @@ def measure(what: str, form: str, inputs: Inputs, asked: tuple[tuple[str, str, f
     selected = indices.numel() * data.shape[-1]
     gap = vendor.gap(q, rows, None, None, None)
     row = with_vendor(row, gap, lambda: attend(inputs, "vendor"))
-    return beside_floor(row, min(selected, data.nbytes) + 2 * q.nbytes, operations)
+    return beside_floor(row, min(selected, data.nbytes) + 2 * q.nbytes + indices.nbytes, operations)
 
 
 def candidate_rows(form: str, inputs: Inputs) -> Iterator[Row]:

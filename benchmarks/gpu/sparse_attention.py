@@ -115,8 +115,10 @@ def forward_row(what: str, form: str, tensors: Tensors, asked: Asked = (), repea
         "what": what, "form": form, "shape": shape_of(tensors), "ms": took, "TFLOP/s": operations / took / 1e9,
         "extra MB": extra_memory(lambda: attend(tensors)), "asked": asked,
     }  # fmt: skip
-    # Everything once: the rows that are selected are at most all there are, and stay in the L2 at best.
-    moved = q.nbytes * (1 + v.shape[3] / q.shape[3]) + k.nbytes + indices.nbytes
+    # Everything once: at best a row that is selected twice is still in the L2.
+    row_bytes = k.element_size() * k.shape[2] * (k.shape[3] + (0 if kernels.values_in_keys(k, v, 512) else v.shape[3]))
+    rows = min(indices.numel(), k.shape[0] * k.shape[1])
+    moved = q.nbytes * (1 + v.shape[3] / q.shape[3]) + rows * row_bytes + indices.nbytes
     gap = vendor.gap(q, k, v, None, None)
     row = with_vendor(row, gap, lambda: sparse_attention(*tensors, impl="vendor"))
     return beside_floor(row, moved, operations)

@@ -51,7 +51,7 @@ def rows(small: bool, recorded: Path | None = None) -> Iterator[Row]:
     length = 24 if small else 1500
     q, k, v, _ = gqa(1, length, length, heads, 1, dim, seed=70)
     inputs = index.make(1, length, length, index_heads, index_dim, "int8", seed=71)
-    chosen = index_topk(*inputs, length // 3, sinks=4, local=8, impl="triton")
+    chosen = index_topk(*inputs, length // 3, sinks=2, local=3, impl="triton")
     out = sparse_attention(q, k, v, chosen, impl="triton")[0]
     few = torch.linspace(0, length - 1, 8).long().to(DEVICE)
     truth = exact(q[:, few].double(), k.double(), v.double(), chosen[:, few])
@@ -67,7 +67,7 @@ def rows(small: bool, recorded: Path | None = None) -> Iterator[Row]:
         inputs = index.make(1, tokens, tokens, index_heads, index_dim, "int8")
 
         def select(inputs: index.Inputs = inputs, places: int = places) -> Tensor:
-            return index_topk(*inputs, places, sinks=index.SINKS, local=index.LOCAL, impl="triton")
+            return index_topk(*inputs, places, sinks=index.SINKS, local=min(index.LOCAL, places // 2), impl="triton")
 
         # Where the selection is given the index runs as well, and its result is left.
         def whole(select=select, q=q, k=k, v=v, selected=selected) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
