@@ -202,11 +202,11 @@ def test_the_dense_model_in_bf16_has_its_own_head(tmp_path: Path) -> None:
     window = run.windows(0)
     dense = run._read_dense(window)
     read = dense.last_hidden_state[:, :5], window.ids[:, :5]
-    with run._precision():
+    with run.precision():
         expected = run._dense_logits(dense, *read)
     with torch.no_grad():
         run.model.get_output_embeddings().weight.mul_(2.0)
-    with run._precision():
+    with run.precision():
         # Autocast keeps this cast of the head.
         student = head_logits(run.model, dense, *read)[0]
         assert torch.equal(run._dense_logits(dense, *read), expected)

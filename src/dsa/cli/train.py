@@ -1,4 +1,4 @@
-"""`dsa train`: teach a model's indexers what its dense attention reads, or a model to live with them."""
+"""`dsa train`: teach a model language, its indexers what its dense attention reads, or the model to live with them."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from dsa.cli import options
 from dsa.cli.configuration import read_config, write_config
 from dsa.cli.console import Steps, err
 from dsa.cli.training import (
+    DENSE,
+    MODEL_STAGES,
     SPARSE,
     Dtype,
     LearningRate,
@@ -28,9 +30,10 @@ from dsa.cli.training import (
     indexer_options,
     interruptible,
     refuse_native,
-    refuse_sparse_options,
+    refuse_other_stages,
     run,
     settings_of,
+    without_indexers,
 )
 
 LISTS = ("data", "holdout")
@@ -99,7 +102,7 @@ def train(
         Stage,
         typer.Option(
             help="`warmup` trains indexers of a frozen model; `sparse` trains the model and its indexers with the "
-            "selection on."
+            "selection on; `dense` trains a model without indexers, with full attention."
         ),
     ] = Stage.warmup,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
@@ -153,8 +156,8 @@ def train(
         float | None,
         typer.Option(
             metavar="X",
-            help="Peak learning rate: of the indexers in the warm-up, by default 0.01; of the model in the sparse "
-            "stage, by default 1e-4 for --lora, else 1e-5",
+            help="Peak learning rate: of the indexers in the warm-up, by default 0.01; else of the model, by default "
+            "1e-4 for --lora, 1e-3 for --from-scratch, else 1e-5",
             rich_help_panel=SCHEDULE,
         ),
     ] = None,
@@ -251,7 +254,7 @@ def train(
         typer.Option(
             metavar="PATTERN",
             help="Train those whose name this regular expression finds.",
-            rich_help_panel=SPARSE,
+            rich_help_panel=MODEL_STAGES,
         ),
     ] = None,
     indexer_lr: Annotated[
@@ -263,15 +266,34 @@ def train(
             metavar="W", help="Weight of the divergence from the dense model's predictions.", rich_help_panel=SPARSE
         ),
     ] = 0.0,
-    mixed_precision: Annotated[Precision, typer.Option(help="Compute in bf16.", rich_help_panel=SPARSE)] = Precision.no,
+    mixed_precision: Annotated[
+        Precision, typer.Option(help="Compute in bf16.", rich_help_panel=MODEL_STAGES)
+    ] = Precision.no,
     gradient_checkpointing: Annotated[
         bool,
         typer.Option(
             "--gradient-checkpointing",
             help="Less memory: activations within layers are computed twice.",
-            rich_help_panel=SPARSE,
+            rich_help_panel=MODEL_STAGES,
         ),
     ] = False,
+    from_scratch: Annotated[
+        bool,
+        typer.Option(
+            "--from-scratch",
+            help="Begin with random weights (--seed): MODEL needs only its config.json and its tokenizer.",
+            rich_help_panel=DENSE,
+        ),
+    ] = False,
+    expert_bias_rate: Annotated[
+        float,
+        typer.Option(
+            metavar="X",
+            help="How far a step moves the biases with which routers select experts, towards equal load; 0.001 in "
+            "DeepSeek-V3.",
+            rich_help_panel=DENSE,
+        ),
+    ] = 0.0,
     indexers: Annotated[
         str | None,
         typer.Option(
@@ -343,16 +365,17 @@ def train(
     device: options.Device = None,
     threads: options.Threads = None,
 ) -> None:
-    """Train a model's indexers to predict its own attention, or a model to live with its indexers.
+    """Train a model's indexers to predict its own attention, a model to live with its indexers, or a model as such.
 
     The warm-up leaves the model as it is: it reads with full attention, and all layers' indexers learn from that,
     several updates a step. The sparse stage reads with the selection: the parameters you choose learn from language
-    modelling, the indexers from the attention over what they selected.
+    modelling, the indexers from the attention over what they selected. The dense stage comes before both: a model
+    without indexers learns language modelling with full attention, from random weights or trained on.
 
     DIR gets indexers.safetensors (for --indexers and `dsa.attach`), log.jsonl, state.safetensors (for --resume), and
-    in the sparse stage `adapter` or `model`. A run that was stopped or killed continues with the same command and
-    --resume, to the same losses. `torchrun --nproc-per-node N -m dsa train ...` shares each step's sequences among N
-    processes, with --shard the model's weights too.
+    in the sparse stage `adapter` or `model`, in the dense one `model`. A run that was stopped or killed continues with
+    the same command and --resume, to the same losses. `torchrun --nproc-per-node N -m dsa train ...` shares each
+    step's sequences among N processes, with --shard the model's weights too.
 
     [bold]Examples[/]
 
@@ -363,6 +386,8 @@ def train(
       dsa train Qwen/Qwen3-0.6B --data books.jsonl --steps 500 --stage sparse --lora 16 \\
         --indexers runs/qwen --out runs/qwen-sparse
 
+      dsa train configs/small --data books.jsonl --steps 2000 --stage dense --from-scratch --out runs/small
+
       dsa train --config runs/qwen/run.yaml --out runs/again
     """
     import torch
@@ -370,15 +395,14 @@ def train(
     from dsa.models.loading import load_model, scaling_wanted
     from dsa.train import Holdout, read_data, start_processes
 
-    if stage is Stage.warmup:
-        refuse_sparse_options(ctx)
-    if start is Start.fitted and (indexers is not None or stage is Stage.sparse):
+    refuse_other_stages(ctx, stage)
+    if start is Start.fitted and indexers is not None:
         raise ValueError("--start fitted sets new indexers; leave it out where training goes on with --indexers")
     processes, own_device = start_processes(device, shard)
     settings = settings_of(ctx.params, processes.size)
     if threads is not None:
         torch.set_num_threads(threads)
-    if dtype is None and (all_parameters or parameters is not None):
+    if dtype is None and (all_parameters or parameters is not None or stage is Stage.dense):
         dtype = Dtype.float32
     precision = None if dtype is None else getattr(torch, dtype.value)
     with heard(processes.is_main):
@@ -392,6 +416,7 @@ def train(
                 status=status,
                 rope_scaling=scaling,
                 place=not processes.shard,
+                random_seed=seed if from_scratch else None,
             )
             refuse_native(loaded)
             vocabulary = loaded.model.get_input_embeddings().num_embeddings
@@ -410,7 +435,9 @@ def train(
                 other = read_data(holdout, loaded.tokenizer, vocabulary, status, column=column, remote_tokens=enough)
                 held_out = Holdout.of(other, seq_len, holdout_sequences, boundaries=boundaries)
         changes = indexer_options(top_k, local, sinks, index_heads, index_head_dim, index_rope_dim, dense_layers)
-        if stage is Stage.sparse:
+        if stage is Stage.dense:
+            without_indexers(loaded.model)
+        elif stage is Stage.sparse:
             attach_trained(loaded, indexers, changes)
         elif indexers is not None:
             attach_existing(loaded.model, indexers, changes)
@@ -440,7 +467,9 @@ def train(
     if not processes.is_main:
         return
     mean = f", mean KL of the last step {sum(result.kl.values()) / len(result.kl):.4f}" if result.kl else ""
+    if stage is Stage.dense and result.language is not None:
+        mean = f", loss of the last step {result.language:.4f}"
     err.print(f"{steps} steps done{mean}", markup=False)
-    typer.echo(result.indexers)
-    if result.model is not None:
-        typer.echo(result.model)
+    for written in (result.indexers, result.model):
+        if written is not None:
+            typer.echo(written)

@@ -23,10 +23,12 @@ if TYPE_CHECKING:
 
     from dsa.models import AttachReport
     from dsa.models.loading import LoadedModel
-    from dsa.train import SparseSettings, TokenStream, TrainingResult, WarmupSettings
+    from dsa.train import DenseSettings, SparseSettings, TokenStream, TrainingResult, WarmupSettings
 
 NO_LAYERS = "none"
-SPARSE = "Sparse stage"
+DENSE, SPARSE, MODEL_STAGES = "Dense stage", "Sparse stage", "Dense and sparse stage"
+SCRATCH_LR = 1e-3
+"""Peak learning rate of random weights, where nobody says."""
 
 
 class Dtype(StrEnum):
@@ -56,6 +58,26 @@ class Stage(StrEnum):
 
     warmup = "warmup"
     sparse = "sparse"
+    dense = "dense"
+
+
+STAGES_OF = {
+    **dict.fromkeys(
+        ("lora", "lora_alpha", "merge", "all_parameters", "indexer_lr", "distill"),
+        (Stage.sparse,),
+    ),
+    **dict.fromkeys(("parameters", "mixed_precision", "gradient_checkpointing"), (Stage.sparse, Stage.dense)),
+    **dict.fromkeys(("from_scratch", "expert_bias_rate"), (Stage.dense,)),
+    **dict.fromkeys(("start", "updates_per_sequence"), (Stage.warmup,)),
+    **dict.fromkeys(
+        (
+            *("indexers", "top_k", "local", "sinks", "index_heads", "index_head_dim", "index_rope_dim"),
+            *("dense_layers", "target", "queries_per_update"),
+        ),
+        (Stage.warmup, Stage.sparse),
+    ),
+}
+"""Options that mean something in some stages only."""
 
 
 class LearningRate(StrEnum):
@@ -67,36 +89,47 @@ class LearningRate(StrEnum):
 
 
 class Precision(StrEnum):
-    """What the sparse stage computes in."""
+    """What the dense and the sparse stage compute in."""
 
     no = "no"
     bf16 = "bf16"
 
 
-def settings_of(given: dict[str, Any], processes: int) -> WarmupSettings | SparseSettings:
+def settings_of(given: dict[str, Any], processes: int) -> WarmupSettings | SparseSettings | DenseSettings:
     """The stage's settings out of the command's options."""
-    from dsa.train import SparseSettings, WarmupSettings
+    from dsa.train import DenseSettings, SparseSettings, WarmupSettings
 
     plain: dict[str, Any] = {
         name: value.value if isinstance(value, StrEnum) else value for name, value in given.items()
     }
     plain["sequences"] = plain["sequences"] or processes
-    kind = SparseSettings if plain["stage"] == Stage.sparse.value else WarmupSettings
+    kinds = {Stage.warmup: WarmupSettings, Stage.sparse: SparseSettings, Stage.dense: DenseSettings}
+    kind = kinds[Stage(plain["stage"])]
     if kind is SparseSettings:
         plain["index_queries"] = plain["queries_per_update"]
+    elif plain["lr"] is None and plain["from_scratch"]:
+        plain["lr"] = SCRATCH_LR
     elif plain["lr"] is None:
         del plain["lr"]
     names = {each.name for each in dataclasses.fields(kind)}
     return kind(**{name: value for name, value in plain.items() if name in names})
 
 
-def refuse_sparse_options(ctx: typer.Context) -> None:
-    """Options that the warm-up would silently ignore end the command."""
+def refuse_other_stages(ctx: typer.Context, stage: Stage) -> None:
+    """Options that the stage would silently ignore end the command.
+
+    Raises:
+        ValueError: There is one.
+    """
     for parameter in ctx.command.params:
-        panel = getattr(parameter, "rich_help_panel", None)
-        if panel == SPARSE and ctx.params[str(parameter.name)] != parameter.default:
-            name = str(parameter.name).replace("_", "-")
-            raise ValueError(f"--{name} belongs to the sparse stage; add --stage sparse, or leave it out")
+        name = str(parameter.name)
+        stages = STAGES_OF.get(name, (stage,))
+        if stage not in stages and ctx.params[name] != parameter.default:
+            belongs = " and ".join(each.value for each in stages)
+            raise ValueError(
+                f"--{name.replace('_', '-')} belongs to the {belongs} stage; add --stage {stages[0].value}, or leave "
+                "it out"
+            )
 
 
 def indexer_options(
@@ -187,6 +220,15 @@ def attach_fresh(model: PreTrainedModel, config: DSAConfig, seed: int) -> None:
     tell(report)
 
 
+def without_indexers(model: PreTrainedModel) -> None:
+    """Takes the indexers off a model that was saved with some; the dense stage trains it without."""
+    import dsa
+
+    if dsa.is_attached(model):
+        note("the model was saved with indexers; it is trained, and saved, without them")
+        dsa.detach(model)
+
+
 def attach_existing(model: PreTrainedModel, indexers: str, changes: dict[str, Any]) -> None:
     """Attaches trained indexers, to train them on; a model saved with indexers loses those."""
     import dsa
@@ -269,7 +311,7 @@ def run(
     loaded: LoadedModel,
     stream: TokenStream,
     out: Path,
-    settings: WarmupSettings | SparseSettings,
+    settings: WarmupSettings | SparseSettings | DenseSettings,
     interruption: Interruption,
     *,
     merge: bool,
@@ -277,7 +319,17 @@ def run(
     **others: Any,
 ) -> TrainingResult:
     """Trains with progress on stderr: drawn on a terminal, lines elsewhere."""
-    from dsa.train import LineReporter, LiveReporter, Reporter, Reporters, WarmupSettings, train_indexers, train_sparse
+    from dsa.train import (
+        LineReporter,
+        LiveReporter,
+        Reporter,
+        Reporters,
+        SparseSettings,
+        WarmupSettings,
+        train_dense,
+        train_indexers,
+        train_sparse,
+    )
     from dsa.train.tensorboard import TensorBoardReporter
 
     is_main = others["processes"].is_main
@@ -286,21 +338,13 @@ def run(
 
     def with_reporter(*reporters: Reporter) -> TrainingResult:
         told = Reporters(*reporters, *boards)
+        common = {"reporter": told, "should_stop": interruption, **others}
         if isinstance(settings, WarmupSettings):
-            return train_indexers(
-                loaded.model, stream, out, settings, reporter=told, should_stop=interruption, **others
-            )
-        return train_sparse(
-            loaded.model,
-            stream,
-            out,
-            settings,
-            tokenizer=loaded.tokenizer,
-            merge=merge,
-            reporter=told,
-            should_stop=interruption,
-            **others,
-        )
+            return train_indexers(loaded.model, stream, out, settings, **common)
+        common["tokenizer"] = loaded.tokenizer
+        if isinstance(settings, SparseSettings):
+            return train_sparse(loaded.model, stream, out, settings, merge=merge, **common)
+        return train_dense(loaded.model, stream, out, settings, **common)
 
     if not is_main:
         return with_reporter()

@@ -70,6 +70,7 @@ def load_model(
     status: Status | None = None,
     rope_scaling: RopeScaling | ChooseScaling | None = None,
     place: bool = True,
+    random_seed: int | None = None,
 ) -> LoadedModel:
     """Loads a causal language model. Weights are read from safetensors only.
 
@@ -82,6 +83,8 @@ def load_model(
         rope_scaling: For texts longer than the model's positions, as `dsa.models.rope.parse_scaling` returns it; or
             what chooses it, see `dsa.models.extension.chosen_scaling`.
         place: Put the weights on the device; otherwise they stay on the CPU, for who moves them in parts.
+        random_seed: Make random weights from this seed, as transformers does it, in the place of the checkpoint's:
+            only its configuration and tokenizer are read. `dtype=None` and `"auto"` then mean fp32.
 
     Raises:
         OSError: No such directory or Hub id, no network, no safetensors, or the cache cannot be written.
@@ -100,6 +103,9 @@ def load_model(
             rope_scaling = rope_scaling(config, tokenizer)
         if rope_scaling is not None:
             extend_positions(config, rope_scaling)
+        if random_seed is not None:
+            model = _random_weights(config, dtype, random_seed)
+            return LoadedModel((model.to(target) if place else model).eval(), tokenizer, name, is_default)
         if dtype is None:
             dtype = torch.float32 if target.type == "cpu" else None
         model = _read_weights(name, source, dtype, config, given=rope_scaling is not None)
@@ -436,6 +442,13 @@ def _read_weights(
     if native:
         _check_native(name, info)
     return model
+
+
+def _random_weights(config: PreTrainedConfig, dtype: torch.dtype | Literal["auto"] | None, seed: int) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(config, dtype=dtype if isinstance(dtype, torch.dtype) else torch.float32)
 
 
 def _check_native(name: str, info: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Which parameters of a model the sparse stage trains: low-rank adapters, all, or those a pattern finds."""
+"""Which parameters of a model learn from language modelling: low-rank adapters, all, or those a pattern finds."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dsa.models.families import decoder_of
 from dsa.train.extras import needed
-from dsa.train.settings import SparseSettings
+from dsa.train.settings import DenseSettings, SparseSettings
 from dsa.train.sharding import is_share, put_share
 
 INDEXER = ".indexer."
@@ -25,7 +25,7 @@ class Chosen:
     """The parameters that learn; every other one of the model, its indexers' too, is frozen.
 
     Args:
-        model: An attached model; adapters are put into it.
+        model: The model; adapters are put into it.
         settings: Say what to choose.
 
     Raises:
@@ -33,12 +33,12 @@ class Chosen:
         ValueError: The pattern finds nothing, or what it finds is too narrow to be trained.
     """
 
-    def __init__(self, model: PreTrainedModel, settings: SparseSettings) -> None:
+    def __init__(self, model: PreTrainedModel, settings: SparseSettings | DenseSettings) -> None:
         self.model = model
         self.adapter: Any = None
         self._before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         model.requires_grad_(False)
-        if settings.lora is not None:
+        if isinstance(settings, SparseSettings) and settings.lora is not None:
             self.adapter = _with_adapters(model, settings)
             names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         else:

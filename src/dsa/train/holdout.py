@@ -41,8 +41,11 @@ class Holdout:
         return cls(windows, min(sequences, len(stream) // seq_len))
 
     @torch.no_grad()
-    def measure(self, model: PreTrainedModel, config: DSAConfig, step: int) -> HoldoutRecord:
-        """Reads every sequence twice, dense and sparse; figures are over positions from the middle on."""
+    def measure(self, model: PreTrainedModel, config: DSAConfig | None, step: int) -> HoldoutRecord:
+        """Reads every sequence twice, dense and sparse; figures are over positions from the middle on.
+
+        Without a configuration the model is not attached, and reads once.
+        """
         was_training = model.training
         model.eval()
         try:
@@ -50,16 +53,21 @@ class Holdout:
         finally:
             model.train(was_training)
 
-    def _measure(self, model: PreTrainedModel, config: DSAConfig, step: int) -> HoldoutRecord:
+    def _measure(self, model: PreTrainedModel, config: DSAConfig | None, step: int) -> HoldoutRecord:
         start = self.windows.seq_len // 2
-        observer = MassObserver(config, start)
+        observer = None if config is None else MassObserver(config, start)
         sums = {"dense": 0.0, "sparse": 0.0}
         count = 0
         for number in range(self.sequences):
             window = self.windows(number)
             count += int(predicted(window, start).sum())
+            if observer is None:
+                sums["dense"] += self._loss(model, window, None, start)
+                continue
             sums["dense"] += self._loss(model, window, DSAContext(mode="dense", observer=observer), start)
             sums["sparse"] += self._loss(model, window, DSAContext(), start)
+        if observer is None:
+            return HoldoutRecord(step, sums["dense"] / count)
         layers = sorted({row.layer for row in observer.layers})
 
         def mean(name: str) -> dict[int, float]:
@@ -70,6 +78,6 @@ class Holdout:
             step, sums["dense"] / count, sums["sparse"] / count, mean("dsa"), mean("oracle"), mean("recall")
         )
 
-    def _loss(self, model: PreTrainedModel, window: Window, context: DSAContext, start: int) -> float:
+    def _loss(self, model: PreTrainedModel, window: Window, context: DSAContext | None, start: int) -> float:
         output = read_window(model, window, context)
         return float(language_losses(model, output, window, start=start)[0])

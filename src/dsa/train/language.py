@@ -1,4 +1,4 @@
-"""Language-modelling loss of an attached model, a chunk of positions at a time.
+"""Language-modelling loss of a model, a chunk of positions at a time.
 
 The logits of a long sequence are larger than everything else in the pass (8,192 tokens and a vocabulary of 128,256:
 4.2 GB in fp32), so they exist for one chunk only and are made again in the backward pass.
@@ -26,13 +26,18 @@ Teacher = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """Given hidden states `[1, rows, C]` of the teacher and the tokens there: its logits `[rows, V]`."""
 
 
-def read_window(model: PreTrainedModel, window: Window, context: DSAContext) -> Any:
-    """What the decoder makes of a window on its own device; logits are not computed."""
+def read_window(model: PreTrainedModel, window: Window, context: DSAContext | None) -> Any:
+    """What the decoder makes of a window on its own device; logits are not computed.
+
+    Args:
+        model: An attached model, or with no context one that is not.
+        window: What to read.
+        context: Of this forward.
+    """
     positions = None if window.positions is None else window.positions.to(model.device)
+    attached = {} if context is None else {"dsa_context": context}
     # transformers finds packed documents by their positions.
-    return decoder_of(model)(
-        input_ids=window.ids.to(model.device), position_ids=positions, use_cache=False, dsa_context=context
-    )
+    return decoder_of(model)(input_ids=window.ids.to(model.device), position_ids=positions, use_cache=False, **attached)
 
 
 def predicted(window: Window, start: int = 0) -> torch.Tensor:

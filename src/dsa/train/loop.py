@@ -17,7 +17,6 @@ import torch
 from transformers import PreTrainedModel
 
 from dsa.config import DSAConfig
-from dsa.models import config_of
 from dsa.models.checkpoint import describe_base_model
 from dsa.train.data import Windows
 from dsa.train.files import write_atomically
@@ -40,15 +39,15 @@ class TrainingResult:
 
     Args:
         step: Steps finished; fewer than asked for where the run was stopped.
-        kl: Loss of the last step by layer, in nats; empty if no step ran.
-        indexers: The file for `dsa.attach(model, indexers=...)`.
-        language: Language-modelling loss of the last step, in nats; sparse stage only.
-        model: The folder with what the sparse stage made of the model: its adapter, or all of it.
+        kl: Loss of the last step by layer, in nats; empty if no step ran, and in the dense stage.
+        indexers: The file for `dsa.attach(model, indexers=...)`; `None` after the dense stage.
+        language: Language-modelling loss of the last step, in nats; not in the warm-up.
+        model: The folder with what the stage made of the model: its adapter, or all of it; not in the warm-up.
     """
 
     step: int
     kl: dict[int, float]
-    indexers: Path
+    indexers: Path | None
     language: float | None = None
     model: Path | None = None
 
@@ -88,7 +87,8 @@ class Stage(ABC):
     """One run of one stage.
 
     Args:
-        model: An attached model.
+        model: The model.
+        config: What it is attached with; `None` for a stage that trains models without indexers.
         windows: What it reads.
         steps: How many steps it has.
         sequences: Sequences per step, over all processes.
@@ -98,7 +98,13 @@ class Stage(ABC):
     name: str
 
     def __init__(
-        self, model: PreTrainedModel, windows: Windows, steps: int, sequences: int, around: Surroundings
+        self,
+        model: PreTrainedModel,
+        config: DSAConfig | None,
+        windows: Windows,
+        steps: int,
+        sequences: int,
+        around: Surroundings,
     ) -> None:
         size = around.processes.size
         if sequences % size:
@@ -106,7 +112,7 @@ class Stage(ABC):
                 f"sequences={sequences} per step cannot be shared by {size} processes; use a multiple of {size}"
             )
         self.model = model
-        self.config: DSAConfig = config_of(model)
+        self.config = config
         self.windows = windows
         self.steps = steps
         self.sequences = sequences
@@ -316,20 +322,17 @@ class Stage(ABC):
         """What decides the losses. The folder a model was loaded from does not."""
         model = {**self.base_model, "dtype": self.dtype}
         del model["name"]
+        found = {"stage": self.name, **self.identity(), "data": self.windows.stream.fingerprint, "model": model}
         config = self.config
-        return {
-            "stage": self.name,
-            **self.identity(),
-            "config": {
+        if config is not None:
+            found["config"] = {
                 "index_heads": config.index_heads,
                 "index_head_dim": config.index_head_dim,
                 "rope_dim": config.rope_dim,
                 "sinks": config.sinks,
                 "local": {str(layer): config.layer_local(layer) for layer in self.layers()},
-            },
-            "data": self.windows.stream.fingerprint,
-            "model": model,
-        }
+            }
+        return found
 
 
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from rich.console import Console, Group
@@ -24,10 +24,10 @@ class StepRecord:
     Args:
         step: Steps finished.
         tokens: Tokens read so far.
-        lr: Learning rate in the middle of the step: the model's in the sparse stage, else the indexers'.
-        kl: Mean loss of the step's updates by layer, in nats.
+        lr: Learning rate in the middle of the step: the indexers' in the warm-up, else the model's.
+        kl: Mean loss of the step's updates by layer, in nats; empty in the dense stage.
         seconds: Time spent in steps so far, earlier parts of a resumed run included.
-        language: Mean negative log-likelihood of the step's tokens, in nats; sparse stage only.
+        language: Mean negative log-likelihood of the step's tokens, in nats; not in the warm-up.
         distillation: Mean KL divergence from the dense model's predictions, where it is trained on.
     """
 
@@ -40,25 +40,25 @@ class StepRecord:
     distillation: float | None = None
 
     @property
-    def mean_kl(self) -> float:
-        """Mean over the layers."""
-        return sum(self.kl.values()) / len(self.kl)
+    def mean_kl(self) -> float | None:
+        """Mean over the layers, where any has an indexer that learns."""
+        return sum(self.kl.values()) / len(self.kl) if self.kl else None
 
     def describe(self) -> str:
         """The losses in a few words."""
-        language = "" if self.language is None else f"loss {self.language:.4f}  "
-        return f"{language}KL {self.mean_kl:.4f}"
+        losses = [f"loss {self.language:.4f}"] if self.language is not None else []
+        return "  ".join([*losses, *([f"KL {self.mean_kl:.4f}"] if self.mean_kl is not None else [])])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
-        others = {"language": self.language, "distillation": self.distillation}
+        others = {"language": self.language, "distillation": self.distillation, "kl_mean": self.mean_kl}
+        by_layer = {str(layer): value for layer, value in self.kl.items()}
         return {
             "step": self.step,
             "tokens": self.tokens,
             "lr": self.lr,
             **{name: value for name, value in others.items() if value is not None},
-            "kl_mean": self.mean_kl,
-            "kl": {str(layer): value for layer, value in self.kl.items()},
+            **({"kl": by_layer} if by_layer else {}),
             "seconds": round(self.seconds, 3),
         }
 
@@ -70,7 +70,7 @@ class HoldoutRecord:
     Args:
         step: Steps finished.
         dense: Mean negative log-likelihood with full attention, in nats, over the second halves of the sequences.
-        sparse: The same with the selection.
+        sparse: The same with the selection; `None` for a model without indexers, which has no mass and recall either.
         mass: Share of the dense attention mass that the selection keeps, by layer.
         oracle: The same of the best selection of that size.
         recall: Share of the best selection that the indexer's selection holds, by layer.
@@ -78,18 +78,20 @@ class HoldoutRecord:
 
     step: int
     dense: float
-    sparse: float
-    mass: dict[int, float]
-    oracle: dict[int, float]
-    recall: dict[int, float]
+    sparse: float | None = None
+    mass: dict[int, float] = field(default_factory=dict)
+    oracle: dict[int, float] = field(default_factory=dict)
+    recall: dict[int, float] = field(default_factory=dict)
 
     @property
-    def ratio(self) -> float:
+    def ratio(self) -> float | None:
         """Perplexity of the sparse over that of the dense pass."""
-        return math.exp(self.sparse - self.dense)
+        return None if self.sparse is None else math.exp(self.sparse - self.dense)
 
     def describe(self) -> str:
         """One line."""
+        if self.sparse is None:
+            return f"holdout: perplexity {math.exp(self.dense):.3f}"
         mass, oracle, recall = (sum(each.values()) / len(each) for each in (self.mass, self.oracle, self.recall))
         return (
             f"holdout: perplexity {math.exp(self.sparse):.3f}, {self.ratio:.4f} of dense   "
@@ -98,6 +100,8 @@ class HoldoutRecord:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
+        if self.sparse is None:
+            return {"step": self.step, "dense": self.dense}
         layers = {"mass": self.mass, "oracle": self.oracle, "recall": self.recall}
         named = {name: {str(layer): value for layer, value in each.items()} for name, each in layers.items()}
         return {"step": self.step, "dense": self.dense, "sparse": self.sparse, "ratio": self.ratio, **named}
@@ -204,6 +208,7 @@ class LiveReporter(Reporter):
         # Drawing takes time from what is being trained.
         self.live = Live(Group(self.bar, self.status, self.measured), console=console, refresh_per_second=4)
         self.steps = 0
+        self.units = 1
         self.started = 0.0
         self.first: StepRecord | None = None
 
@@ -216,9 +221,8 @@ class LiveReporter(Reporter):
 
     def begin(self, done: int, steps: int, layers: list[int]) -> None:
         self.steps = steps
-        self.bar.reset(
-            self.task, total=steps * len(layers), completed=done * len(layers), steps=f"{done}/{steps} steps"
-        )
+        self.units = max(1, len(layers))
+        self.bar.reset(self.task, total=steps * self.units, completed=done * self.units, steps=f"{done}/{steps} steps")
 
     def layer(self) -> None:
         self.bar.advance(self.task)
@@ -227,10 +231,10 @@ class LiveReporter(Reporter):
         now = time.monotonic()
         if self.first is None:
             self.first, self.started = record, now
-        self.bar.update(self.task, steps=f"{record.step}/{self.steps} steps")
+        self.bar.update(self.task, completed=record.step * self.units, steps=f"{record.step}/{self.steps} steps")
         self.status.plain = (
             f"{self.first.describe()} → {record.describe()}   lr {record.lr:.2e}   "
-            f"{_speed(self.first, record, now - self.started)}\n{sparkline(record.kl)}"
+            f"{_speed(self.first, record, now - self.started)}\n{sparkline(record.kl) if record.kl else ''}"
         )
 
     def holdout(self, record: HoldoutRecord) -> None:

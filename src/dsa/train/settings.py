@@ -1,4 +1,4 @@
-"""What a warm-up run is told to do, validated, and the learning rate that follows from it."""
+"""What a run of each stage is told to do, validated, and the learning rates that follow from it."""
 
 from __future__ import annotations
 
@@ -213,10 +213,7 @@ class SparseSettings:
             require_int("index_queries", self.index_queries, 1)
         if isinstance(self.distill, bool) or not isinstance(self.distill, (int, float)) or not 0 <= self.distill < 1e6:
             raise ValueError(f"distill must be a number of at least 0, got {self.distill!r}")
-        if self.mixed_precision not in get_args(Precision):
-            raise ValueError(
-                f"mixed_precision must be one of {', '.join(get_args(Precision))}, got {self.mixed_precision!r}"
-            )
+        _check_precision(self.mixed_precision)
         self.indexer_settings()
         check_schedule(self.schedule, self.peak_lr, self.steps, self.warmup_steps, self.decay_steps)
 
@@ -254,3 +251,67 @@ class SparseSettings:
         plain = dataclasses.asdict(self)
         del plain["gradient_checkpointing"]
         return plain
+
+
+@dataclass(frozen=True)
+class DenseSettings:
+    """How a model is trained with full attention, before it has indexers or beside what the sparse stage does.
+
+    Args:
+        steps: Optimizer steps.
+        seq_len: Tokens per sequence.
+        parameters: Train the parameters whose names this regular expression finds; `None` means all.
+        lr: Peak learning rate of AdamW (betas 0.9 and 0.95, no weight decay).
+        warmup_steps, schedule, decay_steps, max_grad_norm, boundaries, seed: As in `WarmupSettings`.
+        sequences: Sequences per step, shared by the processes of a run, read one at a time.
+        expert_bias_rate: How far a step moves the bias with which a router selects an expert, towards equal load; 0
+            leaves it. For models with such biases (DeepSeek-V3).
+        mixed_precision: `"bf16"` computes in bf16 with the parameters as they are.
+        gradient_checkpointing: Keep no activations within layers and compute them again in the backward pass.
+
+    Raises:
+        ValueError: A value is out of range.
+    """
+
+    steps: int
+    seq_len: int
+    parameters: str | None = None
+    lr: float = PARAMETERS_LR
+    warmup_steps: int | None = None
+    schedule: Schedule = "cosine"
+    decay_steps: int | None = None
+    max_grad_norm: float = MAX_GRAD_NORM
+    sequences: int = 1
+    expert_bias_rate: float = 0.0
+    mixed_precision: Precision = "no"
+    gradient_checkpointing: bool = False
+    seed: int = 0
+    boundaries: bool = True
+
+    def __post_init__(self) -> None:
+        require_int("steps", self.steps, 1)
+        require_int("seq_len", self.seq_len, 2)
+        require_int("sequences", self.sequences, 1)
+        require_int("seed", self.seed, 0)
+        require_positive("max_grad_norm", self.max_grad_norm)
+        rate = self.expert_bias_rate
+        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate < 1:
+            raise ValueError(f"expert_bias_rate must be a number from 0 to below 1, got {rate!r}; 0.001 is usual")
+        _check_precision(self.mixed_precision)
+        check_schedule(self.schedule, self.lr, self.steps, self.warmup_steps, self.decay_steps)
+
+    @property
+    def peak_lr(self) -> float:
+        """The model's peak learning rate."""
+        return self.lr
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types of what decides the losses; recomputing activations does not."""
+        plain = dataclasses.asdict(self)
+        del plain["gradient_checkpointing"]
+        return plain
+
+
+def _check_precision(given: object) -> None:
+    if given not in get_args(Precision):
+        raise ValueError(f"mixed_precision must be one of {', '.join(get_args(Precision))}, got {given!r}")

@@ -9,30 +9,25 @@ selection has no gradient. So no gradient of either loss has a way to the other'
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
+from dsa.config import DSAConfig
 from dsa.models import config_of
 from dsa.models.checkpoint import describe_base_model, save_indexers
 from dsa.models.context import AttentionCall, DSAContext
-from dsa.train.adam import load_state, state_of
-from dsa.train.chosen import Chosen
-from dsa.train.data import TokenStream, Window, Windows, seeded
+from dsa.train.data import TokenStream, Window, seeded
 from dsa.train.holdout import Holdout
-from dsa.train.language import language_losses, predicted, read_window
+from dsa.train.language import language_losses, read_window
+from dsa.train.language_stage import MODEL, LanguageStage, replace_folder
 from dsa.train.layer import LayerTrainer, draw_queries
 from dsa.train.loop import (
-    NotFiniteError,
-    Stage,
     Surroundings,
     TrainingResult,
     expected_state_bytes,
@@ -41,12 +36,11 @@ from dsa.train.loop import (
 )
 from dsa.train.processes import Processes
 from dsa.train.progress import Reporter, StepRecord
-from dsa.train.settings import BETAS, SparseSettings
+from dsa.train.settings import SparseSettings
 from dsa.train.sharding import gathered
 from dsa.train.state import RunFolder
 from dsa.train.warmup import layer_parts, layer_states, load_layer_states, trainable_indexers
 
-MODEL = "model"
 ADAPTER = "adapter"
 
 
@@ -97,19 +91,9 @@ def train_sparse(
         should_stop,
         recipe,
     )
-    was_training = model.training
     run = SparseStage(model, stream, settings, around, tokenizer, merge)
-    recomputes = model.is_activation_checkpointing
-    if settings.gradient_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
-    model.train()
-    try:
+    with run.training():
         run.go(resume)
-    finally:
-        if settings.gradient_checkpointing and not recomputes:
-            model.activation_checkpointing_disable()
-        model.train(was_training)
-        run.chosen.unfreeze()
     record = run.record
     return TrainingResult(
         run.step,
@@ -120,10 +104,12 @@ def train_sparse(
     )
 
 
-class SparseStage(Stage):
+class SparseStage(LanguageStage):
     """One run: the model's optimizer and its layers' trainers."""
 
     name = "sparse"
+    config: DSAConfig
+    settings: SparseSettings
 
     def __init__(
         self,
@@ -136,32 +122,20 @@ class SparseStage(Stage):
     ) -> None:
         indexers = trainable_indexers(model)
         config = config_of(model)
-        self.settings = settings
         self.indexer_settings = settings.indexer_settings()
-        self.tokenizer = tokenizer
         self.merge = merge
         self.base_model_now: dict[str, Any] | None = None
-        windows = Windows(stream, settings.seq_len, settings.seed, boundaries=settings.boundaries)
-        super().__init__(model, windows, settings.steps, settings.sequences, around)
-        self.chosen = Chosen(model, settings)
-        self.chosen.follow(self.shard)
+        super().__init__(model, config, stream, settings, around, tokenizer)
         self.trainers = {
             layer: LayerTrainer(layer, indexer, config, self.indexer_settings, self.processes)
             for layer, indexer in indexers.items()
         }
-        self.optimizer = torch.optim.AdamW(
-            self.chosen.parameters.values(), lr=settings.peak_lr, betas=BETAS, weight_decay=0.0
-        )
         self.dense_weights = self.chosen.clone() if settings.distill else {}
         self.dense_head: dict[str, torch.Tensor] = {}
 
     def train_step(self, first: int, count: int) -> StepRecord:
         began = time.perf_counter()
-        step_first = self.step * self.sequences
-        # Dropout, where a model has it, depends on the step alone, so that a resumed run repeats it.
-        torch.manual_seed(int(seeded(self.settings.seed, self.step, first).initial_seed()))
-        predictions = sum(int(predicted(self.windows(step_first + each)).sum()) for each in range(self.sequences))
-        share = self.processes.size / max(1, predictions)
+        share = self.begin_step(first)
         losses = torch.zeros(2, device=self.model.device)
         kl = {layer: torch.zeros((), device=self.model.device) for layer in self.trainers}
         for number in range(first, first + count):
@@ -174,8 +148,8 @@ class SparseStage(Stage):
         self._update()
         return StepRecord(
             self.step + 1,
-            (self.step + 1) * self.sequences * self.settings.seq_len,
-            self._lr(self.settings.peak_lr),
+            self.tokens_after_step(),
+            self.lr_now(self.settings.peak_lr),
             by_number,
             self.seconds_since(began),
             language,
@@ -201,15 +175,10 @@ class SparseStage(Stage):
             )
             return torch.stack(losses)
 
-        with self._precision():
+        with self.precision():
             language, distillation = self.whole(read)
         ((language + self.settings.distill * distillation) * share).backward()
         return torch.stack((language, distillation)).detach() * share
-
-    def _precision(self, keep_casts: bool = True) -> Any:
-        if self.settings.mixed_precision == "no":
-            return nullcontext()
-        return torch.autocast(self.model.device.type, torch.bfloat16, cache_enabled=keep_casts)
 
     @torch.no_grad()
     def _read_dense(self, window: Window) -> Any:
@@ -222,7 +191,7 @@ class SparseStage(Stage):
             self.dense_head = {name: gathered(self.dense_weights[name]) for name in names}
         self.model.eval()
         try:
-            with self.chosen.replaced_by(self.dense_weights), self._precision():
+            with self.chosen.replaced_by(self.dense_weights), self.precision():
                 return self.whole(lambda: read_window(self.model, window, DSAContext(mode="dense")))
         finally:
             self.model.train()
@@ -232,7 +201,7 @@ class SparseStage(Stage):
 
         # Autocast knows a weight that it has cast by its parameter, and would not see that the values are others.
         values = self.dense_weights if self.sharded is None else self.dense_head
-        with self.chosen.replaced_by(values), self._precision(keep_casts=False):
+        with self.chosen.replaced_by(values), self.precision(keep_casts=False):
             return head_logits(self.model, dense, hidden, ids)[0]
 
     def _draw(self, window: Window, number: int) -> torch.Tensor:
@@ -245,38 +214,20 @@ class SparseStage(Stage):
         return draw_queries(torch.arange(tokens), wanted, 1, generator).to(self.model.device)
 
     def _update(self) -> None:
-        parameters = self.chosen.parameters.values()
-        # FSDP has averaged those of a sharded model.
-        if self.sharded is None:
-            self.processes.mean_(each.grad for each in parameters if each.grad is not None)
-        norm = nn.utils.get_total_norm([each.grad for each in parameters if each.grad is not None])
-        nn.utils.clip_grads_with_norm_(parameters, self.settings.max_grad_norm, gathered(norm))
-        for group in self.optimizer.param_groups:
-            group["lr"] = self._lr(self.settings.peak_lr)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.update_model()
         for trainer in self.trainers.values():
-            trainer.update(self._lr(self.settings.indexer_lr))
+            trainer.update(self.lr_now(self.settings.indexer_lr))
         # The next step selects with what was just learnt.
         self.give_back()
 
-    def _lr(self, peak: float) -> float:
-        indexers = self.indexer_settings
-        return peak / indexers.lr * indexers.lr_at(self.step + 0.5)
-
     def _check_finite(self, language: float, kl: dict[int, float]) -> None:
-        wrong = [layer for layer, value in kl.items() if not math.isfinite(value)]
-        if math.isfinite(language) and not wrong:
-            return
-        if wrong:
-            reason = f"the indexer loss of layer {wrong[0]} became {kl[wrong[0]]}: lower --indexer-lr"
-            reason += f" ({self.settings.indexer_lr}) or --lr ({self.settings.peak_lr})"
-        else:
-            reason = f"the language-modelling loss became {language}: lower --lr ({self.settings.peak_lr})"
-        raise NotFiniteError(
-            f"training stopped in step {self.step + 1}: {reason}. The checkpoint in {self.around.folder.path} is from "
-            "before it"
-        )
+        for layer, value in kl.items():
+            if not math.isfinite(value):
+                self.stop(
+                    f"the indexer loss of layer {layer} became {value}: lower --indexer-lr "
+                    f"({self.settings.indexer_lr}) or --lr ({self.settings.peak_lr})"
+                )
+        self.check_finite(language)
 
     def layers(self) -> list[int]:
         return list(self.trainers)
@@ -286,14 +237,13 @@ class SparseStage(Stage):
         return {"settings": self.settings.to_dict(), "top_k": budget}
 
     def parts(self) -> set[str]:
-        return {MODEL, *layer_parts(self.trainers)}
+        return super().parts() | layer_parts(self.trainers)
 
     def state(self) -> dict[str, dict[str, torch.Tensor]]:
-        model = state_of(dict(self.chosen.parameters), self.optimizer, keep=self.processes.is_main)
-        return {MODEL: model, **layer_states(self.trainers)}
+        return {**super().state(), **layer_states(self.trainers)}
 
     def load_state(self, tensors: dict[str, dict[str, torch.Tensor]]) -> None:
-        load_state(dict(self.chosen.parameters), self.optimizer, tensors[MODEL], "the model")
+        super().load_state(tensors)
         load_layer_states(self.trainers, tensors)
 
     def give_back(self) -> None:
@@ -302,11 +252,7 @@ class SparseStage(Stage):
 
     def savings(self) -> list[str]:
         settings = self.settings
-        trained = sum(each.numel() * each.itemsize for each in self.chosen.parameters.values()) / 1e6
-        found = []
-        if not settings.gradient_checkpointing:
-            layers = self.model.config.get_text_config().num_hidden_layers
-            found.append(f"--gradient-checkpointing keeps about 1/{layers} of the layers' activations")
+        trained, found = self.trained_megabytes(), self.checkpointing_savings()
         found.append(sequence_savings(settings, "rest of them" if found else "activations"))
         if settings.lora is None:
             found.append(f"--lora 16 takes nearly all of the {3 * trained:,.0f} MB of gradients and moments away")
@@ -319,8 +265,8 @@ class SparseStage(Stage):
         return found
 
     def expected_bytes(self) -> int:
-        parts: dict[str, dict[str, torch.Tensor]] = {f"{n}": dict(t.parameters) for n, t in self.trainers.items()}
-        return expected_state_bytes({**parts, MODEL: dict(self.chosen.parameters)})
+        layers = {f"{layer}": dict(trainer.parameters) for layer, trainer in self.trainers.items()}
+        return super().expected_bytes() + expected_state_bytes(layers)
 
     def result_folder(self) -> Path:
         """Where the model, or its adapter, is written."""
@@ -351,18 +297,12 @@ class SparseStage(Stage):
             save_adapter = partial(
                 self.chosen.adapter.save_pretrained, save_embedding_layers=False, state_dict=weights.get(ADAPTER)
             )
-            _replace_folder(folder.path / ADAPTER, save_adapter)
+            replace_folder(folder.path / ADAPTER, save_adapter)
         if not finished or not self._writes_model():
             return
         if self.sharded is None:
             self.chosen.merge()
-
-        def save(path: Path) -> None:
-            self.model.save_pretrained(path, state_dict=weights.get(MODEL))
-            if self.tokenizer is not None:
-                self.tokenizer.save_pretrained(path)
-
-        _replace_folder(folder.path / MODEL, save)
+        self.save_model(weights.get(MODEL))
 
 
 class _IndexersLearn:
@@ -399,16 +339,3 @@ class _IndexersLearn:
 
 def _same(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
-
-
-def _replace_folder(folder: Path, write: Callable[[Path], Any]) -> None:
-    """Writes a folder beside its place, then puts it there."""
-    part = folder.with_name(f".{folder.name}.part")
-    old = folder.with_name(f".{folder.name}.old")
-    for leftover in (part, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    write(part)
-    if folder.exists():
-        folder.rename(old)
-    part.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)

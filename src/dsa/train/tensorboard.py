@@ -37,8 +37,12 @@ class TensorBoardReporter(Reporter):
         self.writer = SummaryWriter(str(self.folder), purge_step=done + 1 if done else None)
 
     def step(self, record: StepRecord) -> None:
-        scalars = {"train/kl_mean": record.mean_kl, "train/lr": record.lr, "train/memory_mb": self._memory_mb()}
-        optional = {"train/language_loss": record.language, "train/distillation": record.distillation}
+        scalars = {"train/lr": record.lr, "train/memory_mb": self._memory_mb()}
+        optional = {
+            "train/kl_mean": record.mean_kl,
+            "train/language_loss": record.language,
+            "train/distillation": record.distillation,
+        }
         scalars |= {name: value for name, value in optional.items() if value is not None}
         if self.last is not None and record.seconds > self.last.seconds:
             scalars["train/tokens_per_s"] = (record.tokens - self.last.tokens) / (record.seconds - self.last.seconds)
@@ -47,13 +51,12 @@ class TensorBoardReporter(Reporter):
         self.last = record
 
     def holdout(self, record: HoldoutRecord) -> None:
-        scalars = {
-            "holdout/language_loss_dense": record.dense,
-            "holdout/language_loss_sparse": record.sparse,
-            "holdout/perplexity_ratio": record.ratio,
-        }
+        scalars = {"holdout/language_loss_dense": record.dense}
+        optional = {"holdout/language_loss_sparse": record.sparse, "holdout/perplexity_ratio": record.ratio}
+        scalars |= {name: value for name, value in optional.items() if value is not None}
         for name, layers in (("mass", record.mass), ("oracle", record.oracle), ("recall", record.recall)):
-            scalars[f"holdout/{name}_mean"] = sum(layers.values()) / len(layers)
+            if layers:
+                scalars[f"holdout/{name}_mean"] = sum(layers.values()) / len(layers)
             scalars |= {f"holdout_{name}/layer_{layer:03d}": value for layer, value in layers.items()}
         self._write(scalars, record.step)
 

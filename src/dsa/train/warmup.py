@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from dsa.config import DSAConfig
 from dsa.models import config_of, indexers_of
 from dsa.models.checkpoint import save_indexers
 from dsa.models.context import AttentionCall, DSAContext
@@ -112,6 +113,7 @@ class Warmup(Stage):
     """One run: its layers' trainers."""
 
     name = "warmup"
+    config: DSAConfig
 
     def __init__(
         self, model: PreTrainedModel, stream: TokenStream, settings: WarmupSettings, around: Surroundings
@@ -128,7 +130,7 @@ class Warmup(Stage):
             first=max(settings.first_query(config, layer) for layer in indexers),
             at_least=self.settings.queries_per_update,
         )
-        super().__init__(model, windows, settings.steps, settings.sequences, around)
+        super().__init__(model, config, windows, settings.steps, settings.sequences, around)
         self.shard()
         self.trainers = {
             layer: LayerTrainer(layer, indexer, config, self.settings, self.processes)
