@@ -17,13 +17,33 @@ stages that are finished are not done again. `--stages` runs some of them only. 
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, DeepseekV3Config, PreTrainedModel
+
+import dsa
+from dsa.bench.result import environment
+from dsa.eval.output import write_json
+from dsa.models import config_of
+from dsa.models.context import AttentionCall, DSAContext
+from dsa.ops import pack_latents, sparse_attention
+from dsa.train import Holdout, TokenStream, Windows, read_data
 
 SEQ_LEN, TOP_K = 1024, 128
 VOCABULARY = 2048
 SEED = 0
+POSITIONS = 4096
+"""Held-out positions on which logits are compared."""
+MASS_SEQUENCES = 32
+POINTS = 50
+"""Of a loss curve in the record."""
 
 SIZES = {
     "vocab_size": VOCABULARY,
@@ -45,7 +65,8 @@ SIZES = {
     "kv_lora_rank": 128,
     "qk_nope_head_dim": 32,
     "qk_rope_head_dim": 16,
-    "v_head_dim": 32,
+    # As wide as queries and keys: torch's fused attention on a CPU wants them equal.
+    "v_head_dim": 48,
     "max_position_embeddings": 4096,
     "num_mtp_layers": 0,
     "bos_token_id": 0,
@@ -60,11 +81,11 @@ CONTINUED = ("--steps", "150", "--sequences", "4", "--lr", "3e-4", "--warmup-ste
 STAGES: dict[str, tuple[str, ...]] = {
     "dense": (
         *("config", "--stage", "dense", "--from-scratch", "--expert-bias-rate", "0.001"),
-        *("--steps", "700", "--sequences", "4", "--lr", "2e-3", "--warmup-steps", "40", "--holdout-every", "100"),
+        *("--steps", "800", "--sequences", "4", "--lr", "3e-3", "--warmup-steps", "40", "--holdout-every", "100"),
     ),
     "warmup": (
         *("dense/model", "--stage", "warmup", "--top-k", str(TOP_K), "--index-heads", "16", "--index-head-dim", "32"),
-        *("--steps", "240", "--sequences", "1", "--lr", "5e-3", "--holdout-every", "60"),
+        *("--steps", "192", "--sequences", "1", "--lr", "5e-3", "--holdout-every", "96"),
     ),
     "sparse": (
         *("dense/model", "--stage", "sparse", "--indexers", "warmup", "--all-parameters", "--indexer-lr", "1e-3"),
@@ -77,8 +98,6 @@ STAGES: dict[str, tuple[str, ...]] = {
 
 def prepare(work: Path, texts: list[str], heldout: list[str]) -> None:
     """Configuration, tokenizer and tokens, where they are not there yet."""
-    from transformers import DeepseekV3Config
-
     scripts = Path(__file__).resolve().parent.parent / "scripts"
     config = work / "config"
     if not (config / "config.json").exists():
@@ -107,6 +126,195 @@ def _python(arguments: list[object]) -> None:
     subprocess.run([sys.executable, *map(str, arguments)], check=True)
 
 
+def export(work: Path) -> Path:
+    """The trained model as a DeepSeek-V3.2, written once."""
+    folder = work / "v32"
+    if not (folder / "config.json").exists():
+        _python(["-m", "dsa", "export", work / "sparse" / "model", "--out", folder])
+    return folder
+
+
+def log_of(folder: Path, name: str = "log.jsonl") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / name).read_text(encoding="utf-8").splitlines()]
+
+
+def curve(log: list[dict[str, Any]], name: str) -> list[list[float]]:
+    """Mean loss of every so many steps, at most `POINTS` of them: `[tokens read, nats]`."""
+    some = -(-len(log) // POINTS)
+    parts = [log[begin : begin + some] for begin in range(0, len(log), some)]
+    return [[part[-1]["tokens"], round(sum(line[name] for line in part) / len(part), 4)] for part in parts]
+
+
+def stage_record(work: Path, name: str) -> dict[str, Any]:
+    """What one stage did: its arguments, tokens, time, losses, and held-out text."""
+    log = log_of(work / name)
+    curves = {loss: curve(log, loss) for loss in ("language", "kl_mean") if loss in log[0]}
+    done = {"steps": log[-1]["step"], "tokens": log[-1]["tokens"], "seconds": round(log[-1]["seconds"])}
+    return {
+        "arguments": " ".join([*STAGES[name], *COMMON]),
+        **done,
+        "curves": curves,
+        "holdout": log_of(work / name, "holdout.jsonl"),
+    }
+
+
+def loss_ratio(work: Path) -> dict[str, float]:
+    """Losses of the sparse stage over those of the dense continuation, on the same windows."""
+    sparse, dense = (log_of(work / name) for name in ("sparse", "continued"))
+    assert [line["tokens"] for line in sparse] == [line["tokens"] for line in dense]
+    last = len(sparse) // 3
+    losses = [[line["language"] for line in log] for log in (sparse, dense)]
+    held = [log_of(work / name, "holdout.jsonl")[-1] for name in ("sparse", "continued")]
+    means = {"all_steps": slice(None), f"last_{last}_steps": slice(-last, None)}
+    found = {}
+    for name, some in means.items():
+        ours, theirs = (sum(log[some]) / len(log[some]) for log in losses)
+        found |= {f"sparse_{name}": ours, f"dense_{name}": theirs, f"ratio_{name}": ours / theirs}
+    found["largest_ratio_of_a_step"] = max(ours / theirs for ours, theirs in zip(*losses))
+    return found | {"ratio_heldout": held[0]["sparse"] / held[1]["dense"]}
+
+
+def mass_kept(work: Path, stream: TokenStream, sequences: int) -> dict[str, Any]:
+    """Attention mass on the selection and on the best one, by layer, on held-out text."""
+    model = AutoModelForCausalLM.from_pretrained(work / "sparse" / "model", dtype=torch.float32).eval()
+    record = Holdout.of(stream, SEQ_LEN, sequences).measure(model, config_of(model), 0)
+    shares = {layer: record.mass[layer] / record.oracle[layer] for layer in record.mass}
+    mean = sum(record.mass.values()) / sum(record.oracle.values())
+    return {**record.to_dict(), "sequences": sequences, "mass_over_oracle": shares, "mass_over_oracle_mean": mean}
+
+
+PLAIN = """
+import sys
+sys.modules["dsa"] = None  # any import of it fails
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+folder, given = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
+with torch.no_grad():
+    logits = [model(ids[None], use_cache=False).logits for ids in load_file(given)["ids"]]
+save_file({"logits": torch.cat(logits), "class": torch.tensor(list(type(model).__name__.encode()))}, given)
+"""
+
+
+def plain_logits(folder: Path, ids: torch.Tensor) -> tuple[torch.Tensor, str]:
+    """Logits of plain transformers in a process without this package, and the class it loads."""
+    from safetensors.torch import save_file
+
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch) / "given.safetensors"
+        save_file({"ids": ids}, file)
+        _python(["-c", PLAIN, folder, file])
+        found = load_file(file)
+    return found["logits"], bytes(found["class"].tolist()).decode()
+
+
+@torch.no_grad()
+def logits_of(model: PreTrainedModel, ids: torch.Tensor, **given: Any) -> torch.Tensor:
+    return torch.cat([model(each[None], **given).logits for each in ids])
+
+
+class RowError:
+    """An observer: what a layer's attention gives with FP8 rows in the place of bf16 ones, all else the same."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.sums: dict[int, list[float]] = {}
+
+    def __call__(self, call: AttentionCall) -> None:
+        assert call.indices is not None
+        layer = self.model.model.layers[call.layer].self_attn
+        latent = self.model.config.kv_lora_rank
+        up_value = layer.kv_b_proj.weight.unflatten(0, (layer.heads, -1))[:, layer.nope_dim :]
+
+        def output(key: Any, value: Any) -> torch.Tensor:
+            mixed, _ = sparse_attention(call.query, key, value, call.indices, scale=call.scale)
+            return layer.o_proj(torch.einsum("bthl,hvl->bthv", mixed, up_value).flatten(2)).double()
+
+        rows = call.key.bfloat16().to(call.query.dtype)
+        expected = output(rows, rows[..., :latent])
+        found = output(pack_latents(call.key.squeeze(2), latent), None)
+        sums = self.sums.setdefault(call.layer, [0.0, 0.0])
+        sums[0] += float((found - expected).square().sum())
+        sums[1] += float(expected.square().sum())
+
+    def errors(self) -> dict[int, float]:
+        """Relative error by layer, over all positions."""
+        return {layer: (off / size) ** 0.5 for layer, (off, size) in self.sums.items()}
+
+
+def fp8_rows(folder: Path, ids: torch.Tensor) -> dict[str, Any]:
+    """How far FP8 rows move attention and predictions of the exported model, against bf16 latents."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    dsa.accelerate(model)
+    errors = RowError(model)
+    for each in ids:
+        with torch.no_grad():
+            model(each[None], use_cache=False, dsa_context=DSAContext(observer=errors))
+    exact = logits_of(model, ids, use_cache=True)
+    hooks = [
+        layer.self_attn.kv_a_layernorm.register_forward_hook(lambda module, args, out: out.bfloat16().to(out.dtype))
+        for layer in model.model.layers
+    ]
+    narrow = logits_of(model, ids, use_cache=True)
+    for hook in hooks:
+        hook.remove()
+    dsa.restore(model)
+    dsa.accelerate(model, cache="fp8")
+    found = logits_of(model, ids, use_cache=True)
+
+    def same(a: torch.Tensor, b: torch.Tensor) -> float:
+        return float((a.argmax(dim=-1) == b.argmax(dim=-1)).double().mean())
+
+    by_layer = errors.errors()
+    size = model.config.kv_lora_rank, model.config.qk_rope_head_dim
+    return {
+        "positions": ids.numel(),
+        "row": f"{size[0]} latent dims and {size[1]} with RoPE",
+        "attention_error_by_layer": by_layer,
+        "attention_error_largest": max(by_layer.values()),
+        "same_top_token_as_bf16": same(found, narrow),
+        "same_top_token_as_fp32": same(found, exact),
+        "same_top_token_bf16_as_fp32": same(narrow, exact),
+    }
+
+
+def measure(work: Path, texts: list[str]) -> dict[str, Any]:
+    """Everything that is reported of the run in WORK."""
+    folder = export(work)
+    heldout = read_data([work / "heldout.safetensors"], None, VOCABULARY)
+    windows = Windows(heldout, SEQ_LEN, SEED, boundaries=False)
+    ids = windows(0, POSITIONS // SEQ_LEN).ids
+    attached = AutoModelForCausalLM.from_pretrained(work / "sparse" / "model", dtype=torch.float32).eval()
+    native = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    dsa.accelerate(native)
+    plain, name = plain_logits(folder, ids)
+    agreement = {
+        "class": name,
+        "attached_and_plain": float((logits_of(attached, ids, use_cache=False) - plain).abs().max()),
+        "accelerated_and_plain": float((logits_of(native, ids, use_cache=False) - plain).abs().max()),
+    }
+    stages = {name: stage_record(work, name) for name in STAGES}
+    made = [stages[name] for name in ("dense", "warmup", "sparse")]
+    return {
+        "format": "dsa small-deepseek 1",
+        "sizes": SIZES,
+        "weights": sum(each.numel() for each in native.parameters()),
+        "top_k": TOP_K,
+        "seq_len": SEQ_LEN,
+        "texts": [Path(each).name for each in texts],
+        "tokens_seen": sum(each["tokens"] for each in made),
+        "seconds": sum(each["seconds"] for each in made),
+        "seconds_with_continuation": sum(each["seconds"] for each in stages.values()),
+        "loss": loss_ratio(work),
+        "mass": mass_kept(work, heldout, MASS_SEQUENCES),
+        "largest_difference_of_logits": agreement,
+        "fp8": fp8_rows(folder, ids),
+        "stages": stages,
+        "environment": environment(),
+    }
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train", nargs="+", required=True, metavar="FILE", help="text to learn from")
@@ -114,10 +322,18 @@ def main() -> int:
     parser.add_argument("--work", type=Path, required=True, metavar="WORK", help="folder for everything that is made")
     parser.add_argument("--threads", type=int, default=2, metavar="N", help="CPU threads of the training (default: 2)")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="run these (default: all)")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="measure, and write everything to this file")
     given = parser.parse_args()
     prepare(given.work, given.train, given.heldout)
     for name in given.stages:
         run_stage(given.work, name, given.threads)
+    if given.json is not None:
+        torch.set_num_threads(given.threads)
+        record = measure(given.work, given.train)
+        write_json(given.json, record)
+        for name in ("tokens_seen", "seconds", "loss", "largest_difference_of_logits", "fp8"):
+            print(name, record[name])
+        print("mass over the best", record["mass"]["mass_over_oracle"])
     return 0
 
 

@@ -14,6 +14,8 @@ from typer.testing import Result
 
 from dsa.cli.configuration import read_config, write_config
 from dsa.models.checkpoint import read_indexers
+from dsa.testing.tiny_models import tiny_model
+from dsa.testing.tiny_tokenizer import BYTE_VOCABULARY, tiny_tokenizer
 
 SIZES = ("--index-heads", "2", "--index-head-dim", "8", "--sinks", "1", "--local", "4", "--top-k", "16")
 SHORT = ("--seq-len", "48", "--threads", "1", "--device", "cpu", "--steps", "3")
@@ -151,13 +153,64 @@ def test_adapters(dsa: Callable[..., Result], tiny: str, rows: str, tmp_path: Pa
     assert not (tmp_path / "b" / "model").exists()
 
 
-@pytest.mark.parametrize("option", [("--lora", "4"), ("--distill", "1"), ("--gradient-checkpointing",), ("--merge",)])
+@pytest.mark.parametrize(
+    ("stage", "option", "belongs"),
+    [
+        ("warmup", ("--lora", "4"), "sparse stage; add --stage sparse"),
+        ("warmup", ("--distill", "1"), "sparse stage; add --stage sparse"),
+        ("warmup", ("--gradient-checkpointing",), "sparse and dense stage; add --stage sparse"),
+        ("warmup", ("--merge",), "sparse stage; add --stage sparse"),
+        ("warmup", ("--from-scratch",), "dense stage; add --stage dense"),
+        ("sparse", ("--expert-bias-rate", "0.1"), "dense stage; add --stage dense"),
+        ("sparse", ("--start", "fitted"), "warmup stage; add --stage warmup"),
+        ("dense", ("--top-k", "8"), "warmup and sparse stage; add --stage warmup"),
+        ("dense", ("--indexers", "x"), "warmup and sparse stage; add --stage warmup"),
+        ("dense", ("--lora", "4"), "sparse stage; add --stage sparse"),
+    ],
+)
 def test_options_without_effect_are_refused(
-    dsa: Callable[..., Result], tiny: str, rows: str, tmp_path: Path, option: tuple[str, ...]
+    dsa: Callable[..., Result], tiny: str, rows: str, tmp_path: Path, stage: str, option: tuple[str, ...], belongs: str
 ) -> None:
-    result = dsa("train", tiny, "--data", rows, "--out", str(tmp_path / "a"), *SHORT, *option)
+    result = dsa("train", tiny, "--data", rows, "--out", str(tmp_path / "a"), *SHORT, "--stage", stage, *option)
     assert result.exit_code == 2
-    assert f"{option[0]} belongs to the sparse stage; add --stage sparse" in result.stderr
+    assert f"{option[0]} belongs to the {belongs}" in result.stderr
+
+
+def test_from_a_configuration_to_a_model_with_indexers(dsa: Callable[..., Result], rows: str, tmp_path: Path) -> None:
+    """Random weights, dense stage, warm-up, sparse stage; and the dense continuation on the same windows."""
+    config = tmp_path / "config"
+    tiny_model("deepseek_v3", vocab_size=BYTE_VOCABULARY).config.save_pretrained(config)
+    tiny_tokenizer().save_pretrained(config)
+    common = ("--data", rows, "--column", "body", *SHORT)
+    missing = dsa("train", str(config), *common, "--stage", "dense", "--out", str(tmp_path / "x"))
+    assert missing.exit_code == 2
+    assert "only safetensors weights are read" in missing.stderr
+    scratch = ("train", str(config), *common, "--stage", "dense", "--from-scratch", "--expert-bias-rate", "0.01")
+    held = ("--holdout", rows, "--holdout-sequences", "1")
+    result = fine(dsa(*scratch, *held, "--out", str(tmp_path / "dense")))
+    assert result.stdout.split() == [str(tmp_path / "dense" / "model")]
+    assert "3 steps done, loss of the last step" in result.stderr
+    lines = [json.loads(line) for line in (tmp_path / "dense" / "log.jsonl").open()]
+    assert [line["tokens"] for line in lines] == [48, 96, 144]
+    assert max(line["lr"] for line in lines) == pytest.approx(1e-3, rel=0.3)
+    fine(dsa(*scratch, *held, "--out", str(tmp_path / "dense"), "--resume"))
+    other = dsa(*scratch, *held, "--out", str(tmp_path / "dense"), "--resume", "--seed", "1")
+    assert other.exit_code == 2
+    assert "seed was 0, is now 1" in other.stderr
+
+    model = str(tmp_path / "dense" / "model")
+    sizes = ("--index-heads", "2", "--index-head-dim", "8", "--top-k", "16")
+    fine(dsa("train", model, *common, *sizes, "--out", str(tmp_path / "warmup")))
+    sparse = ("--stage", "sparse", "--indexers", str(tmp_path / "warmup"), "--all-parameters", "--lr", "1e-4")
+    fine(dsa("train", model, *common, *sparse, "--out", str(tmp_path / "sparse")))
+    fine(dsa("train", model, *common, "--stage", "dense", "--lr", "1e-4", "--out", str(tmp_path / "continued")))
+    logs = [[json.loads(line) for line in (tmp_path / name / "log.jsonl").open()] for name in ("sparse", "continued")]
+    assert [line["lr"] for line in logs[0]] == [line["lr"] for line in logs[1]]
+    # Below K tokens nothing is left out; the rest of a window makes little difference after so few steps.
+    assert logs[0][0]["language"] == pytest.approx(logs[1][0]["language"], rel=1e-2)
+
+    again = dsa("train", str(tmp_path / "sparse" / "model"), *common, "--stage", "dense", "--out", str(tmp_path / "y"))
+    assert "the model was saved with indexers; it is trained, and saved, without them" in fine(again).stderr
 
 
 def test_sequences_beyond_the_model_s_positions(

@@ -24,8 +24,10 @@ import weakref
 from dataclasses import replace
 import torch
 torch.set_num_threads(1)
+from dsa.testing.tiny_models import tiny_model
 from dsa.testing.training import SETTINGS, Recorder, attached, document_tokens, random_tokens
-from dsa.train import Holdout, SparseSettings, sparse, start_processes, train_indexers, train_sparse, warmup
+from dsa.train import DenseSettings, Holdout, SparseSettings, sparse, start_processes, warmup
+from dsa.train import train_dense, train_indexers, train_sparse
 out, shard = sys.argv[1:]
 processes, _ = start_processes("cpu", shard == "shard")
 stream = document_tokens()
@@ -50,6 +52,8 @@ class Watched(sparse.SparseStage):
 
 sparse.SparseStage = Watched
 train_sparse(model, stream, f"{out}/all", whole, **others)
+dense = DenseSettings(steps=4, seq_len=48, lr=1e-3, sequences=4)
+train_dense(tiny_model("llama"), stream, f"{out}/dense", dense, **others)
 train_sparse(attached(), stream, f"{out}/lora", SparseSettings(**common, lora=4), merge=True, **others)
 
 if shard == "shard":
@@ -78,17 +82,18 @@ def assert_close(ours: Path, theirs: Path, tolerance: float = 1e-4) -> None:
         torch.testing.assert_close(tensor, b[name], rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("run", ["warmup", "chunks", "all", "lora"])
+@pytest.mark.parametrize("run", ["warmup", "chunks", "all", "lora", "dense"])
 def test_shares_have_the_losses_of_the_whole(runs: tuple[Path, Path], run: str) -> None:
     whole, shard = (read_log(folder / run) for folder in runs)
     assert len(whole) == len(shard) == 4
     for ours, theirs in zip(whole, shard):
-        assert ours["kl"] == pytest.approx(theirs["kl"], abs=1e-4)
+        assert ours.get("kl") == pytest.approx(theirs.get("kl"), abs=1e-4)
         for name in ("language", "distillation"):
             assert ours.get(name) == pytest.approx(theirs.get(name), abs=1e-4)
     held: list[Any] = [json.loads((folder / run / "holdout.jsonl").read_text().splitlines()[-1]) for folder in runs]
-    assert held[0]["sparse"] == pytest.approx(held[1]["sparse"], abs=1e-4)
-    for file in ("indexers.safetensors", "state.safetensors"):
+    assert held[0]["dense"] == pytest.approx(held[1]["dense"], abs=1e-4)
+    assert held[0].get("sparse") == pytest.approx(held[1].get("sparse"), abs=1e-4)
+    for file in ("state.safetensors", *([] if run == "dense" else ["indexers.safetensors"])):
         assert_close(*(folder / run / file for folder in runs))
 
 
@@ -98,6 +103,7 @@ def test_results_of_shares_are_whole(runs: tuple[Path, Path]) -> None:
     for file in (
         "all/model/model.safetensors",
         "lora/model/model.safetensors",
+        "dense/model/model.safetensors",
         "lora/adapter/adapter_model.safetensors",
     ):
         assert_close(*(folder / file for folder in runs))
