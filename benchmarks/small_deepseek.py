@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, DeepseekV3Config, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV3Config, PreTrainedModel
 
 import dsa
 from dsa.bench.result import environment
@@ -45,7 +45,7 @@ MASS_SEQUENCES = 32
 POINTS = 50
 """Of a loss curve in the record."""
 
-SIZES = {
+SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 192,
     "intermediate_size": 384,
@@ -75,7 +75,7 @@ SIZES = {
 }
 
 COMMON = ("--seq-len", str(SEQ_LEN), "--seed", str(SEED), "--device", "cpu", "--checkpoint-every", "20")
-CONTINUED = ("--steps", "150", "--sequences", "4", "--lr", "3e-4", "--warmup-steps", "10", "--holdout-every", "150")
+CONTINUED = ("--steps", "100", "--sequences", "4", "--lr", "3e-4", "--warmup-steps", "10", "--holdout-every", "100")
 """What the sparse stage and the dense continuation have in common: the same windows, steps and learning rates."""
 
 STAGES: dict[str, tuple[str, ...]] = {
@@ -134,6 +134,12 @@ def export(work: Path) -> Path:
     return folder
 
 
+def keep(folder: Path, target: Path) -> None:
+    """The exported model in fp16, small enough to be a test's model; with its tokenizer."""
+    AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16).save_pretrained(target)
+    AutoTokenizer.from_pretrained(folder).save_pretrained(target)
+
+
 def log_of(folder: Path, name: str = "log.jsonl") -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / name).read_text(encoding="utf-8").splitlines()]
 
@@ -166,7 +172,7 @@ def loss_ratio(work: Path) -> dict[str, float]:
     losses = [[line["language"] for line in log] for log in (sparse, dense)]
     held = [log_of(work / name, "holdout.jsonl")[-1] for name in ("sparse", "continued")]
     means = {"all_steps": slice(None), f"last_{last}_steps": slice(-last, None)}
-    found = {}
+    found: dict[str, float] = {}
     for name, some in means.items():
         ours, theirs = (sum(log[some]) / len(log[some]) for log in losses)
         found |= {f"sparse_{name}": ours, f"dense_{name}": theirs, f"ratio_{name}": ours / theirs}
@@ -222,13 +228,14 @@ class RowError:
         self.sums: dict[int, list[float]] = {}
 
     def __call__(self, call: AttentionCall) -> None:
-        assert call.indices is not None
+        indices = call.indices
+        assert indices is not None
         layer = self.model.model.layers[call.layer].self_attn
         latent = self.model.config.kv_lora_rank
         up_value = layer.kv_b_proj.weight.unflatten(0, (layer.heads, -1))[:, layer.nope_dim :]
 
         def output(key: Any, value: Any) -> torch.Tensor:
-            mixed, _ = sparse_attention(call.query, key, value, call.indices, scale=call.scale)
+            mixed, _ = sparse_attention(call.query, key, value, indices, scale=call.scale)
             return layer.o_proj(torch.einsum("bthl,hvl->bthv", mixed, up_value).flatten(2)).double()
 
         rows = call.key.bfloat16().to(call.query.dtype)
@@ -323,10 +330,13 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2, metavar="N", help="CPU threads of the training (default: 2)")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="run these (default: all)")
     parser.add_argument("--json", type=Path, metavar="OUT", help="measure, and write everything to this file")
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="write the model in fp16 to this folder")
     given = parser.parse_args()
     prepare(given.work, given.train, given.heldout)
     for name in given.stages:
         run_stage(given.work, name, given.threads)
+    if given.keep is not None:
+        keep(export(given.work), given.keep)
     if given.json is not None:
         torch.set_num_threads(given.threads)
         record = measure(given.work, given.train)

@@ -265,7 +265,7 @@ class SparseStage(LanguageStage):
         return found
 
     def expected_bytes(self) -> int:
-        layers = {f"{layer}": dict(trainer.parameters) for layer, trainer in self.trainers.items()}
+        layers: dict[str, dict[str, torch.Tensor]] = {f"{n}": dict(t.parameters) for n, t in self.trainers.items()}
         return super().expected_bytes() + expected_state_bytes(layers)
 
     def result_folder(self) -> Path:
