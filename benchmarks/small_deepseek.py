@@ -111,9 +111,11 @@ def prepare(work: Path, texts: list[str], heldout: list[str]) -> None:
 
 
 def run_stage(work: Path, name: str, threads: int) -> None:
-    """One `dsa train`, from its last checkpoint where it has one."""
+    """One `dsa train`, from its last checkpoint where it has one; nothing where it is finished."""
     out = work / name
     model, *given = STAGES[name]
+    if (out / "log.jsonl").exists() and log_of(out)[-1]["step"] == int(given[given.index("--steps") + 1]):
+        return
     given = [str(work / each) if last == "--indexers" else each for last, each in zip(("", *given), given)]
     resume = ["--resume"] if (out / "state.safetensors").exists() else []
     data = ["--data", work / "train.safetensors", "--holdout", work / "heldout.safetensors"]
