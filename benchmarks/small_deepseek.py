@@ -223,11 +223,14 @@ def logits_of(model: PreTrainedModel, ids: torch.Tensor, **given: Any) -> torch.
 
 
 class RowError:
-    """An observer: what a layer's attention gives with FP8 rows in the place of bf16 ones, all else the same."""
+    """An observer: what a layer's attention gives with FP8 rows in the place of bf16 ones, all else the same.
+
+    Compared are the rows that the heads mixed, the values that come out of them, and the layer's output.
+    """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
-        self.sums: dict[int, list[float]] = {}
+        self.sums: dict[int, torch.Tensor] = {}
 
     def __call__(self, call: AttentionCall) -> None:
         indices = call.indices
@@ -236,20 +239,20 @@ class RowError:
         latent = self.model.config.kv_lora_rank
         up_value = layer.kv_b_proj.weight.unflatten(0, (layer.heads, -1))[:, layer.nope_dim :]
 
-        def output(key: Any, value: Any) -> torch.Tensor:
+        def outputs(key: Any, value: Any) -> tuple[torch.Tensor, ...]:
             mixed, _ = sparse_attention(call.query, key, value, indices, scale=call.scale)
-            return layer.o_proj(torch.einsum("bthl,hvl->bthv", mixed, up_value).flatten(2)).double()
+            values = torch.einsum("bthl,hvl->bthv", mixed, up_value)
+            return mixed, values, layer.o_proj(values.flatten(2))
 
         rows = call.key.bfloat16().to(call.query.dtype)
-        expected = output(rows, rows[..., :latent])
-        found = output(pack_latents(call.key.squeeze(2), latent), None)
-        sums = self.sums.setdefault(call.layer, [0.0, 0.0])
-        sums[0] += float((found - expected).square().sum())
-        sums[1] += float(expected.square().sum())
+        packed = pack_latents(call.key.squeeze(2), latent)
+        pairs = zip(outputs(packed, None), outputs(rows, rows[..., :latent]))
+        squares = [[(ours - theirs).double().square().sum(), theirs.double().square().sum()] for ours, theirs in pairs]
+        self.sums[call.layer] = self.sums.get(call.layer, 0) + torch.tensor(squares)
 
-    def errors(self) -> dict[int, float]:
-        """Relative error by layer, over all positions."""
-        return {layer: (off / size) ** 0.5 for layer, (off, size) in self.sums.items()}
+    def errors(self, what: int) -> dict[int, float]:
+        """Relative error by layer, over all positions: of rows mixed (0), values (1) or outputs (2)."""
+        return {layer: float((sums[what, 0] / sums[what, 1]).sqrt()) for layer, sums in self.sums.items()}
 
 
 def fp8_rows(folder: Path, ids: torch.Tensor) -> dict[str, Any]:
@@ -275,13 +278,13 @@ def fp8_rows(folder: Path, ids: torch.Tensor) -> dict[str, Any]:
     def same(a: torch.Tensor, b: torch.Tensor) -> float:
         return float((a.argmax(dim=-1) == b.argmax(dim=-1)).double().mean())
 
-    by_layer = errors.errors()
     size = model.config.kv_lora_rank, model.config.qk_rope_head_dim
     return {
         "positions": ids.numel(),
         "row": f"{size[0]} latent dims and {size[1]} with RoPE",
-        "attention_error_by_layer": by_layer,
-        "attention_error_largest": max(by_layer.values()),
+        "error_of_attention_output_by_layer": errors.errors(2),
+        "error_of_values_by_layer": errors.errors(1),
+        "error_of_mixed_rows_by_layer": errors.errors(0),
         "same_top_token_as_bf16": same(found, narrow),
         "same_top_token_as_fp32": same(found, exact),
         "same_top_token_bf16_as_fp32": same(narrow, exact),

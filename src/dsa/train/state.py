@@ -163,9 +163,10 @@ class RunFolder:
                 tensors=tensors,
             )
         except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+            saved = f"The indexers of the last checkpoint, without the optimizer, are in {self.indexers_file}"
             raise ValueError(
                 f"resume: {self.state_file} is truncated or corrupt ({error}); start a new run in another folder. "
-                f"The indexers of the last checkpoint, without the optimizer, are in {self.indexers_file}"
+                f"{saved if self.indexers_file.exists() else ''}".rstrip()
             ) from error
 
     def clean(self) -> None:
