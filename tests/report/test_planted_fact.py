@@ -70,18 +70,20 @@ def test_each_answer_is_that_of_a_reading_of_its_own(benchmark: ModuleType, load
     assert 0 < benchmark.in_common(facts) < min(len(fact.prompt.ids) for fact in facts)
     dense, _ = benchmark.ask_dense(loaded, facts, silent)
     explanations = benchmark.ask_dsa(loaded, document, facts, silent)
-    for fact, explanation, log_dense in zip(facts, explanations, dense, strict=True):
+    for fact, explanation, told in zip(facts, explanations, dense, strict=True):
         assert "".join(each.text for each in explanation.answer) == loaded.tokenizer.decode(fact.answer)
         ids = torch.tensor([[*fact.prompt.ids, *fact.answer]])
         for mode, found in (
             ("sparse", [math.log(each.probability) for each in explanation.answer]),
-            ("dense", log_dense),
+            ("dense", told.logs),
         ):
             with torch.no_grad():
                 logits = loaded.model(ids, use_cache=False, dsa_context=DSAContext(mode=mode)).logits[0].log_softmax(-1)
             places = range(len(fact.prompt.ids) - 1, len(fact.prompt.ids) - 1 + len(fact.answer))
             expected = [float(logits[place, token]) for place, token in zip(places, fact.answer, strict=True)]
             assert found == pytest.approx(expected, abs=1e-4)
+            if mode == "dense":
+                assert told.is_found == all(int(logits[place].argmax()) == ids[0, place + 1] for place in places)
         alone = explain(loaded, document, fact.prompt, answer=fact.answer)
         query = explanation.query_of(0)
         for layer, row in explanation.recorder.rows[query].items():
@@ -100,16 +102,24 @@ def test_a_cache_that_leaves_nothing_to_read(benchmark: ModuleType, loaded: Load
 
 def test_means_over_the_facts(benchmark: ModuleType) -> None:
     facts = [
-        {"difference": difference, "tokens_with_page": rank is not None, "tokens": [{"rank_of_page": rank}]}
-        for difference, rank in ((-0.3, None), (0.1, 1), (0.05, 4))
+        {
+            "difference": difference,
+            "found_dense": difference > 0,
+            "tokens_with_page": int(rank is not None),
+            "tokens": [{"rank_of_page": rank}],
+        }
+        for difference, rank in ((-0.4, None), (0.1, 1), (0.05, 4))
     ]
     summary = benchmark.summarise(facts)
-    assert summary["difference"] == pytest.approx(-0.05)
-    assert summary["half_width"] == pytest.approx(4.303 * 0.2179449 / 3**0.5, rel=1e-4)
-    assert summary["is_within"]
-    assert not summary["is_below"]
+    assert summary["all"]["difference"] == pytest.approx(-0.25 / 3)
+    assert summary["all"]["half_width"] == pytest.approx(4.303 * 0.2753785 / 3**0.5, rel=1e-4)
+    assert summary["all"]["is_within"]
+    assert (summary["found_dense"]["facts"], summary["found_dense"]["difference"]) == (2, pytest.approx(0.075))
     assert (summary["facts_within"], summary["facts_with_page"], summary["tokens_with_page"]) == (2, 2, 2)
-    assert benchmark.summarise(facts[:1])["is_below"]
+    one = benchmark.summarise(facts[:1])
+    assert not one["all"]["is_within"]
+    assert one["all"]["half_width"] is None
+    assert one["found_dense"] is None
 
 
 def test_the_command(benchmark: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
@@ -129,7 +139,7 @@ def test_the_command(benchmark: ModuleType, tmp_path: Path, monkeypatch: pytest.
     assert benchmark.main() == 0
     found = json.loads(out.read_text())
     # with a budget of the whole document both readings are the same
-    assert found["summary"]["is_within"]
+    assert found["summary"]["all"]["is_within"]
     assert found["summary"]["facts_within"] == 2
     assert found["rope"]["rope_type"] == "yarn"
     assert [each["page"] for each in found["facts"]] == [2, 4]
@@ -138,7 +148,7 @@ def test_the_command(benchmark: ModuleType, tmp_path: Path, monkeypatch: pytest.
     assert page.read_text().startswith("<!doctype html>")
     shown = capsys.readouterr().out
     assert "within 0.1" in shown
-    assert "(95 %, 2 facts)" in shown
+    assert "mean difference over all facts, 2: " in shown
     for wrong, message in ((["--page", "9"], "page: "), (["--facts", "4"], "facts: ")):
         monkeypatch.setattr(sys, "argv", [*asked, *wrong])
         assert benchmark.main() == 2
