@@ -100,10 +100,12 @@ def _probes() -> dict[str, Callable[[str], Any]]:
         first = torch.zeros(1, 1, 1, dtype=torch.int32)
         hidden = torch.ones(1, 1, 576)
         shapes = ((128, 576), (32, 576), (4, 576), (32,), (32,))
+        latents = torch.ones(1, 1, 576)
         indexer = ops.IndexWeights(*(torch.ones(shape) for shape in shapes))
     return {
         "index_projection": lambda impl: ops.index_projection(hidden, indexer, None, index_key.clone(), impl=impl),
         "quantize_index_keys": lambda impl: ops.quantize_index_keys(index_key, impl=impl),
+        "pack_latents": lambda impl: ops.pack_latents(latents, impl=impl),
         "index_topk": lambda impl: ops.index_topk(index_query, index_key, weight, 1, impl=impl),
         "sparse_attention": lambda impl: ops.sparse_attention(query, key, key, first, impl=impl),
         "dense_attention": lambda impl: ops.dense_attention(query, key, key, impl=impl),
@@ -166,4 +168,4 @@ def _shipped_indexers() -> str:
         "dense": sum(config.is_dense(layer) for layer in layers),
         "sharing": sum(config.shared_with(layer) is not None for layer in layers),
     }
-    return said + "".join(f", {count} layers {kind}" for kind, count in kinds.items() if count)
+    return said + "".join(f", {count} layer{'s' * (count > 1)} {kind}" for kind, count in kinds.items() if count)
