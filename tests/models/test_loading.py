@@ -76,6 +76,10 @@ def _only_pickle(folder: Path) -> None:
     torch.save(weights, folder / "pytorch_model.bin")
 
 
+def _no_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
 def _truncated(folder: Path) -> None:
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
@@ -95,6 +99,7 @@ def _no_tokenizer(folder: Path) -> None:
         (_broken_config, "could not be loaded"),
         (_unknown_architecture, "martian"),
         (_only_pickle, "only safetensors weights are read, never pickle"),
+        (_no_weights, "a configuration without weights; `dsa train --stage dense --from-scratch`"),
         (_truncated, "are damaged"),
         (_no_tokenizer, "no tokenizer could be read"),
     ],

@@ -484,11 +484,17 @@ def _not_loaded(name: str, error: OSError) -> OSError:
     reason = str(error)
     if "connect" in reason or "offline" in reason.lower():
         hint = "there is no local directory of that name and the Hub cannot be reached: check the name or the network"
+    elif Path(name, "config.json").is_file() and not _has_weights(Path(name)):
+        hint = "a configuration without weights; `dsa train --stage dense --from-scratch` begins with random ones"
     elif "safetensors" in reason:
         hint = "only safetensors weights are read, never pickle: save it again with `model.save_pretrained(directory)`"
     else:
         hint = "expected a local directory that `save_pretrained` wrote, a Hub id or 'default'"
     return OSError(f"model: {name} could not be loaded: {_first_line(error)} ({hint})")
+
+
+def _has_weights(folder: Path) -> bool:
+    return any(any(folder.glob(kind)) for kind in ("*.safetensors", "*.bin"))
 
 
 def _first_line(error: BaseException) -> str:
