@@ -184,7 +184,7 @@ def test_from_a_configuration_to_a_model_with_indexers(dsa: Callable[..., Result
     common = ("--data", rows, "--column", "body", *SHORT)
     missing = dsa("train", str(config), *common, "--stage", "dense", "--out", str(tmp_path / "x"))
     assert missing.exit_code == 2
-    assert "only safetensors weights are read" in missing.stderr
+    assert "`dsa train --stage dense --from-scratch` begins" in missing.stderr
     scratch = ("train", str(config), *common, "--stage", "dense", "--from-scratch", "--expert-bias-rate", "0.01")
     held = ("--holdout", rows, "--holdout-sequences", "1")
     result = fine(dsa(*scratch, *held, "--out", str(tmp_path / "dense")))
