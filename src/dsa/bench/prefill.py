@@ -70,6 +70,8 @@ def sparse_prefill(tensors: LayerTensors, sizes: Sizes, out: Tensor, phases: Pha
         out[:, begin:stop] = block
         index += selected - began
         attend += time.perf_counter() - selected
+        # A model's chunk ends here and frees them: kept, they would lie beside the next block's.
+        del indices, block
     if phases is not None:
         phases.index.append(index)
         phases.attend.append(attend)
