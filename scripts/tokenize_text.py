@@ -23,7 +23,7 @@ def main() -> int:
 
     from transformers import AutoTokenizer
 
-    from dsa.models.loading import default_model_dir
+    from dsa.models.default_model import default_model_dir
     from dsa.train.data import read_data, write_tokens
 
     def say(message: str) -> None:

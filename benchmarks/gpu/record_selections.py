@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from dsa.bench.recording import recording
 from dsa.eval.progress import silent
-from dsa.models.loading import DEFAULT_MODEL
+from dsa.models.default_model import DEFAULT_MODEL
 from dsa.ops import index_topk
 
 QUERIES = 4096

@@ -10,8 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
 
-from dsa.models import loading
-from dsa.models.loading import default_model_dir, is_converted, load_model
+from dsa.models import default_model
+from dsa.models.default_model import default_model_dir, is_converted
+from dsa.models.loading import load_model
 from dsa.testing.tiny_models import tiny_model
 from dsa.testing.tiny_tokenizer import BYTE_VOCABULARY, tiny_tokenizer
 
@@ -148,9 +149,9 @@ def fake_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         return tiny_model("llama", vocab_size=BYTE_VOCABULARY), tiny_tokenizer()
 
     monkeypatch.setenv("DSA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(loading, "default_gguf", lambda: gguf)
-    monkeypatch.setattr(loading.importlib.metadata, "version", lambda name: "0.0")
-    monkeypatch.setattr(loading, "_read_gguf", read)
+    monkeypatch.setattr(default_model, "default_gguf", lambda: gguf)
+    monkeypatch.setattr(default_model.importlib.metadata, "version", lambda name: "0.0")
+    monkeypatch.setattr(default_model, "_read_gguf", read)
     return conversions
 
 
@@ -168,7 +169,7 @@ def test_the_default_is_converted_once(fake_default: list[Path]) -> None:
 
 def test_another_file_is_converted_anew(fake_default: list[Path]) -> None:
     first = default_model_dir()
-    loading.default_gguf().write_bytes(b"other weights")
+    default_model.default_gguf().write_bytes(b"other weights")
     assert default_model_dir() != first
     assert len(fake_default) == 2
 
@@ -185,7 +186,7 @@ def test_two_at_once_convert_once(fake_default: list[Path]) -> None:
     assert len(set(found)) == 1
 
 
-@pytest.mark.parametrize("lost", ["model.safetensors", "tokenizer.json", loading.MANIFEST])
+@pytest.mark.parametrize("lost", ["model.safetensors", "tokenizer.json", default_model.MANIFEST])
 def test_a_damaged_copy_is_converted_again(fake_default: list[Path], lost: str) -> None:
     file = default_model_dir() / lost
     file.write_bytes(file.read_bytes()[:20])
@@ -195,7 +196,7 @@ def test_a_damaged_copy_is_converted_again(fake_default: list[Path], lost: str) 
 
 
 def test_what_a_killed_conversion_left_is_removed(fake_default: list[Path]) -> None:
-    folder = loading.cache_dir() / "models"
+    folder = default_model.cache_dir() / "models"
     leftover = folder / f"{default_model_dir().name}.part-killed"
     shutil.rmtree(default_model_dir())
     leftover.mkdir()
@@ -212,7 +213,7 @@ def test_a_full_disk(fake_default: list[Path], monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", fail)
     with pytest.raises(OSError, match=r"No space left on device.*set DSA_CACHE"):
         default_model_dir()
-    assert [file.suffix for file in (loading.cache_dir() / "models").iterdir()] == [".lock"]
+    assert [file.suffix for file in (default_model.cache_dir() / "models").iterdir()] == [".lock"]
 
 
 def test_a_cache_that_cannot_be_written(fake_default: list[Path], tmp_path: Path) -> None:
@@ -222,13 +223,13 @@ def test_a_cache_that_cannot_be_written(fake_default: list[Path], tmp_path: Path
 
 
 def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "DEFAULT_PACKAGE", "llm-no-such-package")
+    monkeypatch.setattr(default_model, "DEFAULT_PACKAGE", "llm-no-such-package")
     with pytest.raises(ImportError, match=r"is not installed: run `make install`"):
         load_model()
 
 
 def test_without_what_reads_gguf(fake_default: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(default_model.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"needs gguf and accelerate: run `make install`"):
         load_model()
 

@@ -20,7 +20,7 @@ from dsa.bench.result import Row
 from dsa.bench.settings import Settings
 from dsa.bench.tensors import LARGE_SIZES, LayerTensors, Sizes, gaussian
 from dsa.eval.progress import Progress
-from dsa.models.loading import Status
+from dsa.models.default_model import Status
 from dsa.ops import dense_attention, index_topk, native_support, sparse_attention
 
 LENGTHS = (8192, 32768, 131072)

@@ -24,7 +24,7 @@ from dsa.bench.recording import long_ids
 from dsa.bench.result import Row
 from dsa.bench.settings import Settings
 from dsa.eval.progress import Progress
-from dsa.models.loading import Status
+from dsa.models.default_model import Status
 from dsa.models.sparse import is_sparse
 from dsa.modules.cache import reserve
 

@@ -21,7 +21,7 @@ from dsa.bench.recording import long_ids
 from dsa.bench.result import Row
 from dsa.bench.settings import Settings
 from dsa.eval.progress import Progress
-from dsa.models.loading import DEFAULT_MODEL, Status, default_gguf
+from dsa.models.default_model import DEFAULT_MODEL, Status, default_gguf
 
 INSTALL = (
     "pip install 'dsa-attention[llamacpp]', or in an environment of its own, whose interpreter --llama-python names"

@@ -18,7 +18,7 @@ from dsa.bench.result import Row
 from dsa.bench.settings import Settings
 from dsa.bench.tensors import DEFAULT_MODEL_SIZES, LayerTensors, Sizes, gaussian
 from dsa.eval.progress import Progress
-from dsa.models.loading import Status
+from dsa.models.default_model import Status
 from dsa.ops import QuantizedKeys, hadamard_transform, index_topk, indexer_loss, quantize_index_keys
 
 INDEX_LENGTHS = (32768,)

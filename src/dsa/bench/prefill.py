@@ -21,8 +21,8 @@ from dsa.bench.result import Row
 from dsa.bench.settings import Settings
 from dsa.bench.tensors import DEFAULT_MODEL_SIZES, LayerTensors, Sizes, gaussian
 from dsa.eval.progress import Progress
+from dsa.models.default_model import Status
 from dsa.models.layer import QUERIES_AT_A_TIME
-from dsa.models.loading import Status
 from dsa.ops import dense_attention, index_topk, sparse_attention
 
 LENGTHS = (32768, 65536, 131072)

@@ -25,15 +25,8 @@ from dsa.eval.progress import Progress
 from dsa.models.attachment import report_of
 from dsa.models.checkpoint import SHIPPED
 from dsa.models.context import AttentionCall, DSAContext
-from dsa.models.loading import (
-    DEFAULT_MODEL,
-    LoadedModel,
-    Status,
-    attach_indexers,
-    cache_dir,
-    default_model_dir,
-    load_model,
-)
+from dsa.models.default_model import DEFAULT_MODEL, Status, cache_dir, default_model_dir
+from dsa.models.loading import LoadedModel, attach_indexers, load_model
 from dsa.ops import QuantizedKeys
 
 CHUNK = 4096

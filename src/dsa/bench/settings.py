@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dsa.models.loading import DEFAULT_MODEL
+from dsa.models.default_model import DEFAULT_MODEL
 
 DATA = ("recorded", "gaussian")
 

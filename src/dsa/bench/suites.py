@@ -10,7 +10,7 @@ from dsa.bench import decode, end_to_end, llamacpp, operations, prefill
 from dsa.bench.result import Row
 from dsa.bench.settings import Settings
 from dsa.eval.progress import Progress
-from dsa.models.loading import Status
+from dsa.models.default_model import Status
 
 Bench = Callable[[Settings, Progress, Status], Iterator[Row]]
 

@@ -207,7 +207,7 @@ def stream(
     from transformers import DynamicCache, TextStreamer
 
     from dsa.eval.progress import layer_progress
-    from dsa.models.loading import quiet_transformers
+    from dsa.models.quiet import quiet_transformers
     from dsa.modules.cache import reserve
 
     model, tokenizer = loaded.model, loaded.tokenizer

@@ -30,7 +30,7 @@ def info() -> None:
 
     from dsa import __version__
     from dsa.eval.machine import cpu_name
-    from dsa.models.loading import cache_dir
+    from dsa.models.default_model import cache_dir
 
     rows = {
         "dsa": __version__,
@@ -139,7 +139,7 @@ def _cuda() -> str:
 
 
 def _default_model() -> str:
-    from dsa.models.loading import default_gguf, is_converted
+    from dsa.models.default_model import default_gguf, is_converted
 
     try:
         gguf = default_gguf()

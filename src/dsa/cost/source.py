@@ -99,7 +99,7 @@ def _fetch(name: str) -> Mapping[str, Any]:
     """The raw configuration from the Hub or its local cache: `AutoConfig` would fill in what is missing."""
     from transformers import PreTrainedConfig
 
-    from dsa.models.loading import quiet_transformers
+    from dsa.models.quiet import quiet_transformers
 
     try:
         with quiet_transformers():

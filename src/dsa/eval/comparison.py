@@ -19,7 +19,7 @@ from dsa.eval.reading import decoder_output, token_losses
 from dsa.eval.selections import SELECTIONS, selection
 from dsa.models.attachment import Attachment, detach, put_on
 from dsa.models.context import DSAContext
-from dsa.models.native.acceleration import cache_of, is_accelerated
+from dsa.models.native.acceleration import cache_of
 from dsa.modules.cache import reserve
 
 CHUNK = 8192
@@ -68,7 +68,7 @@ def text_losses(model: Any, ids: torch.Tensor, start: int, context: ContextMaker
     """
     ids = ids.to(model.device)
     # Without a cache FP8 rows would not be rounded, and nothing of them be measured.
-    cached = ids.shape[1] > CHUNK or (is_accelerated(model) and cache_of(model) == "fp8")
+    cached = ids.shape[1] > CHUNK or cache_of(model) == "fp8"
     cache = new_cache(model, ids.shape[1]) if cached else None
     with decoder_output(model) as captured:
         read_chunks(model, ids, cache, context)

@@ -13,7 +13,7 @@ from dsa.cost import ModelShape, Storage, shape_from
 from dsa.cost.fit import Room
 from dsa.models.extension import Demand
 from dsa.models.loading import LoadedModel
-from dsa.models.native.acceleration import cache_of, is_accelerated
+from dsa.models.native.acceleration import cache_of
 
 _CGROUPS = Path("/sys/fs/cgroup")
 _UNLIMITED = 1 << 60
@@ -112,5 +112,5 @@ def loaded_shape(loaded: LoadedModel) -> ModelShape:
 
 def storage_of(model: Any) -> Storage:
     """Bytes of a number: a cache holds what the model computes with, or FP8 rows."""
-    fp8_rows = is_accelerated(model) and cache_of(model) == "fp8"
+    fp8_rows = cache_of(model) == "fp8"
     return Storage(model.dtype.itemsize, model.dtype.itemsize, fp8_rows=fp8_rows)

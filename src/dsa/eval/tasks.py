@@ -28,7 +28,7 @@ from dsa.eval.selections import SELECTIONS, selection
 from dsa.models.attachment import is_attached, put_on, take_off
 from dsa.models.context import DSAContext
 from dsa.models.loading import LoadedModel, attach_indexers, refuse_cache, refuse_other_indexers
-from dsa.models.native.acceleration import accelerated, cache_of, is_accelerated
+from dsa.models.native.acceleration import accelerated, cache_of
 from dsa.models.native.families import is_native
 
 TASKS = ("comparison", "perplexity", "mass", "needles", "agreement")
@@ -138,7 +138,7 @@ def run_tasks(
             "seed": seed,
             "indexers": source,
             "born_with_dsa": is_native(model.config),
-            "cache": cache_of(model) if is_accelerated(model) else "full",
+            "cache": cache_of(model),
             "config": config.to_dict(),
             "texts": [
                 {"name": each.name, "tokens": ids.shape[1], "start": ids.shape[1] // 2}

@@ -176,8 +176,8 @@ def accelerate_report_of(model: PreTrainedModel) -> AccelerateReport:
 
 
 def cache_of(model: PreTrainedModel) -> CacheDtype:
-    """How this model's caches keep the latents. Raises `ValueError` where `accelerate` was not called."""
-    return _state(model).cache
+    """How this model's caches keep what attention reads: `"full"`, unless `accelerate` was told otherwise."""
+    return _state(model).cache if is_accelerated(model) else "full"
 
 
 def _row_of_cache(model: PreTrainedModel, cache: CacheDtype) -> str:
