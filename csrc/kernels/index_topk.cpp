@@ -2,82 +2,18 @@
 // tile by tile, and of each query only the keys that beat its K best so far are kept. Interface: dsa/index_topk.h.
 //
 // Shapes: B batch, T query tokens, S key tokens, Hi/Di index heads / index head dim, K top-k.
-#include "dsa/index_topk.h"
-
-#include "kernels/e4m3.h"
-#include "kernels/index_topk_score.h"
-#include "kernels/quantize_row.h"
+#include "kernels/index_topk_problem.h"
 
 namespace dsa::DSA_ISA {
 namespace {
 
-constexpr int64_t kQueriesAtATime = 32;
-// Packed keys of a tile: together with one query they fit the first cache.
-constexpr int64_t kTileBytes = 16 << 10;
-// One query alone uses a tile once, and keys come from memory while they are packed: in small tiles they go on coming
-// while the last ones are scored.
-constexpr int64_t kTileBytesOfOneQuery = 2 << 10;
 // Keys that a threshold is guessed from, and how many queries make looking at them worth it.
 constexpr int64_t kSampledKeys = 1024;
 constexpr int64_t kQueriesForSample = 8;
-// Fewer keys than this are not worth another thread's candidates.
-constexpr int64_t kLeastSegment = 4096;
-
-// What a query sees, and what of that it chooses from.
-struct Range {
-    int64_t first, last;  // visible: [first, last)
-    int64_t begin, end;   // without sinks and local tokens; empty where all that is visible is selected
-};
-
-class Problem {
-  public:
-    explicit Problem(const dsa_index_topk_args& args)
-        : args(args),
-          batch(args.query.size[0]),
-          tokens(args.query.size[1]),
-          heads(args.query.size[2]),
-          dim(args.query.size[3]),
-          keys(args.key.size[1]),
-          top_k(args.selection.size[2]),
-          wanted(top_k - args.sinks - args.local),
-          quantised(args.key.dtype == DSA_I8),
-          words(quantised ? Bytes::words(dim) : Floats::words(dim)),
-          block(smaller<int64_t>(tokens, larger<int64_t>(1, kQueriesAtATime * 2048 / larger<int64_t>(2048, wanted)))),
-          tile(larger<int64_t>(1, (block == 1 ? kTileBytesOfOneQuery : kTileBytes) / (words * 4 * kChunk)) * kChunk),
-          blocks(block == 0 ? 0 : ceil_div(tokens, block)) {
-        const int64_t items = batch * blocks;
-        segments = 1;
-        if (items > 0 && items < args.threads)
-            segments = larger<int64_t>(1, smaller(ceil_div(2 * args.threads, items), keys / kLeastSegment));
-    }
-
-    Range range(int64_t b, int64_t t) const {
-        Range r;
-        r.first = args.key_start.data == nullptr ? 0 : at<int32_t>(args.key_start, b, t);
-        r.last = args.key_end.data == nullptr ? larger<int64_t>(0, keys - tokens + t + 1)
-                                              : at<int32_t>(args.key_end, b, t);
-        const bool everything = r.last - r.first <= top_k;
-        r.begin = everything ? 0 : r.first + args.sinks;
-        r.end = everything ? 0 : r.last - args.local;
-        return r;
-    }
-
-    int32_t* selection(int64_t b, int64_t t) const {
-        return static_cast<int32_t*>(args.selection.data) + (b * tokens + t) * top_k;
-    }
-
-    template <class T>
-    static T at(const dsa_tensor& tensor, int64_t i, int64_t j) {
-        return static_cast<const T*>(tensor.data)[i * tensor.stride[0] + j * tensor.stride[1]];
-    }
-
-    const dsa_index_topk_args& args;
-    const int64_t batch, tokens, heads, dim, keys, top_k;
-    const int64_t wanted;  // how many a query chooses beside sinks and local tokens
-    const bool quantised;
-    const int64_t words, block, tile, blocks;
-    int64_t segments;  // into which the keys of a block are split among threads
-};
+// Queries that, beside as many keys as above, a basis for outlines is found from.
+constexpr int64_t kSampledQueries = 256;
+// Keys whose outlines a thread makes at a time.
+constexpr int64_t kKeysToOutline = 1024;
 
 // Scratch memory of one thread, laid out once.
 class Workspace {
@@ -86,11 +22,16 @@ class Workspace {
         : capacity(Candidates::capacity(p.wanted) + kWidth),
           tile_(take(p.tile * p.words * 4)),
           tile_scale_(take(p.tile * 4)),
-          query_(take(p.block * p.heads * p.words * 4)),
+          tile_outlines_(take(p.bounded ? round_up(p.tile, kBoundChunks * kChunk) * kOutline * 4 : 0)),
+          query_(take(p.block * p.heads * p.query_words * 4)),
           factor_(take(p.block * p.heads * 4)),
           start_(take(p.block * p.heads * 4)),
           row_(take(p.dim * 4)),
           bytes_(take(p.dim)),
+          outlines_(take(p.bounded ? p.block * p.heads * kOutline * 4 : 0)),
+          bound_factor_(take(p.bounded ? p.block * p.heads * 4 : 0)),
+          bounds_(take(p.bounded ? p.block * static_cast<int64_t>(sizeof(Bounds)) : 0)),
+          sums_(take(p.bounded ? p.dim * static_cast<int64_t>(sizeof(double)) : 0)),
           ranges_(take(p.block * static_cast<int64_t>(sizeof(Range)))),
           best_(take(p.block * static_cast<int64_t>(sizeof(Candidates)))),
           pairs_(take(p.block * capacity * 8)) {}
@@ -100,15 +41,20 @@ class Workspace {
 
     int32_t* tile() const { return at<int32_t>(tile_); }
     float* tile_scale() const { return at<float>(tile_scale_); }
+    int32_t* tile_outlines() const { return at<int32_t>(tile_outlines_); }
     int32_t* query() const { return at<int32_t>(query_); }
     float* factor() const { return at<float>(factor_); }
     int32_t* start() const { return at<int32_t>(start_); }
     float* row() const { return at<float>(row_); }
     int8_t* row_bytes() const { return at<int8_t>(bytes_); }
+    float* outlines() const { return at<float>(outlines_); }
+    float* bound_factor() const { return at<float>(bound_factor_); }
+    Bounds* bounds() const { return at<Bounds>(bounds_); }
+    double* sums() const { return at<double>(sums_); }
     Range* ranges() const { return at<Range>(ranges_); }
     Candidates* best() const { return at<Candidates>(best_); }
     Query query_at(const Problem& p, int64_t slot) const {
-        return {query() + slot * p.heads * p.words, factor() + slot * p.heads, start() + slot * p.heads};
+        return {query() + slot * p.heads * p.query_words, factor() + slot * p.heads, start() + slot * p.heads};
     }
     int32_t* order(int64_t query) const { return at<int32_t>(pairs_) + query * 2 * capacity; }
     int32_t* position(int64_t query) const { return order(query) + capacity; }
@@ -127,7 +73,8 @@ class Workspace {
     }
 
     int64_t used_ = 0;
-    const int64_t tile_, tile_scale_, query_, factor_, start_, row_, bytes_, ranges_, best_, pairs_;
+    const int64_t tile_, tile_scale_, tile_outlines_, query_, factor_, start_, row_, bytes_, outlines_, bound_factor_, bounds_,
+        sums_, ranges_, best_, pairs_;
     char* memory_ = nullptr;
 };
 
@@ -138,57 +85,32 @@ struct Lists {
     int64_t* count;
 };
 
-bool fit(const Problem& p, const dsa_tensor& bound) {
-    if (bound.data == nullptr) return true;
-    for (int64_t b = 0; b < p.batch; ++b)
-        for (int64_t t = 0; t < p.tokens; ++t) {
-            const int32_t value = Problem::at<int32_t>(bound, b, t);
-            if (value < 0 || value > p.keys) return false;
-        }
-    return true;
-}
-
-float weight_of(const Problem& p, int64_t b, int64_t t, int64_t head) {
-    const dsa_tensor& w = p.args.weight;
-    const int64_t offset = b * w.stride[0] + t * w.stride[1] + head * w.stride[2];
-    switch (w.dtype) {
-        case DSA_BF16: return widen(static_cast<const Bf16*>(w.data)[offset]);
-        case DSA_F16: return widen(static_cast<const F16*>(w.data)[offset]);
-    }
-    return static_cast<const float*>(w.data)[offset];
-}
-
-void widen_query(const Problem& p, int64_t b, int64_t t, int64_t head, float* row) {
-    const dsa_tensor& q = p.args.query;
-    const int64_t offset = b * q.stride[0] + t * q.stride[1] + head * q.stride[2];
-    switch (q.dtype) {
-        case DSA_F32: return widen_row(static_cast<const float*>(q.data) + offset, q.stride[3], p.dim, row);
-        case DSA_BF16: return widen_row(static_cast<const Bf16*>(q.data) + offset, q.stride[3], p.dim, row);
-        case DSA_F16: return widen_row(static_cast<const F16*>(q.data) + offset, q.stride[3], p.dim, row);
-    }
-}
+// Of all keys, and the basis they are made in; absent where bounds are not used.
+struct Outlines {
+    const OutlineBasis* basis;
+    const float* keys;  // [B, S, kOutline]
+};
 
 // Brings one query into the form in which it is scored; `slot` is its place in the block.
-void prepare_query(const Problem& p, const Workspace& space, int64_t b, int64_t t, int64_t slot) {
+void prepare_query(const Problem& p, const Workspace& space, const Outlines& outlines, int64_t b, int64_t t, int64_t slot) {
+    Bounds bounds{{}, 0, 0, 0};
     for (int64_t head = 0; head < p.heads; ++head) {
         const int64_t place = slot * p.heads + head;
-        int32_t* words = space.query() + place * p.words;
-        const float weight = weight_of(p, b, t, head);
-        widen_query(p, b, t, head, space.row());
-        if (!p.quantised) {
-            memcpy(words, space.row(), static_cast<size_t>(p.dim) * 4);
-            space.factor()[place] = weight * p.args.scale;
-            space.start()[place] = 0;
-            continue;
-        }
-        int8_t* bytes = space.row_bytes();
-        const float scale = quantize_row(space.row(), p.dim, kQueryLevels, bytes);
-        space.factor()[place] = (weight * scale) * p.args.scale;
-        int32_t sum = 0;
-        for (int64_t i = 0; i < p.dim; ++i) sum += bytes[i];
-        space.start()[place] = -kKeyOffset * sum;
-        pack_bytes(bytes, 1, p.dim, 0, words, 1);
+        int32_t* words = space.query() + place * p.query_words;
+        const float factor = space.factor()[place] = read_query(p, b, t, head, space.row(), space.row_bytes());
+        space.start()[place] = p.quantised ? pack_query(space.row_bytes(), p.dim, words) : 0;
+        if (!p.quantised) memcpy(words, space.row(), static_cast<size_t>(p.dim) * 4);
+        // Other heads add nothing or less. One whose weight is not a number makes every score so, which no bound says.
+        if (!outlines.keys || factor <= 0.0f) continue;
+        const int64_t to = slot * p.heads + bounds.heads++;
+        outlines.basis->of_query(space.row(), space.sums(), space.outlines() + to * kOutline);
+        space.bound_factor()[to] = factor * (1.0f + 1.2e-7f * static_cast<float>(p.heads + 8));
     }
+    if (!outlines.keys) return;
+    const int64_t first = slot * p.heads;
+    bounds.query = {reinterpret_cast<const int32_t*>(space.outlines()) + first * kOutline, space.bound_factor() + first,
+                    space.start() + first};
+    space.bounds()[slot] = bounds;
 }
 
 template <class T>
@@ -203,7 +125,7 @@ void pack_tile_of(const Problem& p, const Workspace& space, int64_t b, int64_t n
         static_assert(kKeyOffset == 128, "pack_eight_keys turns the highest bit");
         if (k.stride[2] == 1 && p.dim % 32 == 0)
             for (; i + 8 <= count; i += 8)
-                pack_eight_keys(key - i * stride, stride, p.words,
+                pack_eight_keys(key - i * stride, stride, p.words, _mm256_set1_epi8(static_cast<char>(kKeyOffset)),
                                 space.tile() + i / kWidth * kWidth * p.words + i % kWidth);
     }
 #endif
@@ -239,6 +161,22 @@ void pack_tile(const Problem& p, const Workspace& space, int64_t b, int64_t newe
     }
 }
 
+// Packs the outlines of `count` keys from `newest` down, [S, kOutline] for each batch row.
+void pack_outlines(const Problem& p, const Workspace& space, const Outlines& outlines, int64_t b, int64_t newest,
+                   int64_t count) {
+    const float* outline = outlines.keys + (b * p.keys + newest) * kOutline;
+    int32_t* lanes = space.tile_outlines();
+    int64_t i = 0;
+#if defined(__AVX2__)
+    constexpr int64_t kBytes = kOutline * 4;
+    for (; i + 8 <= count; i += 8)
+        pack_eight_keys(reinterpret_cast<const int8_t*>(outline - i * kOutline), kBytes, kOutline, _mm256_setzero_si256(),
+                        lanes + i / kWidth * kWidth * kOutline + i % kWidth);
+#endif
+    for (; i < count; ++i)
+        pack_key(outline - i * kOutline, 1, kOutline, lanes + i / kWidth * kWidth * kOutline + i % kWidth);
+}
+
 // All that is visible, or sinks and local tokens around what was chosen, given from the newest to the oldest.
 void write_selection(const Problem& p, const Range& range, int32_t* out, const Candidates* best) {
     int64_t written = 0;
@@ -255,6 +193,7 @@ void write_selection(const Problem& p, const Range& range, int32_t* out, const C
 // The keys of one segment of a block: [low, high).
 struct Segment {
     int64_t batch, rows, low, high;
+    Outlines outlines;
 };
 
 // Scores the keys of a segment for the queries [first, last) of its block.
@@ -262,15 +201,19 @@ template <class Keys>
 void scan_segment(const Problem& p, const Workspace& space, const Segment& s, int64_t first, int64_t last) {
     for (int64_t top = s.high; top > s.low; top -= p.tile) {
         const int64_t bottom = larger(s.low, top - p.tile);
-        bool packed = false;
+        bool packed = false, outlines_packed = false;
         for (int64_t r = first; r < last; ++r) {
             const Range& range = space.ranges()[r];
             const int64_t begin = larger<int64_t>(0, top - range.end), end = top - larger(bottom, range.begin);
             if (begin >= end || range.begin >= range.end) continue;
+            Candidates& best = space.best()[r];
+            Bounds* bounds = s.outlines.keys && space.bounds()[r].looks(best.threshold()) ? space.bounds() + r : nullptr;
             if (!packed) pack_tile(p, space, s.batch, top - 1, top - bottom);
+            if (bounds && !outlines_packed) pack_outlines(p, space, s.outlines, s.batch, top - 1, top - bottom);
             packed = true;
-            const Tile tile{space.tile(), space.tile_scale(), top - 1};
-            scan_tile<Keys>(tile, begin, end, p.words, p.heads, space.query_at(p, r), space.best()[r]);
+            outlines_packed |= bounds != nullptr;
+            const Tile tile{space.tile(), space.tile_scale(), space.tile_outlines(), top - 1};
+            scan_tile<Keys>(tile, begin, end, p.words, p.heads, space.query_at(p, r), bounds, best);
         }
     }
 }
@@ -305,13 +248,14 @@ void guess_thresholds(const Problem& p, const Workspace& space, const Segment& s
     for (int64_t round = 0; round < rounds; ++round) {
         const int64_t first = round * p.tile, newest = s.high - 1 - first * step;
         pack_tile(p, space, s.batch, newest, p.tile, step);
-        const Tile tile{space.tile(), space.tile_scale(), newest};
+        const Tile tile{space.tile(), space.tile_scale(), nullptr, newest};
         for (int64_t r = 0; r < s.rows; ++r) {
             const Range& range = space.ranges()[r];
             if (range.begin >= range.end || space.best()[r].wanted() == 0 || seen(range, begin, end) == 0) continue;
             begin = larger<int64_t>(0, begin - first);
             end = smaller(p.tile, end - first);
-            if (begin < end) scan_tile<Keys>(tile, begin, end, p.words, p.heads, space.query_at(p, r), space.best()[r]);
+            if (begin < end)
+                scan_tile<Keys>(tile, begin, end, p.words, p.heads, space.query_at(p, r), nullptr, space.best()[r]);
         }
     }
     for (int64_t r = 0; r < s.rows; ++r) {
@@ -325,7 +269,7 @@ void guess_thresholds(const Problem& p, const Workspace& space, const Segment& s
 
 // One block of queries over one segment of the keys that they see.
 template <class Keys>
-void scan_block(const Problem& p, const Workspace& space, int64_t item, const Lists& lists) {
+void scan_block(const Problem& p, const Workspace& space, const Outlines& outlines, int64_t item, const Lists& lists) {
     const int64_t segment = item % p.segments, b = item / p.segments % p.batch;
     // The last queries see most: they go first, so that no thread is left with much at the end.
     const int64_t row = (p.blocks - 1 - item / p.segments / p.batch) * p.block;
@@ -337,7 +281,7 @@ void scan_block(const Problem& p, const Workspace& space, int64_t item, const Li
             if (segment == 0) write_selection(p, range, p.selection(b, row + r), nullptr);
             continue;
         }
-        prepare_query(p, space, b, row + r, r);
+        prepare_query(p, space, outlines, b, row + r, r);
         space.best()[r].begin(p.wanted, space.order(r), space.position(r));
         low = smaller(low, range.begin);
         high = larger(high, range.end);
@@ -348,7 +292,7 @@ void scan_block(const Problem& p, const Workspace& space, int64_t item, const Li
         low = low + whole * (p.segments - segment - 1) / p.segments;
     }
     if (p.wanted > 0 && low < high) {
-        const Segment keys{b, rows, low, high};
+        const Segment keys{b, rows, low, high, outlines};
         guess_thresholds<Keys>(p, space, keys);
         scan_segment<Keys>(p, space, keys, 0, rows);
         for (int64_t r = 0; r < rows; ++r) {
@@ -388,6 +332,34 @@ void merge(const Problem& p, const Workspace& space, int64_t query, const Lists&
     write_selection(p, range, p.selection(b, t), &best);
 }
 
+// A basis from a sample of queries and keys; false where that says nothing.
+bool find_basis(const Problem& p, const Workspace& space, OutlineBasis* basis) {
+    const int64_t queries = p.batch * p.tokens, keys = p.batch * p.keys;
+    const int64_t some_queries = smaller(queries, kSampledQueries), some_keys = smaller(keys, kSampledKeys);
+    basis->clear();
+    for (int64_t i = 0; i < some_queries; ++i) {
+        const int64_t at = i * queries / some_queries;
+        for (int64_t head = 0; head < p.heads; ++head)
+            if (read_query(p, at / p.tokens, at % p.tokens, head, space.row(), space.row_bytes()) > 0.0f)
+                add_moments(space.row(), p.dim, basis->query_moments);
+    }
+    for (int64_t i = 0; i < some_keys; ++i) {
+        const int64_t at = i * keys / some_keys;
+        const float scale = read_key(p, at / p.keys, at % p.keys, space.row());
+        for (int64_t d = 0; d < p.dim; ++d) space.row()[d] *= scale;
+        add_moments(space.row(), p.dim, basis->key_moments);
+    }
+    return basis->find();
+}
+
+void outline_keys(const Problem& p, const Workspace& space, const OutlineBasis& basis, int64_t item, float* outlines) {
+    const int64_t end = smaller((item + 1) * kKeysToOutline, p.batch * p.keys);
+    for (int64_t at = item * kKeysToOutline; at < end; ++at) {
+        const float scale = read_key(p, at / p.keys, at % p.keys, space.row());
+        basis.of_key(space.row(), scale, space.sums(), outlines + at * kOutline);
+    }
+}
+
 }  // namespace
 
 int index_topk(const dsa_index_topk_args& args) {
@@ -404,20 +376,31 @@ int index_topk(const dsa_index_topk_args& args) {
     char* shared = scratch.at<char>(threads * space.bytes());
     const Lists lists{reinterpret_cast<int32_t*>(shared), reinterpret_cast<int32_t*>(shared + list_bytes),
                       reinterpret_cast<int64_t*>(shared + 2 * list_bytes)};
-    for_each_item(items, threads, [&](int64_t item, int worker) {
+    const auto workspace = [&](int worker) {
         Workspace mine = space;
         mine.use(scratch.at<char>(worker * space.bytes()));
+        return mine;
+    };
+    Scratch outline_scratch(p.bounded ? p.batch * p.keys * kOutline * 4 : 0);
+    Scratch basis_scratch(p.bounded ? OutlineBasis::bytes(p.dim) : 0);
+    if (outline_scratch.failed() || basis_scratch.failed()) return DSA_OUT_OF_MEMORY;
+    Outlines outlines{};
+    OutlineBasis basis(p.dim, basis_scratch.at<double>());
+    if (p.bounded && find_basis(p, workspace(0), &basis)) {
+        for_each_item(ceil_div(p.batch * p.keys, kKeysToOutline), threads, [&](int64_t item, int worker) {
+            outline_keys(p, workspace(worker), basis, item, outline_scratch.at<float>());
+        });
+        outlines = {&basis, outline_scratch.at<float>()};
+    }
+    for_each_item(items, threads, [&](int64_t item, int worker) {
         if (p.quantised)
-            scan_block<Bytes>(p, mine, item, lists);
+            scan_block<Bytes>(p, workspace(worker), outlines, item, lists);
         else
-            scan_block<Floats>(p, mine, item, lists);
+            scan_block<Floats>(p, workspace(worker), outlines, item, lists);
     });
     if (p.segments == 1) return DSA_OK;
-    for_each_item(p.batch * p.tokens, threads, [&](int64_t query, int worker) {
-        Workspace mine = space;
-        mine.use(scratch.at<char>(worker * space.bytes()));
-        merge(p, mine, query, lists);
-    });
+    for_each_item(p.batch * p.tokens, threads,
+                  [&](int64_t query, int worker) { merge(p, workspace(worker), query, lists); });
     return DSA_OK;
 }
 

@@ -22,6 +22,14 @@ constexpr uint32_t kAllLanes = (uint32_t{1} << kWidth) - 1;
 
 DSA_INLINE int count_bits(uint64_t bits) { return __builtin_popcountll(bits); }
 
+// The lanes [begin, end) of a vector, as bits; both may lie outside of it.
+DSA_INLINE uint32_t lanes_within(int64_t begin, int64_t end) {
+    begin = larger<int64_t>(begin, 0);
+    end = smaller<int64_t>(end, kWidth);
+    if (begin >= end) return 0;
+    return kAllLanes >> (kWidth - end) & kAllLanes << begin;
+}
+
 class Candidates {
   public:
     // Candidates between two selections: as many again as are kept, so that a selection costs little for each.
@@ -55,29 +63,35 @@ class Candidates {
         return lowest <= INT32_MIN + 1 ? __builtin_nanf("") : score_of(lowest == 0 ? -2 : lowest - 1);
     }
 
+    // What a score must exceed to join; NaN while everything does.
+    float threshold() const { return threshold_; }
     int64_t wanted() const { return wanted_; }
     int64_t count() const { return count_; }
     const int32_t* order() const { return order_; }
     const int32_t* position() const { return position_; }
 
-    // Adds those of the scores [begin, end) that are good enough, of at most kSpan; score i belongs to position
-    // `newest - i`. Every score is stored where the next candidate goes and stays if it is one: there is nothing to
-    // predict, and a wrong prediction costs more than scoring a chunk of keys.
-    void add(const float* scores, int64_t begin, int64_t end, int64_t newest) {
+    // Adds those scores that are good enough of up to kSpan / kChunk chunks of keys; score i of a chunk that begins at key c
+    // is that of position `newest - c - i`. Keys outside [begin, end) are left out. Every score is stored where the next
+    // candidate goes and stays if it is one: there is nothing to predict, and a wrong prediction costs more than scoring a
+    // chunk.
+    void add(const float* scores, const int32_t* chunks, int64_t chunk_count, int64_t begin, int64_t end, int64_t newest) {
         if (count_ > full_) shrink(wanted_ + wanted_ / 8);
         const F32 threshold = broadcast(threshold_);
-        const int64_t first = begin / kWidth * kWidth;
-        I32 position = broadcast(static_cast<int32_t>(newest - first)) - counting_up();
+        const I32 newest_first = broadcast(static_cast<int32_t>(newest)) - counting_up();
         int64_t count = count_;
-        for (int64_t i = first; i < end; i += kWidth) {
-            const F32 score = load(scores + i);
-            uint32_t chosen = (above(score, threshold) | everything_) & kAllLanes;
-            if (i < begin) chosen &= kAllLanes << (begin - i);
-            if (i + kWidth > end) chosen &= kAllLanes >> (i + kWidth - end);
-            store_chosen(order_ + count, ordered(score), chosen);
-            store_chosen(position_ + count, position, chosen);
-            count += count_bits(chosen);
-            position = position - broadcast(kWidth);
+        for (int64_t c = 0; c < chunk_count; ++c, scores += kChunk) {
+            const int64_t first = chunks[c];
+            const bool whole = first >= begin && first + kChunk <= end;
+            I32 position = newest_first - broadcast(chunks[c]);
+#pragma GCC unroll 8
+            for (int v = 0; v < kVectors; ++v, position = position - broadcast(kWidth)) {
+                const F32 score = load(scores + v * kWidth);
+                uint32_t chosen = (above(score, threshold) | everything_) & kAllLanes;
+                if (!whole) chosen &= lanes_within(begin - first - v * kWidth, end - first - v * kWidth);
+                store_chosen(order_ + count, ordered(score), chosen);
+                store_chosen(position_ + count, position, chosen);
+                count += count_bits(chosen);
+            }
         }
         count_ = count;
     }

@@ -4,6 +4,7 @@
 // Shapes: Hi/Di index heads / index head dim; a `word` is 32 bits of one key or query, kDimsInLane bytes or one float.
 #pragma once
 
+#include "kernels/index_topk_bounds.h"
 #include "kernels/index_topk_candidates.h"
 
 namespace dsa::DSA_ISA {
@@ -11,9 +12,10 @@ namespace {
 
 // Keys of one tile, the newest first.
 struct Tile {
-    const int32_t* words;  // [keys / kWidth, words of a key, kWidth]
-    const float* scale;    // [keys], where keys are quantised
-    int64_t newest;        // position of the first
+    const int32_t* words;     // [keys / kWidth, words of a key, kWidth]
+    const float* scale;       // [keys], where keys are quantised
+    const int32_t* outlines;  // [keys / kWidth, kOutline, kWidth], or absent
+    int64_t newest;           // position of the first
 };
 
 // One query: `[Hi, words of a key]`, the factor of each head, and what each head's sum starts from.
@@ -26,36 +28,60 @@ struct Query {
 // Index keys in eight bits: integers, with one scale a key.
 struct Bytes {
     static constexpr bool kScaled = true;
+    static constexpr int kWords = kWordsAtATime;
     using Sum = I32;
-    static int64_t words(int64_t dim) { return ceil_div(dim, kDimsInLane); }
+    static int64_t words(int64_t dim) { return round_up(ceil_div(dim, kDimsInLane), kWords); }
     DSA_INLINE static Sum start(int32_t value) { return broadcast(value); }
-    DSA_INLINE static Sum key(const int32_t* words) { return load(words); }
-    DSA_INLINE static Sum query(int32_t word) { return broadcast(word); }
-    DSA_INLINE static Sum add(Sum sum, Sum key, Sum query) { return dot(sum, key, query); }
+    DSA_INLINE static Sum load_key(const int32_t* words) { return load(words); }
+#if defined(DSA_WORDS_IN_PAIRS)
+    // Of a query: two words, and the correction of their products.
+    static constexpr int kQueryWords = 3;
+    DSA_INLINE static Sum add(Sum sum, const Sum (&key)[2], const int32_t* query) {
+        return dot(sum, key, {broadcast(query[0]), broadcast(query[1])}, broadcast(query[2]));
+    }
+#else
+    static constexpr int kQueryWords = 1;
+    DSA_INLINE static Sum add(Sum sum, const Sum (&key)[1], const int32_t* query) {
+        return dot(sum, key[0], broadcast(query[0]));
+    }
+#endif
     DSA_INLINE static F32 relu(Sum sum) { return to_float(max(sum, broadcast(0))); }
 };
 
 // Floating keys, widened to fp32.
 struct Floats {
     static constexpr bool kScaled = false;
+    static constexpr int kWords = 1, kQueryWords = 1;
     using Sum = F32;
     static int64_t words(int64_t dim) { return dim; }
     DSA_INLINE static Sum start(int32_t) { return zero(); }
-    DSA_INLINE static Sum key(const int32_t* words) { return load(reinterpret_cast<const float*>(words)); }
-    DSA_INLINE static Sum query(int32_t word) { return broadcast(from_bits(static_cast<uint32_t>(word))); }
-    DSA_INLINE static Sum add(Sum sum, Sum key, Sum query) { return fma(key, query, sum); }
+    DSA_INLINE static Sum load_key(const int32_t* words) { return load(reinterpret_cast<const float*>(words)); }
+    DSA_INLINE static Sum add(Sum sum, const Sum (&key)[1], const int32_t* query) {
+        return fma(key[0], broadcast(from_bits(static_cast<uint32_t>(query[0]))), sum);
+    }
     // The second operand where one is NaN: an unknown product stays unknown.
     DSA_INLINE static F32 relu(Sum sum) { return max(zero(), sum); }
 };
 
 // Heads whose sums fit the registers beside the keys.
+#if defined(DSA_WORDS_IN_PAIRS)
+constexpr int kHeadsAtATime = 2;
+#else
 constexpr int kHeadsAtATime = 4;
+#endif
+// Chunks whose bounds are made at a time, of two heads.
+#if defined(__AVX2__)
+constexpr int kBoundChunks = 2;
+#else
+constexpr int kBoundChunks = 1;
+#endif
 
-// Adds `kHeads` heads to the scores of kChunk keys.
-template <class Keys, int kHeads>
+// Adds `kHeads` heads to the scores of `kVectors` vectors of keys.
+template <class Keys, int kHeads, int kVectors>
 DSA_INLINE void add_heads(const int32_t* DSA_RESTRICT keys, int64_t words, const Query& query, int64_t head,
                           F32* DSA_RESTRICT scores) {
-    const int32_t* DSA_RESTRICT from = query.words + head * words;
+    const int64_t query_words = words / Keys::kWords * Keys::kQueryWords;
+    const int32_t* DSA_RESTRICT from = query.words + head * query_words;
     typename Keys::Sum sum[kHeads][kVectors];
 #pragma GCC unroll 8
     for (int h = 0; h < kHeads; ++h) {
@@ -63,16 +89,16 @@ DSA_INLINE void add_heads(const int32_t* DSA_RESTRICT keys, int64_t words, const
 #pragma GCC unroll 8
         for (int v = 0; v < kVectors; ++v) sum[h][v] = start;
     }
-    for (int64_t word = 0; word < words; ++word) {
-        typename Keys::Sum key[kVectors];
+    for (int64_t word = 0; word < words; word += Keys::kWords, from += Keys::kQueryWords) {
+        typename Keys::Sum key[kVectors][Keys::kWords];
 #pragma GCC unroll 8
-        for (int v = 0; v < kVectors; ++v) key[v] = Keys::key(keys + (v * words + word) * kWidth);
+        for (int v = 0; v < kVectors; ++v)
+#pragma GCC unroll 2
+            for (int w = 0; w < Keys::kWords; ++w) key[v][w] = Keys::load_key(keys + (v * words + word + w) * kWidth);
 #pragma GCC unroll 8
-        for (int h = 0; h < kHeads; ++h) {
-            const typename Keys::Sum of_query = Keys::query(from[h * words + word]);
+        for (int h = 0; h < kHeads; ++h)
 #pragma GCC unroll 8
-            for (int v = 0; v < kVectors; ++v) sum[h][v] = Keys::add(sum[h][v], key[v], of_query);
-        }
+            for (int v = 0; v < kVectors; ++v) sum[h][v] = Keys::add(sum[h][v], key[v], from + h * query_words);
     }
 #pragma GCC unroll 8
     for (int h = 0; h < kHeads; ++h) {
@@ -80,6 +106,34 @@ DSA_INLINE void add_heads(const int32_t* DSA_RESTRICT keys, int64_t words, const
 #pragma GCC unroll 8
         for (int v = 0; v < kVectors; ++v) scores[v] = scores[v] + Keys::relu(sum[h][v]) * factor;
     }
+}
+
+// Writes the begins of those chunks of the keys [first, last) to `chunks` whose bound is not below `threshold` for one key
+// at least, and returns how many. A bound that is not a number is below nothing.
+__attribute__((noinline)) int64_t exceeding_chunks(const int32_t* DSA_RESTRICT outlines, const Query& query, int64_t heads, F32 threshold,
+                                    int64_t first, int64_t last, int32_t* DSA_RESTRICT chunks) {
+    int64_t count = 0;
+    for (int64_t at = first; at < last; at += kBoundChunks * kChunk) {
+        F32 bounds[kBoundChunks * kVectors];
+#pragma GCC unroll 8
+        for (int v = 0; v < kBoundChunks * kVectors; ++v) bounds[v] = zero();
+        const int32_t* DSA_RESTRICT keys = outlines + at * kOutline;
+        int64_t head = 0;
+        for (; head + 2 <= heads; head += 2) {
+            add_heads<Floats, 2, kBoundChunks * kVectors>(keys, kOutline, query, head, bounds);
+            __asm__("" : "+r"(keys));  // GCC would load all of them before the loop, and store them elsewhere.
+        }
+        if (head < heads) add_heads<Floats, 1, kBoundChunks * kVectors>(keys, kOutline, query, head, bounds);
+#pragma GCC unroll 8
+        for (int c = 0; c < kBoundChunks; ++c) {
+            uint32_t below = kAllLanes;
+#pragma GCC unroll 8
+            for (int v = 0; v < kVectors; ++v) below &= above(threshold, bounds[c * kVectors + v]);
+            chunks[count] = static_cast<int32_t>(at + c * kChunk);
+            count += below != kAllLanes && at + c * kChunk < last;
+        }
+    }
+    return count;
 }
 
 // Scores kChunk keys.
@@ -91,23 +145,63 @@ DSA_INLINE void score_chunk(const int32_t* DSA_RESTRICT keys, const float* DSA_R
     for (int v = 0; v < kVectors; ++v) scores[v] = zero();
     int64_t head = 0;
     for (; head + kHeadsAtATime <= heads; head += kHeadsAtATime)
-        add_heads<Keys, kHeadsAtATime>(keys, words, query, head, scores);
-    for (; head < heads; ++head) add_heads<Keys, 1>(keys, words, query, head, scores);
+        add_heads<Keys, kHeadsAtATime, kVectors>(keys, words, query, head, scores);
+    for (; head < heads; ++head) add_heads<Keys, 1, kVectors>(keys, words, query, head, scores);
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v)
         store(out + v * kWidth, Keys::kScaled ? scores[v] * load(scale + v * kWidth) : scores[v]);
 }
 
-// Scores the keys [begin, end) of a tile and hands those that beat the threshold to `best`.
+// A query's outlines: of those heads that can raise a score.
+struct Bounds {
+    Query query;
+    int64_t heads;
+    int32_t waiting;  // tiles before the next look at bounds,
+    int32_t pause;    // and how many those were after the last one, which was in vain
+
+    // Whether to look at the bounds of the next tile. Asked once for each. Without heads there is nothing in a bound that
+    // says which outlines are unknown.
+    DSA_INLINE bool looks(float threshold) {
+        if (heads == 0 || !(threshold > kLowestBounded)) return false;
+        if (waiting == 0) return true;
+        --waiting;
+        return false;
+    }
+};
+
+// Bounds of so many chunks of a tile are looked at first. Only if no more of them exceed the threshold than this are the
+// others worth looking at.
+constexpr int64_t kProbedChunks = 8, kExceedingOfProbed = 6;
+// After looking in vain, twice as many tiles as before pass without, up to this.
+constexpr int32_t kLongestPause = 7;
+
+// Scores the keys [begin, end) of a tile and hands those that beat the threshold to `best`; if there are `bounds`, not those
+// of chunks where no key can.
 template <class Keys>
-void scan_tile(const Tile& tile, int64_t begin, int64_t end, int64_t words, int64_t heads, const Query& query,
+void scan_tile(const Tile& tile, int64_t begin, int64_t end, int64_t words, int64_t heads, const Query& query, Bounds* bounds,
                Candidates& best) {
     alignas(64) float scores[kSpan];
-    for (int64_t first = begin / kChunk * kChunk; first < end; first += kSpan) {
-        const int64_t last = smaller(first + kSpan, end);
-        for (int64_t at = first; at < last; at += kChunk)
-            score_chunk<Keys>(tile.words + at * words, tile.scale + at, words, heads, query, scores + at - first);
-        best.add(scores, larger<int64_t>(0, begin - first), last - first, tile.newest - first);
+    int32_t chunks[kSpan / kChunk + 1];
+    bool bounded = bounds != nullptr, probed = false;
+    for (int64_t first = begin / kChunk * kChunk; first < end;) {
+        const int64_t last = smaller(first + (bounded && !probed ? kProbedChunks * kChunk : kSpan), end);
+        int64_t count = 0;
+        if (bounded) {
+            const F32 threshold = broadcast(best.threshold());
+            count = exceeding_chunks(tile.outlines, bounds->query, bounds->heads, threshold, first, last, chunks);
+            if (!probed) {
+                probed = true;
+                bounded = count <= kExceedingOfProbed;
+                bounds->pause = bounded ? 0 : smaller(2 * bounds->pause + 1, kLongestPause);
+                bounds->waiting = bounds->pause;
+            }
+        } else {
+            for (int64_t at = first; at < last; at += kChunk) chunks[count++] = static_cast<int32_t>(at);
+        }
+        for (int64_t i = 0; i < count; ++i)
+            score_chunk<Keys>(tile.words + chunks[i] * words, tile.scale + chunks[i], words, heads, query, scores + i * kChunk);
+        best.add(scores, chunks, count, begin, end, tile.newest);
+        first = last;
     }
 }
 
@@ -121,6 +215,28 @@ DSA_INLINE void pack_bytes(const int8_t* row, int64_t stride, int64_t dim, int o
         }
         *out = static_cast<int32_t>(word);
     }
+}
+
+// A query head's bytes, `bytes` behind `dim` being zeros, in the form in which `Bytes` multiplies them. Returns what its sums
+// start from.
+DSA_INLINE int32_t pack_query(const int8_t* bytes, int64_t dim, int32_t* out) {
+#if defined(DSA_WORDS_IN_PAIRS)
+    for (int64_t first = 0; first < dim; first += 8, out += 3) {
+        int8_t eight[8];
+        for (int i = 0; i < 8; ++i) eight[i] = first + i < dim ? bytes[first + i] : int8_t{0};
+        pack_bytes(eight, 1, 8, 0, out, 1);
+        const auto correction = [&](int i) {
+            return static_cast<uint32_t>(-kKeyOffset * (eight[i] + eight[i + 1] + eight[i + 4] + eight[i + 5])) & 0xffff;
+        };
+        out[2] = static_cast<int32_t>(correction(0) | correction(2) << 16);
+    }
+    return 0;
+#else
+    pack_bytes(bytes, 1, dim, 0, out, 1);
+    int32_t sum = 0;
+    for (int64_t i = 0; i < dim; ++i) sum += bytes[i];
+    return -kKeyOffset * sum;
+#endif
 }
 
 // One key into lane `lane` of a tile whose other keys lie kWidth words apart.
@@ -140,9 +256,9 @@ constexpr int64_t kKeysAhead = 256;
 // Eight keys of eight words each at a time, turned in registers: a decoding step packs as many keys as it scores, so
 // packing one by one would cost it several times the scores.
 //
-// Args: `row`: the newest key, the next one `stride` bytes before it; `lanes`: where its first word goes.
-DSA_INLINE void pack_eight_keys(const int8_t* row, int64_t stride, int64_t words, int32_t* lanes) {
-    const __m256i offset = _mm256_set1_epi8(static_cast<char>(kKeyOffset));
+// Args: `row`: the newest key, the next one `stride` bytes before it; `lanes`: where its first word goes; `offset`: whose
+// highest bits turn those of the bytes.
+DSA_INLINE void pack_eight_keys(const int8_t* row, int64_t stride, int64_t words, __m256i offset, int32_t* lanes) {
     for (int64_t word = 0; word < words; word += 8) {
         __m256i r[8], pair[8], four[8];
 #pragma GCC unroll 8

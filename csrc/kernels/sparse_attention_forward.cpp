@@ -6,10 +6,13 @@
 namespace dsa::DSA_ISA {
 namespace {
 
-// Neighbouring queries select mostly the same tokens: a block of them walks its places in step, so that a row is still
-// in the cache when the next query comes for it. More than this do not fit it beside the rows.
-constexpr int64_t kBlockBytes = 128 << 10;
-constexpr int64_t kBlockQueries = 16;
+// A block of queries walks its places in step, so that a row which several of them select is read from memory once: their
+// places ascend, so the tokens of one step lie near each other even where neighbours share none. More queries share more,
+// until rows and sums outgrow the caches.
+constexpr int64_t kBlockBytes = 2 << 20;
+constexpr int64_t kBlockQueries = 256;
+// Neighbours that take turns on one row in the first caches, where they select mostly the same tokens.
+constexpr int64_t kNeighbours = 16;
 // What a few queries take at a time, where a token's row is so wide that 64 of them would crowd the first caches out.
 constexpr int64_t kTileBytes = 128 << 10;
 constexpr int64_t kFewShared = 8;
@@ -50,6 +53,8 @@ struct Tile {
     int count;
     int32_t index[kTileKeys];
 };
+
+int64_t bytes_of_tiles(int64_t queries) { return 2 * (queries + 1) * static_cast<int64_t>(sizeof(Tile)); }
 
 // Whether two queries have most tokens of their tiles in common, for tiles in ascending order. Says no where they are
 // in another order, which costs time only.
@@ -112,14 +117,41 @@ void attend_units(const Problem& p, int64_t b, const Tile* tiles, const Unit* un
     each_pass(p.args.v, mix);
 }
 
+// Queries [first, last) of a block over their tiles. Those that share their tokens take turns on one KV head, whose rows
+// then stay in the first cache; others take all KV heads of their own tokens, which lie side by side.
+void attend_neighbours(const Problem& p, int64_t b, const Tile* tiles, int64_t first, int64_t last, float* floats) {
+    const int64_t queries = last - first;
+    const bool alike = queries > 1 && overlap(tiles[first], tiles[last - 1]);
+    const int64_t parts = ceil_div(p.shared, kScoreRows), steps = queries * p.groups * parts;
+    const auto unit_at = [&](int64_t step) {
+        const int64_t at = step / parts, part = step % parts;
+        if (step == steps) return Unit{last, 0, 0, 0};
+        const int64_t query = alike ? at % queries : at / p.groups, group = alike ? at / queries : at % p.groups;
+        const int64_t from = part * p.shared / parts, to = (part + 1) * p.shared / parts;
+        return Unit{first + query, group, group * p.shared + from, to - from};
+    };
+    Unit units[kScoreRows + 1];
+    for (int64_t step = 0; step < steps;) {
+        int count = 0;
+        units[0] = unit_at(step);
+        for (int64_t rows = 0; step < steps; units[count] = unit_at(step)) {
+            const Unit& unit = units[count];
+            if (rows + unit.heads > kScoreRows || (alike && unit.group != units[0].group)) break;
+            ++step;
+            if (tiles[unit.query].count == 0) continue;
+            rows += unit.heads;
+            ++count;
+        }
+        attend_units(p, b, tiles, units, units + 1, count, floats);
+    }
+}
+
 // Queries [first, last) of batch row b over places [begin, end), in step: all of them over the first tile, then over the
-// next. `floats` holds their states.
-void attend(const Problem& p, int64_t b, int64_t first, int64_t last, int64_t begin, int64_t end, float* floats) {
+// next. `floats` holds their states, `tiles` has room for twice one tile more than there are queries.
+void attend(const Problem& p, int64_t b, int64_t first, int64_t last, int64_t begin, int64_t end, float* floats, Tile* tiles) {
     const dsa_tensor& indices = p.args.indices;
     const int64_t queries = last - first;
     bool outside = false;
-    // One tile more than there are queries: the first one's next.
-    Tile tiles[2][kBlockQueries + 1];
     const auto select = [&](Tile* selected, int64_t place) {
         const int places = static_cast<int>(smaller(p.tile_places, end - place));
         for (int64_t t = first; t < last; ++t, ++selected) {
@@ -130,39 +162,16 @@ void attend(const Problem& p, int64_t b, int64_t first, int64_t last, int64_t be
     };
     for (int64_t t = first; t < last; ++t)
         State(p.shape, floats + (t - first) * p.shape.floats).begin(p.shape, p.args.q, b, t, p.args.scale);
-    Tile *tile = tiles[0], *after = tiles[1];
+    Tile *tile = tiles, *after = tiles + queries + 1;
     if (begin < end) select(tile, begin);
     for (int64_t place = begin; place < end; place += p.tile_places) {
         if (place + p.tile_places < end)
             select(after, place + p.tile_places);
         else
             after[0].count = 0;
-        tile[queries] = after[0];
-        // Queries that share their tokens take turns on one KV head, whose rows then stay in the first cache; others take
-        // all KV heads of their own tokens, which lie side by side.
-        const bool alike = queries > 1 && overlap(tile[0], tile[queries - 1]);
-        const int64_t parts = ceil_div(p.shared, kScoreRows), steps = queries * p.groups * parts;
-        const auto unit_at = [&](int64_t step) {
-            const int64_t at = step / parts, part = step % parts;
-            if (step == steps) return Unit{queries, 0, 0, 0};
-            const int64_t query = alike ? at % queries : at / p.groups, group = alike ? at / queries : at % p.groups;
-            const int64_t from = part * p.shared / parts, to = (part + 1) * p.shared / parts;
-            return Unit{query, group, group * p.shared + from, to - from};
-        };
-        Unit units[kScoreRows + 1];
-        for (int64_t step = 0; step < steps;) {
-            int count = 0;
-            units[0] = unit_at(step);
-            for (int64_t rows = 0; step < steps; units[count] = unit_at(step)) {
-                const Unit& unit = units[count];
-                if (rows + unit.heads > kScoreRows || (alike && unit.group != units[0].group)) break;
-                ++step;
-                if (tile[unit.query].count == 0) continue;
-                rows += unit.heads;
-                ++count;
-            }
-            attend_units(p, b, tile, units, units + 1, count, floats);
-        }
+        tile[queries] = after[0];  // What the last query's rows ask for ahead.
+        for (int64_t query = 0; query < queries; query += kNeighbours)
+            attend_neighbours(p, b, tile, query, smaller(queries, query + kNeighbours), floats);
         Tile* free = tile;
         tile = after;
         after = free;
@@ -185,12 +194,13 @@ int sparse_attention(const dsa_sparse_attention_args& args) {
         const int64_t sharing = queries / (4 * larger(threads, 1));
         const int64_t block = larger<int64_t>(smaller(smaller(fitting, sharing), p.tokens), 1);
         const int64_t blocks = ceil_div(p.tokens, block), floats = block * shape.floats;
-        Scratch scratch(larger(threads, 1) * floats * 4);
+        const int64_t bytes = round_up(floats * 4 + bytes_of_tiles(block), 64);
+        Scratch scratch(larger(threads, 1) * bytes);
         if (scratch.failed()) return DSA_OUT_OF_MEMORY;
         for_each_item(p.batch * blocks, threads, [&](int64_t item, int worker) {
             const int64_t b = item / blocks, first = item % blocks * block, last = smaller(first + block, p.tokens);
-            float* states = scratch.at<float>() + worker * floats;
-            attend(p, b, first, last, 0, p.places, states);
+            float* states = scratch.at<float>(worker * bytes);
+            attend(p, b, first, last, 0, p.places, states, scratch.at<Tile>(worker * bytes + floats * 4));
             for (int64_t t = first; t < last; ++t)
                 State(shape, states + (t - first) * shape.floats).finish(shape, args.out, args.lse, args.sink_logits, b, t);
         });
@@ -205,7 +215,8 @@ int sparse_attention(const dsa_sparse_attention_args& args) {
     for_each_item(queries * pieces, threads, [&](int64_t item, int) {
         const int64_t query = item / pieces, piece = item % pieces, b = query / p.tokens, t = query % p.tokens;
         const int64_t begin = smaller(piece * places, p.places), end = smaller(begin + places, p.places);
-        attend(p, b, t, t + 1, begin, end, floats_of(query, piece));
+        Tile tiles[4];
+        attend(p, b, t, t + 1, begin, end, floats_of(query, piece), tiles);
     });
     for (int64_t query = 0; query < queries; ++query) {
         State state(shape, floats_of(query, 0));
