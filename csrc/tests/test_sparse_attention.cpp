@@ -13,11 +13,12 @@ struct Shape {
     bool sink;
 };
 
-// Enough queries for blocks in step, few enough for pieces, and sizes that end within a vector.
+// Enough queries for blocks in step and for several groups of neighbours in one, few enough for pieces, and sizes that end
+// within a vector.
 const Shape kShapes[] = {
     {1, 1, 300, 4, 2, 24, 40, 277, 0.0f, false}, {2, 70, 90, 6, 2, 7, 5, 130, 0.0f, true},
     {1, 40, 64, 9, 3, 64, 64, 33, 2.0f, true},   {1, 3, 50, 5, 1, 36, 32, 20, 3.0f, false},
-    {1, 2, 9, 2, 2, 1, 1, 0, 0.0f, true},
+    {1, 2, 9, 2, 2, 1, 1, 0, 0.0f, true},        {2, 1100, 200, 3, 1, 9, 8, 100, 0.0f, false},
 };
 
 struct Problem {
