@@ -18,6 +18,8 @@ namespace {
 
 // Numbers of an outline.
 constexpr int64_t kOutline = 8;
+// Bounds are of no use unless the first numbers make up so much of the products.
+constexpr double kLeastShare = 0.6;
 // More dims would take long to find a basis for, fewer are scored as fast.
 constexpr int64_t kLeastOutlinedDim = 16, kMostOutlinedDim = 128;
 // Products of vectors that are shorter could lose digits to underflow. Their outlines are unknown, and they are scored.
@@ -94,7 +96,7 @@ class OutlineBasis {
 
     void clear() { memset(query_moments, 0, static_cast<size_t>(2 * dim_ * dim_) * sizeof(double)); }
 
-    // False where the sample says nothing, as of vectors that are not finite.
+    // False where the sample says nothing, as of vectors that are not finite, or that products do not gather.
     bool find() {
         const int64_t dim = dim_;
         if (!make_positive(query_moments) || !make_positive(key_moments)) return false;
@@ -137,6 +139,7 @@ class OutlineBasis {
     // Column j of both bases from the eigenvector with the j-th largest eigenvalue. `vectors` is where the keys' goes.
     bool write(const double* factor, double* values, double* vectors) {
         const int64_t dim = dim_;
+        double first = 0.0, all = 0.0;
         for (int64_t j = 0; j < dim; ++j) {
             int64_t best = j;
             for (int64_t i = j; i < dim; ++i)
@@ -144,6 +147,8 @@ class OutlineBasis {
             const double value = values[best * (dim + 1)];
             values[best * (dim + 1)] = values[j * (dim + 1)];
             if (!(value > 0.0)) return false;
+            all += sqrt(value);
+            if (j < kOutline - 1) first += sqrt(value);
             const double root = sqrt(sqrt(value));
             for (int64_t i = 0; i < dim; ++i) {
                 const double entry = vectors[i * dim + best];
@@ -162,6 +167,7 @@ class OutlineBasis {
             }
             for (int64_t i = 0; i < dim; ++i) vectors[i * dim + j] *= root;
         }
+        if (first < kLeastShare * all) return false;
         unit_of_query_ = unit(of_query_);
         unit_of_key_ = unit(of_key_);
         return unit_of_query_ < DBL_MAX && unit_of_key_ < DBL_MAX;

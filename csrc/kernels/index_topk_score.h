@@ -18,7 +18,7 @@ struct Tile {
     int64_t newest;           // position of the first
 };
 
-// One query: `[Hi, words of a key]`, the factor of each head, and what each head's sum starts from.
+// One query: the words of its heads as `Keys::add` takes them, the factor of each head, and what each head's sum starts from.
 struct Query {
     const int32_t* words;
     const float* factor;
@@ -109,9 +109,11 @@ DSA_INLINE void add_heads(const int32_t* DSA_RESTRICT keys, int64_t words, const
 }
 
 // Writes the begins of those chunks of the keys [first, last) to `chunks` whose bound is not below `threshold` for one key
-// at least, and returns how many. A bound that is not a number is below nothing.
-__attribute__((noinline)) int64_t exceeding_chunks(const int32_t* DSA_RESTRICT outlines, const Query& query, int64_t heads, F32 threshold,
-                                    int64_t first, int64_t last, int32_t* DSA_RESTRICT chunks) {
+// at least, and returns how many. A bound that is not a number is below nothing. Not inlined: the registers of the loop over
+// scores are for that alone.
+__attribute__((noinline)) int64_t exceeding_chunks(const int32_t* DSA_RESTRICT outlines, const Query& query, int64_t heads,
+                                                   F32 threshold, int64_t first, int64_t last,
+                                                   int32_t* DSA_RESTRICT chunks) {
     int64_t count = 0;
     for (int64_t at = first; at < last; at += kBoundChunks * kChunk) {
         F32 bounds[kBoundChunks * kVectors];
@@ -217,8 +219,7 @@ DSA_INLINE void pack_bytes(const int8_t* row, int64_t stride, int64_t dim, int o
     }
 }
 
-// A query head's bytes, `bytes` behind `dim` being zeros, in the form in which `Bytes` multiplies them. Returns what its sums
-// start from.
+// The `dim` bytes of a query's head in the form in which `Bytes` multiplies them. Returns what the head's sums start from.
 DSA_INLINE int32_t pack_query(const int8_t* bytes, int64_t dim, int32_t* out) {
 #if defined(DSA_WORDS_IN_PAIRS)
     for (int64_t first = 0; first < dim; first += 8, out += 3) {

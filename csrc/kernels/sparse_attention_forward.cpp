@@ -9,8 +9,8 @@ namespace {
 // A block of queries walks its places in step, so that a row which several of them select is read from memory once: their
 // places ascend, so the tokens of one step lie near each other even where neighbours share none. More queries share more,
 // until rows and sums outgrow the caches.
-constexpr int64_t kBlockBytes = 2 << 20;
-constexpr int64_t kBlockQueries = 256;
+constexpr int64_t kBlockBytes = 4 << 20;
+constexpr int64_t kBlockQueries = 512;
 // Neighbours that take turns on one row in the first caches, where they select mostly the same tokens.
 constexpr int64_t kNeighbours = 16;
 // What a few queries take at a time, where a token's row is so wide that 64 of them would crowd the first caches out.

@@ -107,6 +107,57 @@ def test_any_strides_and_offsets(data: st.DataObject) -> None:
     assert torch.equal(*both(q, QuantizedKeys(data_view, scale_view), w, top_k, sinks=sinks, local=local))
 
 
+def gathered(tokens: int, keys: int, dim: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As `make`, with products that come from a few dims, as in a trained indexer, and some keys that are unlike all others.
+
+    Enough of both for bounds, which leave most keys of such a text out.
+    """
+    q, k, w = make(tokens, keys, dim, seed)
+    generator = torch.Generator().manual_seed(seed)
+    turn = torch.linalg.qr(torch.randn(dim, dim, generator=generator)).Q
+    shrink = torch.cat([torch.ones(5), torch.full((dim - 5,), 0.05)])
+    q, k = (x * shrink @ turn for x in (q, k))
+    k[:, ::997] *= 3
+    k[:, 5::1499] = torch.randn(dim, generator=generator)
+    w[:, 7] = -w[:, 7].abs()
+    w[:, 11, 2] = torch.nan
+    q[:, 13] = 0
+    q[:, 17] *= 1e-20
+    q[:, 19, 1] = torch.inf
+    return q, k, w
+
+
+@on_every_isa
+@pytest.mark.parametrize("form", ["int8", "fp8", "fp32", "bf16"])
+def test_bounds_leave_the_selection_alone(isa: str, form: str) -> None:
+    tokens, dim = 1600, 32
+    q, k, w = gathered(tokens, KEYS, dim, seed=3)
+    k[:, 100] = torch.nan
+    k[:, 101] = 0
+    k[:, 102] *= 1e-20
+    keys: QuantizedKeys | torch.Tensor
+    if form in ("int8", "fp8"):
+        keys = quantize_index_keys(k, dtype=form)
+        keys.scale[:, 103] = torch.nan
+        keys.scale[:, 104] *= -1
+    else:
+        keys = k.to({"fp32": torch.float32, "bf16": torch.bfloat16}[form])
+    whole = index_topk(q, keys, w, 300, sinks=2, local=20, impl="native")
+    # Forty queries are too few for bounds.
+    for begin in range(0, tokens, 40):
+        stop = KEYS - tokens + begin + 40
+        few = index_topk(
+            q[:, begin : begin + 40], keys[:, :stop], w[:, begin : begin + 40], 300, sinks=2, local=20, impl="native"
+        )
+        assert torch.equal(whole[:, begin : begin + 40], few)
+
+
+def test_bounds_with_documents_side_by_side() -> None:
+    q, k, w = gathered(1600, KEYS, 32, seed=4)
+    start = torch.arange(1600).div(400, rounding_mode="floor").mul(2500).expand(1, -1)
+    assert torch.equal(*both(q, quantize_index_keys(k), w, 200, local=30, key_start=start, key_end=start + 2400))
+
+
 def test_what_the_kernel_lacks_is_said() -> None:
     q, k, w = make(3, 9)
     with pytest.raises(NotImplementedError, match="float64 has no CPU kernel"):
