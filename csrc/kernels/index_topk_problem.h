@@ -87,11 +87,12 @@ class Problem {
     int64_t segments;  // into which the keys of a block are split among threads
 
   private:
-    // Whether finding a basis and making outlines takes little of the time that the scores do, and few keys are selected.
+    // Whether finding a basis, which one thread does, and making outlines take little of the time that the scores do, and few
+    // keys are selected. In cycles, roughly.
     bool is_bounding_worth_it() const {
         if (dim < kLeastOutlinedDim || dim > kMostOutlinedDim || keys < kLeastKeysOfBudget * wanted) return false;
         const double d = static_cast<double>(dim), queries = static_cast<double>(batch * tokens);
-        const double making = 60.0 * d * d * d + static_cast<double>(batch * keys) * d * d / 4.0;
+        const double making = 60.0 * d * d * d * larger(args.threads, 1) + static_cast<double>(batch * keys) * d * d / 4.0;
         const double scoring = queries * static_cast<double>(keys * heads) * d / 20.0;
         return making < kMakingOfScoring * scoring;
     }

@@ -130,7 +130,7 @@ def gathered(tokens: int, keys: int, dim: int, seed: int) -> tuple[torch.Tensor,
 @on_every_isa
 @pytest.mark.parametrize("form", ["int8", "fp8", "fp32", "bf16"])
 def test_bounds_leave_the_selection_alone(isa: str, form: str) -> None:
-    tokens, dim = 1600, 32
+    tokens, dim = 2400, 32
     q, k, w = gathered(tokens, KEYS, dim, seed=3)
     k[:, 100] = torch.nan
     k[:, 101] = 0
@@ -153,8 +153,8 @@ def test_bounds_leave_the_selection_alone(isa: str, form: str) -> None:
 
 
 def test_bounds_with_documents_side_by_side() -> None:
-    q, k, w = gathered(1600, KEYS, 32, seed=4)
-    start = torch.arange(1600).div(400, rounding_mode="floor").mul(2500).expand(1, -1)
+    q, k, w = gathered(2400, KEYS, 32, seed=4)
+    start = torch.arange(2400).div(600, rounding_mode="floor").mul(2500).expand(1, -1)
     assert torch.equal(*both(q, quantize_index_keys(k), w, 200, local=30, key_start=start, key_end=start + 2400))
 
 

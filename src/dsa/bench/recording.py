@@ -27,9 +27,11 @@ from dsa.models.checkpoint import SHIPPED
 from dsa.models.context import AttentionCall, DSAContext
 from dsa.models.default_model import DEFAULT_MODEL, Status, cache_dir, default_model_dir
 from dsa.models.loading import LoadedModel, attach_indexers, load_model
+from dsa.modules import memory
 from dsa.ops import QuantizedKeys
 
 CHUNK = 4096
+_CACHED = ("key", "value", "index_key", "index_key_scale")
 _FIELDS = ("query", "key", "value", "index_query", "index_key", "index_key_scale", "index_weight")
 
 
@@ -129,10 +131,10 @@ def record_layer(loaded: LoadedModel, tokens: int, *, progress: Progress, chunk:
     whole = {name: torch.cat(part, dim=1) for name, part in parts.items()}
     tensors = LayerTensors(
         whole["query"],
-        call.key.clone(memory_format=torch.contiguous_format),
-        call.value.clone(memory_format=torch.contiguous_format),
+        _cached(call.key),
+        _cached(call.value),
         whole["index_query"],
-        QuantizedKeys(call.index_key.data.clone(), call.index_key.scale.clone()),
+        QuantizedKeys(_cached(call.index_key.data), _cached(call.index_key.scale)),
         whole["index_weight"],
     )
     config = report.config
@@ -147,6 +149,11 @@ def record_layer(loaded: LoadedModel, tokens: int, *, progress: Progress, chunk:
         local=config.layer_local(layer),
     )
     return Recording(tensors, sizes, f"layer {layer} of {loaded.name} reading {read_document(None).name}")
+
+
+def _cached(tensor: Tensor) -> Tensor:
+    """A contiguous copy where an attached model's cache would have it."""
+    return memory.empty(tensor.shape, tensor.dtype).copy_(tensor)
 
 
 def _digest() -> str:
@@ -197,8 +204,8 @@ def _load(file: Path) -> Recording:
 
     with safe_open(file, "pt") as opened:
         notes = opened.metadata()
-    # Cloned: pages of a mapped file would be read from disk while something is timed.
-    read = {name: tensor.clone() for name, tensor in load_file(file).items()}
+    # Copied: pages of a mapped file would be read from disk while something is timed.
+    read = {name: _cached(part) if name in _CACHED else part.clone() for name, part in load_file(file).items()}
     keys = QuantizedKeys(read.pop("index_key"), read.pop("index_key_scale"))
     sizes = Sizes(**{name: int(value) for name, value in notes.items() if name != "source"})
     return Recording(LayerTensors(index_key=keys, **read), sizes, notes["source"])
