@@ -108,9 +108,9 @@ def test_any_strides_and_offsets(data: st.DataObject) -> None:
 
 
 def gathered(tokens: int, keys: int, dim: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As `make`, with products that come from a few dims, as in a trained indexer, and some keys that are unlike all others.
+    """As `make`, with products that come from a few dims, as in a trained indexer, and some keys unlike all others.
 
-    Enough of both for bounds, which leave most keys of such a text out.
+    Bounds leave most keys of such a text out, where there are enough of them and of queries.
     """
     q, k, w = make(tokens, keys, dim, seed)
     generator = torch.Generator().manual_seed(seed)
