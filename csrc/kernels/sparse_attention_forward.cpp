@@ -11,6 +11,8 @@ namespace {
 // until rows and sums outgrow the caches.
 constexpr int64_t kBlockBytes = 4 << 20;
 constexpr int64_t kBlockQueries = 512;
+// Where a query's sums are not that much smaller than the rows of a tile, as in MLA, they had better stay near.
+constexpr int64_t kRowsOfSums = 4, kBlockBytesOfSums = 128 << 10;
 // Neighbours that take turns on one row in the first caches, where they select mostly the same tokens.
 constexpr int64_t kNeighbours = 16;
 // What a few queries take at a time, where a token's row is so wide that 64 of them would crowd the first caches out.
@@ -25,6 +27,7 @@ struct Problem {
     int64_t batch, tokens, heads, dim, keys, groups, value_dim, places;
     int64_t shared;  // heads of one KV head
     StateShape shape;
+    int64_t row_bytes;  // of a token's keys and values
     int64_t tile_places;
     const RowKernels &key_kernels, &value_kernels;
 
@@ -40,12 +43,14 @@ struct Problem {
           places(args.indices.size[2]),
           shared(heads / groups),
           shape(heads, dim, value_dim),
+          row_bytes(groups * (dim * bytes_of(args.k.dtype) + value_dim * bytes_of(args.v.dtype))),
           tile_places(kTileKeys),
           key_kernels(kRowKernels[args.k.dtype]),
           value_kernels(kRowKernels[args.v.dtype]) {
-        const int64_t row = groups * (dim * bytes_of(args.k.dtype) + value_dim * bytes_of(args.v.dtype));
-        if (batch * tokens < kPieces && shared <= kFewShared)
-            tile_places = larger<int64_t>(smaller(kTileBytes / larger<int64_t>(row, 1), tile_places) / kWidestVector * kWidestVector, kWidestVector);
+        if (batch * tokens < kPieces && shared <= kFewShared) {
+            const int64_t fitting = smaller(kTileBytes / larger<int64_t>(row_bytes, 1), tile_places);
+            tile_places = larger<int64_t>(fitting / kWidestVector * kWidestVector, kWidestVector);
+        }
     }
 };
 
@@ -190,7 +195,8 @@ int sparse_attention(const dsa_sparse_attention_args& args) {
     const StateShape& shape = p.shape;
     const int64_t pieces = pieces_of_query(p.places, queries);
     if (pieces == 1) {
-        const int64_t fitting = smaller(kBlockBytes / (shape.floats * 4), kBlockQueries);
+        const bool small = kRowsOfSums * shape.floats * 4 <= kTileKeys * p.row_bytes;
+        const int64_t fitting = smaller((small ? kBlockBytes : kBlockBytesOfSums) / (shape.floats * 4), kBlockQueries);
         const int64_t sharing = queries / (4 * larger(threads, 1));
         const int64_t block = larger<int64_t>(smaller(smaller(fitting, sharing), p.tokens), 1);
         const int64_t blocks = ceil_div(p.tokens, block), floats = block * shape.floats;
