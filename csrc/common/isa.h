@@ -25,6 +25,10 @@ enum class Isa : int { DSA_FOR_EACH_ISA(DSA_NAME) };
 
 Isa current_isa();
 
+// Whether reading a cache in order is faster where nothing asks for what comes next: processors whose own prefetching gets
+// in the way of the program's.
+bool prefetches_alone();
+
 }  // namespace dsa
 
 #define DSA_DECLARE_VARIANT(name, op, Args) \

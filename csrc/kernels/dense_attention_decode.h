@@ -6,6 +6,7 @@
 // for ahead arrives.
 #pragma once
 
+#include "common/isa.h"
 #include "kernels/dense_attention_tiles.h"
 
 namespace dsa::DSA_ISA {
@@ -118,7 +119,8 @@ class Ahead {
   public:
     Ahead(const dsa_tensor& tensor, int64_t b, int64_t token, int64_t last)
         : tensor_(tensor), b_(b), last_(last) {
-        token_ = token + kAheadBytes / (tensor.size[2] * tensor.size[3] * static_cast<int64_t>(sizeof(T)));
+        const int64_t row = tensor.size[2] * tensor.size[3] * static_cast<int64_t>(sizeof(T));
+        token_ = prefetches_alone() ? last : token + kAheadBytes / row;
     }
 
     DSA_INLINE void fetch(int64_t rows) {
