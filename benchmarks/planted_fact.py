@@ -34,9 +34,10 @@ from dsa.eval.free_memory import check_room
 from dsa.eval.interval import mean_interval
 from dsa.eval.needle_kinds import DEPTHS, make_needles
 from dsa.eval.output import check_writable, write_json
-from dsa.eval.progress import Progress, layer_progress
+from dsa.eval.progress import Progress
 from dsa.models.attachment import report_of
 from dsa.models.context import DSAContext
+from dsa.models.decoder import layer_progress
 from dsa.models.extension import Demand, chosen_scaling
 from dsa.models.loading import LoadedModel, attach_indexers, load_model
 from dsa.models.rope import scaling_of

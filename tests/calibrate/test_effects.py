@@ -5,8 +5,7 @@ import torch
 
 import dsa
 from dsa.calibrate.effects import compared_positions, divergence, recording, resumed
-from dsa.eval import reading
-from dsa.eval.reading import decoder_output
+from dsa.models.decoder import decoder_output, head_logits
 from dsa.models.families import FAMILIES
 from dsa.testing.tiny_models import TINY_CONFIG, tiny_model, tiny_tokens
 
@@ -52,7 +51,7 @@ def test_divergence(monkeypatch: pytest.MonkeyPatch) -> None:
     other.last_hidden_state = other.last_hidden_state * 1.1
     with torch.no_grad():
         expected = model(ids).logits[0, positions].double().log_softmax(dim=-1)
-        found = reading.head_logits(model, other, other.last_hidden_state, ids)[0, positions].double()
+        found = head_logits(model, other, other.last_hidden_state, ids)[0, positions].double()
     exact = torch.nn.functional.kl_div(found.log_softmax(dim=-1), expected, log_target=True, reduction="none")
     assert divergence(model, dense, other, ids, positions) == pytest.approx(float(exact.sum(1).mean()), rel=1e-4)
     # a few rows at a time, so that chunks have an odd last one

@@ -8,7 +8,8 @@ from transformers import AutoModelForCausalLM
 
 import dsa
 from dsa.models.attachment import indexers_of, report_of
-from dsa.models.families import FAMILIES, decoder_of, full_attention_layers
+from dsa.models.decoder import decoder_of
+from dsa.models.families import FAMILIES, full_attention_layers
 from dsa.testing.tiny_models import TINY_CONFIG, tiny_model, tiny_tokens
 
 TOKENS = 37

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import dsa
 from dsa import DSAContext
-from dsa.eval.reading import head_logits
 from dsa.models import indexers_of
+from dsa.models.decoder import head_logits
 from dsa.testing.training import CONFIG, Recorder, attached, random_tokens, read_log
 from dsa.train import NotFiniteError, SparseSettings, TokenStream, Window, train_sparse
 from dsa.train.chosen import Chosen

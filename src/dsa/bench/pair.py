@@ -21,9 +21,10 @@ from dsa.bench.measure import Disagreement
 from dsa.bench.recording import long_ids
 from dsa.bench.settings import Settings
 from dsa.models.context import AttentionCall, DSAContext
+from dsa.models.decoder import decoder_layers
 from dsa.models.default_model import Status
 from dsa.models.loading import LoadedModel, attach_indexers, load_model
-from dsa.models.native.families import decoder_layers, is_native
+from dsa.models.native.families import is_native
 from dsa.models.sparse import sparse_report_of
 from dsa.ops import index_topk
 

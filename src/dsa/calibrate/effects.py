@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dsa.eval.progress import decoder_layers
-from dsa.eval.reading import LOGITS_AT_ONCE, head_logits
+from dsa.models.decoder import LOGITS_AT_ONCE, decoder_layers, head_logits
 
 POSITIONS = 1024
 """At how many positions distributions are compared."""

@@ -206,7 +206,7 @@ def stream(
     import torch
     from transformers import DynamicCache, TextStreamer
 
-    from dsa.eval.progress import layer_progress
+    from dsa.models.decoder import layer_progress
     from dsa.models.quiet import quiet_transformers
     from dsa.modules.cache import reserve
 

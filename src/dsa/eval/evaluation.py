@@ -29,11 +29,12 @@ from dsa.eval.comparison import contexts
 from dsa.eval.documents import Document, encode
 from dsa.eval.machine import describe_machine, peak_rss_mb, reset_peak_rss
 from dsa.eval.mass import LayerMass, MassObserver
-from dsa.eval.progress import Progress, layer_progress, silent
+from dsa.eval.progress import Progress, silent
 from dsa.eval.reading import Reading, read
 from dsa.eval.window import window_attention
 from dsa.models.attachment import AttachReport, LayerReport, detach, is_attached, put_on, take_off
 from dsa.models.context import DSAContext
+from dsa.models.decoder import layer_progress
 from dsa.models.loading import LoadedModel, attach_indexers, refuse_cache, refuse_other_indexers
 from dsa.models.native.acceleration import AccelerateReport, accelerated
 from dsa.models.native.families import is_native

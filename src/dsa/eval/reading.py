@@ -9,22 +9,18 @@ Shapes: `B = 1` text, `n` tokens read, `C` hidden size, `V` vocabulary.
 
 from __future__ import annotations
 
-import copy
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from dsa.eval.machine import peak_rss_mb, reset_peak_rss
-from dsa.eval.progress import Progress, layer_progress, silent
+from dsa.eval.progress import Progress, silent
 from dsa.models.context import DSAContext
-
-LOGITS_AT_ONCE = 1 << 24
-"""Logits computed at once, `rows * V`: 64 MB in fp32."""
+from dsa.models.decoder import LOGITS_AT_ONCE, decoder_output, head_logits, layer_progress
 
 WARM_UP_TOKENS = 32
 
@@ -156,34 +152,6 @@ def negative_log_likelihood(logits: torch.Tensor, targets: torch.Tensor) -> torc
     return logits.logsumexp(dim=1).double() - chosen.double()
 
 
-def head_logits(model: Any, output: Any, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Logits `[1, rows, V]` of some hidden states `[1, rows, C]`, as the model itself makes them.
-
-    What a model does around its head (soft-capping, scaling) differs by family, so the model's own forward
-    runs, with a decoder that answers at once.
-
-    Args:
-        model: The causal language model.
-        output: What its decoder returned in an earlier pass; anything but the hidden states is passed on.
-        hidden: The hidden states.
-        ids: The tokens at those places.
-    """
-    answer = copy.copy(output)
-    answer.last_hidden_state = hidden
-    answer.past_key_values = None
-    decoder = model.base_model
-    replaced = "forward" in vars(decoder)
-    original = decoder.forward
-    decoder.forward = lambda *args, **kwargs: answer
-    try:
-        return model(ids, use_cache=False).logits
-    finally:
-        if replaced:
-            decoder.forward = original
-        else:
-            del decoder.forward
-
-
 def _decode(
     model: Any, output: Any, new_tokens: int, options: Callable[[], dict[str, Any]], label: str, progress: Progress
 ) -> tuple[list[int], float | None]:
@@ -204,17 +172,6 @@ def _decode(
         seconds = time.perf_counter() - began
     per_second = (new_tokens - 1) / seconds if new_tokens > 1 else None
     return torch.cat(made, dim=1)[0].tolist(), per_second
-
-
-@contextmanager
-def decoder_output(model: Any) -> Iterator[list[Any]]:
-    """Keeps what the decoder returns while the context is open."""
-    captured: list[Any] = []
-    hook = model.base_model.register_forward_hook(lambda module, args, output: captured.append(output))
-    try:
-        yield captured
-    finally:
-        hook.remove()
 
 
 def _synchronise(model: Any) -> None:

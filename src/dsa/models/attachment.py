@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 from dsa.config import DSAConfig
 from dsa.models import attention as dsa_attention
 from dsa.models.attention import IMPLEMENTATION, PLAN, WARNED, HookedPlan, before_attention, before_decoder
-from dsa.models.families import Family, decoder_of, family_of, full_attention_layers
+from dsa.models.decoder import decoder_of
+from dsa.models.families import Family, family_of, full_attention_layers
 from dsa.models.layer import LayerPlan
 from dsa.models.native import attaching as latent
 from dsa.models.native.attention import LatentAttention

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from dsa.config import DSAConfig
 from dsa.models.attachment import config_of, indexers_of
-from dsa.models.families import decoder_of
+from dsa.models.decoder import decoder_of
 from dsa.models.rope import RopeScaling, scaling_of
 from dsa.models.rope import describe as describe_scaling
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 
+from dsa.models.decoder import decoder_of
 from dsa.ops.index_projection import Rope, rope_tables
 
 if TYPE_CHECKING:
@@ -154,11 +155,6 @@ UNLIKE = {
     "mistral4": "it scales queries by position",
 }
 """Why a family with latent attention has no row."""
-
-
-def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
-    """The decoder without its language-modelling head."""
-    return cast("PreTrainedModel", model.base_model)
 
 
 def family_of(model: object) -> Family:

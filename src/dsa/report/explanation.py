@@ -21,9 +21,10 @@ from dsa.documents import SourceDocument
 from dsa.documents.prompt import Prompt
 from dsa.eval.comparison import new_cache
 from dsa.eval.machine import describe_machine, peak_rss_mb, reset_peak_rss
-from dsa.eval.progress import Progress, layer_progress, silent
+from dsa.eval.progress import Progress, silent
 from dsa.models.attachment import AttachReport
 from dsa.models.context import DSAContext
+from dsa.models.decoder import layer_progress
 from dsa.models.loading import LoadedModel
 from dsa.models.sparse import is_sparse, sparse_report_of
 from dsa.modules.cache import IndexedLayer

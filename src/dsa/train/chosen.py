@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from dsa.models.families import decoder_of
+from dsa.models.decoder import decoder_of
 from dsa.train.extras import needed
 from dsa.train.settings import DenseSettings, SparseSettings
 from dsa.train.sharding import is_share, put_share

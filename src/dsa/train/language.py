@@ -14,9 +14,8 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from dsa.eval.reading import LOGITS_AT_ONCE, head_logits
 from dsa.models.context import DSAContext
-from dsa.models.families import decoder_of
+from dsa.models.decoder import LOGITS_AT_ONCE, decoder_of, head_logits
 from dsa.train.data import Window
 
 Losses = tuple[torch.Tensor, torch.Tensor]

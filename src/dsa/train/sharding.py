@@ -17,7 +17,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from dsa.models import indexers_of
-from dsa.models.families import decoder_of, family_of
+from dsa.models.decoder import decoder_of
+from dsa.models.families import family_of
 
 Result = TypeVar("Result")
 

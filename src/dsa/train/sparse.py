@@ -197,7 +197,7 @@ class SparseStage(LanguageStage):
             self.model.train()
 
     def _dense_logits(self, dense: Any, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        from dsa.eval.reading import head_logits
+        from dsa.models.decoder import head_logits
 
         # Autocast knows a weight that it has cast by its parameter, and would not see that the values are others.
         values = self.dense_weights if self.sharded is None else self.dense_head

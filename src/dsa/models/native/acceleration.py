@@ -16,11 +16,11 @@ from dsa.models import attention as dsa_attention
 from dsa.models.attachment import AttachReport, LayerReport
 from dsa.models.attention import IMPLEMENTATION, WARNED, check_positions
 from dsa.models.context import DSAContext
-from dsa.models.families import decoder_of
+from dsa.models.decoder import decoder_layers, decoder_of
 from dsa.models.layer import LayerPlan
 from dsa.models.native.attaching import give_back
 from dsa.models.native.attention import LatentAttention
-from dsa.models.native.families import check_indexers, decoder_layers, native_family_of, sources
+from dsa.models.native.families import check_indexers, native_family_of, sources
 from dsa.modules.latents import CacheDtype
 from dsa.ops.packed_latents.types import row_bytes
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from dsa.models.families import decoder_of
+from dsa.models.decoder import decoder_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -103,12 +103,6 @@ def native_family_of(model: object) -> NativeFamily:
         f"{type(model).__name__}: dsa.accelerate has no row for {model_type!r}{reason}; it takes models born with DSA: "
         f"{', '.join(sorted(NATIVE_FAMILIES))}. Models without indexers of their own take dsa.attach"
     )
-
-
-def decoder_layers(model: PreTrainedModel) -> list[Any]:
-    """The decoder's layers, first one first; each has its attention as `self_attn`."""
-    layers: Any = decoder_of(model).layers
-    return list(layers)
 
 
 def sources(model: PreTrainedModel, family: NativeFamily) -> list[int | None]:
