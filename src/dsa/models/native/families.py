@@ -7,7 +7,7 @@ they are guessed, so a class without a row is refused by name.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from dsa.models.decoder import decoder_layers
 
