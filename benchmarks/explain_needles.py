@@ -23,11 +23,11 @@ import torch
 
 from dsa.documents import SourceDocument
 from dsa.documents.prompt import make_prompt
-from dsa.eval.machine import describe_machine
 from dsa.eval.needle_kinds import Needle, make_needles
 from dsa.models.loading import LoadedModel, attach_indexers, load_model
 from dsa.report.explanation import Explanation, explain
 from dsa.report.page import write_page
+from dsa.runs.machine import describe_machine
 from dsa.testing.browser import choose_answer_token, chromium, opened_report
 from dsa.text import read_text
 

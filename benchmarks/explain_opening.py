@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 
-from dsa.eval.machine import describe_machine
 from dsa.report.page import write_page
+from dsa.runs.machine import describe_machine
 from dsa.testing.browser import SIZES, chromium, opened_report
 from dsa.testing.synthetic_report import synthetic_explanation
 

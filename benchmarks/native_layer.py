@@ -43,11 +43,11 @@ from transformers.models.deepseek_v32.configuration_deepseek_v32 import Deepseek
 from transformers.models.deepseek_v32.modeling_deepseek_v32 import DeepseekV32Attention, DeepseekV32RotaryEmbedding
 
 from dsa.config import DSAConfig
-from dsa.eval.machine import describe_machine, peak_rss_mb, reset_peak_rss
 from dsa.models.layer import LayerPlan
 from dsa.models.native.attention import LatentAttention
 from dsa.models.native.families import NATIVE_FAMILIES
 from dsa.modules.latents import latent_layer
+from dsa.runs.machine import describe_machine, peak_rss_mb, reset_peak_rss
 
 REPEATS = 5
 PEER_REPEATS = 2

@@ -30,11 +30,9 @@ from dsa.cli.console import Steps, notes
 from dsa.documents import Page, SourceDocument, read_source
 from dsa.documents.prompt import Prompt, make_prompt
 from dsa.eval.comparison import new_cache
-from dsa.eval.free_memory import check_room
 from dsa.eval.interval import mean_interval
 from dsa.eval.needle_kinds import DEPTHS, make_needles
-from dsa.eval.output import check_writable, write_json
-from dsa.eval.progress import Progress
+from dsa.generation.room import check_room
 from dsa.models.attachment import report_of
 from dsa.models.context import DSAContext
 from dsa.models.decoder import layer_progress
@@ -43,6 +41,8 @@ from dsa.models.loading import LoadedModel, attach_indexers, load_model
 from dsa.models.rope import scaling_of
 from dsa.report.explanation import CHUNK, Explanation, explain, room_for
 from dsa.report.page import write_page
+from dsa.runs.files import check_writable, write_json
+from dsa.runs.progress import Progress
 
 TOLERANCE = 0.1
 """Nats that an answer may be off with DSA."""

@@ -31,15 +31,15 @@ from safetensors.torch import load_file, save_file
 from dsa.bench.result import environment
 from dsa.config import DSAConfig
 from dsa.eval.comparison import READERS, attached, budget, contexts, text_losses
-from dsa.eval.documents import Document, encode, read_document
 from dsa.eval.mass import LayerMass, MassObserver
 from dsa.eval.needle_cells import cells
 from dsa.eval.needles import ask, make_haystack
-from dsa.eval.output import check_writable, write_json
 from dsa.eval.ratio import PerplexityRatio, perplexity_ratio
 from dsa.models.attachment import Attachment, take_off
 from dsa.models.context import DSAContext
 from dsa.models.loading import LoadedModel, attach_indexers, load_model, scaling_wanted
+from dsa.runs.files import check_writable, write_json
+from dsa.runs.inputs import Document, encode, read_document
 
 FORMAT = "dsa quality 1"
 ALL_TEXTS = "all texts"

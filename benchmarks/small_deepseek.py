@@ -30,10 +30,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV3Config, 
 
 import dsa
 from dsa.bench.result import environment
-from dsa.eval.output import write_json
 from dsa.models import config_of
 from dsa.models.context import AttentionCall, DSAContext
 from dsa.ops import pack_latents, sparse_attention
+from dsa.runs.files import write_json
 from dsa.train import Holdout, TokenStream, Windows, read_data
 
 SEQ_LEN, TOP_K = 1024, 128

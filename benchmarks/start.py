@@ -26,13 +26,13 @@ import dsa
 from dsa import DSAConfig, LayerConfig
 from dsa.bench.result import environment
 from dsa.cli.training import parse_layers
-from dsa.eval.documents import encode, read_document
 from dsa.eval.mass import measure_layer
 from dsa.models import config_of, indexers_of
 from dsa.models.context import AttentionCall, DSAContext
 from dsa.models.loading import load_model
 from dsa.modules.indexer import Indexer
 from dsa.ops import indexer_loss
+from dsa.runs.inputs import encode, read_document
 from dsa.train import WarmupSettings
 from dsa.train.data import seeded
 from dsa.train.layer import LayerTrainer, draw_queries, index_some

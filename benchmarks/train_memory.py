@@ -26,10 +26,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import dsa
-from dsa.eval.machine import describe_machine, peak_rss_mb, reset_peak_rss
 from dsa.models import config_of, indexers_of
 from dsa.models.context import AttentionCall, DSAContext
 from dsa.models.layer import LayerAttention
+from dsa.runs.machine import describe_machine, peak_rss_mb, reset_peak_rss
 from dsa.train import WarmupSettings
 from dsa.train.chunked import chunked
 from dsa.train.layer import LayerTrainer

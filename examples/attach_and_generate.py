@@ -11,8 +11,8 @@ import sys
 import torch
 
 import dsa
-from dsa.eval.documents import encode, read_document
 from dsa.models.loading import load_model
+from dsa.runs.inputs import encode, read_document
 
 
 def main(model: str = "default", file: str | None = None) -> None:

@@ -7,9 +7,9 @@
 
 import sys
 
-from dsa.eval.documents import read_document
 from dsa.eval.evaluation import evaluate
 from dsa.models.loading import load_model
+from dsa.runs.inputs import read_document
 
 
 def main(model: str = "default", file: str | None = None, tokens: str = "2048") -> None:

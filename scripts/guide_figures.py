@@ -110,10 +110,10 @@ def _rounded(values: torch.Tensor) -> list[float]:
 
 def measure(file: Path, tokens: int, top_k: int, mapped: int) -> None:
     """Reads the text once, dense, and writes what was seen."""
-    from dsa.eval.documents import encode, read_document
-    from dsa.eval.machine import describe_machine
     from dsa.models import config_of
     from dsa.models.loading import attach_indexers, load_model
+    from dsa.runs.inputs import encode, read_document
+    from dsa.runs.machine import describe_machine
 
     loaded, document = load_model("default", device="cpu"), read_document()
     attach_indexers(loaded, top_k=top_k)

@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import save_file
 
 from dsa.bench.recording import recording
-from dsa.eval.progress import silent
 from dsa.models.default_model import DEFAULT_MODEL
 from dsa.ops import index_topk
+from dsa.runs.progress import silent
 
 QUERIES = 4096
 """Selected at once."""

@@ -8,10 +8,10 @@ import torch
 import dsa
 from dsa.bench import recording
 from dsa.bench.recording import long_ids, record_layer
-from dsa.eval.progress import silent
 from dsa.models.context import AttentionCall, DSAContext
 from dsa.models.loading import LoadedModel
 from dsa.ops import QuantizedKeys
+from dsa.runs.progress import silent
 from dsa.testing.tiny_models import tiny_model
 from dsa.testing.tiny_tokenizer import BYTE_VOCABULARY, tiny_tokenizer
 

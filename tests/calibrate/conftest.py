@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import dsa
-from dsa.eval.documents import Document
 from dsa.models.loading import LoadedModel
+from dsa.runs.inputs import Document
 from dsa.testing.tiny_models import tiny_model
 from dsa.testing.tiny_tokenizer import BYTE_VOCABULARY, tiny_tokenizer
 

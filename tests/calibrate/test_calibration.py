@@ -15,10 +15,10 @@ from dsa.calibrate.calibration import calibrate
 from dsa.calibrate.result import Calibration
 from dsa.calibrate.settings import CalibrationSettings, resolve_budgets
 from dsa.cost import model_cost
-from dsa.eval.documents import Document
 from dsa.eval.evaluation import evaluate
 from dsa.models import attach, config_of, indexers_of, is_attached, report_of, save_indexers
 from dsa.models.loading import LoadedModel
+from dsa.runs.inputs import Document
 
 BUDGETS = (4, 8, 16, 32, 64)
 

@@ -8,11 +8,11 @@ import torch
 from dsa import DSAContext
 from dsa.calibrate import measure
 from dsa.calibrate.measure import Curves, SelectionObserver, rank, sampled_positions
-from dsa.eval.documents import Document, encode
 from dsa.eval.mass import measure_layer
 from dsa.models import AttentionCall, attach
 from dsa.models.loading import LoadedModel
 from dsa.ops import index_topk
+from dsa.runs.inputs import Document, encode
 
 BUDGETS = [4, 9, 16, 40]
 

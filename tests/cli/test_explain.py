@@ -40,7 +40,7 @@ def test_positions_are_stretched_as_for_generate(dsa: Run, tiny: str, text: str,
 def test_memory_is_checked_before_reading(
     dsa: Run, tiny: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dsa.eval.free_memory.available_memory", lambda device: 300_000)
+    monkeypatch.setattr("dsa.generation.room.available_memory", lambda device: 300_000)
     result = dsa("explain", tiny, "--file", text, "--out", str(tmp_path / "out.html"), *SMALL)
     assert result.exit_code == 2
     assert "memory: reading 324 tokens" in " ".join(result.stderr.split())

@@ -64,7 +64,7 @@ def test_an_explicit_scaling_that_is_too_small(dsa: Run, tiny: str, text: str) -
 
 
 def test_memory_is_checked_before_reading(dsa: Run, tiny: str, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dsa.eval.free_memory.available_memory", lambda device: 300_000)
+    monkeypatch.setattr("dsa.generation.room.available_memory", lambda device: 300_000)
     result = dsa("generate", tiny, "--file", text, *FEW)
     assert result.exit_code == 2
     assert "memory: reading 324 tokens and writing up to 4 takes about" in flat(result.stderr)

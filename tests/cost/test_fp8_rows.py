@@ -7,7 +7,7 @@ from transformers import DynamicCache
 import dsa
 from dsa.cost import Storage, config_for, decode_work, memory, shape_from
 from dsa.cost.presets import PRESETS
-from dsa.eval.free_memory import storage_of
+from dsa.generation.room import storage_of
 from dsa.ops.packed_latents.types import row_bytes
 from dsa.testing.native_models import native_model
 

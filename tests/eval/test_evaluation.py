@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from dsa import LayerConfig
-from dsa.eval.documents import Document
 from dsa.eval.evaluation import Evaluation, evaluate
 from dsa.models import attach, config_of, is_attached, report_of, save_indexers
 from dsa.models.loading import LoadedModel
+from dsa.runs.inputs import Document
 from dsa.testing.tiny_models import TINY_CONFIG, tiny_model
 from dsa.testing.tiny_tokenizer import BYTE_VOCABULARY, tiny_tokenizer
 

@@ -9,13 +9,13 @@ import torch
 import dsa
 from dsa.cli.table import remarks
 from dsa.eval.comparison import contexts, text_losses
-from dsa.eval.documents import Document
 from dsa.eval.evaluation import evaluate
 from dsa.eval.selections import SELECTIONS, window
 from dsa.eval.tasks import run_tasks
 from dsa.models.context import AttentionCall, DSAContext
 from dsa.models.loading import LoadedModel
 from dsa.models.sparse import sparse_report_of
+from dsa.runs.inputs import Document
 from dsa.testing.native_models import native_model
 from dsa.testing.tiny_tokenizer import BYTE_VOCABULARY, tiny_tokenizer
 

@@ -19,11 +19,11 @@ import torch
 import torch.nn.functional as F
 
 from dsa import LayerConfig
-from dsa.eval.documents import Document, read_document
 from dsa.eval.evaluation import Evaluation, evaluate
 from dsa.models import attach, detach
 from dsa.models.context import AttentionCall, DSAContext
 from dsa.models.loading import LoadedModel, load_model
+from dsa.runs.inputs import Document, read_document
 
 SINKS = 4
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from dsa.config import DSAConfig
-from dsa.eval.documents import Document
 from dsa.eval.tasks import run_tasks
 from dsa.models import attach, indexers_of
 from dsa.models.context import AttentionCall, DSAContext
 from dsa.models.loading import LoadedModel
+from dsa.runs.inputs import Document
 from dsa.testing.tiny_models import tiny_model
 from dsa.testing.tiny_tokenizer import BYTE_VOCABULARY, tiny_tokenizer
 from dsa.train.start import fit_indexer

@@ -10,7 +10,6 @@ from rich.console import Console
 from dsa.cli.eval_table import show_tasks
 from dsa.eval.agreement import agreement, choices, places_in
 from dsa.eval.comparison import contexts
-from dsa.eval.documents import Document
 from dsa.eval.layers import suspect_layers
 from dsa.eval.mass import MassObserver
 from dsa.eval.plot import draw_tasks
@@ -18,6 +17,7 @@ from dsa.eval.tasks import parse_kinds, parse_lengths, parse_tasks, run_tasks
 from dsa.models import attach, is_attached
 from dsa.models.context import DSAContext
 from dsa.models.loading import LoadedModel
+from dsa.runs.inputs import Document
 from dsa.testing.tiny_models import TINY_CONFIG, tiny_model, tiny_tokens
 from dsa.testing.tiny_tokenizer import BYTE_VOCABULARY, tiny_tokenizer
 

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 import dsa
-from dsa.eval.documents import encode, read_document
 from dsa.models.loading import load_model
+from dsa.runs.inputs import encode, read_document
 
 pytestmark = pytest.mark.default_model
 

@@ -197,7 +197,7 @@ def test_a_damaged_copy_is_converted_again(fake_default: list[Path], lost: str) 
 
 def test_what_a_killed_conversion_left_is_removed(fake_default: list[Path]) -> None:
     folder = default_model.cache_dir() / "models"
-    leftover = folder / f"{default_model_dir().name}.part-killed"
+    leftover = folder / f".{default_model_dir().name}.part"
     shutil.rmtree(default_model_dir())
     leftover.mkdir()
     (leftover / "model.safetensors").write_bytes(b"half")

@@ -12,10 +12,10 @@ from fpdf import FPDF
 
 from dsa.documents import SourceDocument
 from dsa.eval.comparison import new_cache
-from dsa.eval.progress import silent
 from dsa.models.context import DSAContext
 from dsa.models.loading import LoadedModel
 from dsa.report.explanation import explain, room_for
+from dsa.runs.progress import silent
 from dsa.testing.scripts import load_script
 from dsa.testing.tiny_models import tiny_model
 from dsa.testing.tiny_tokenizer import BYTE_VOCABULARY, tiny_tokenizer

@@ -18,8 +18,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import dsa
+from dsa.runs import files
 from dsa.testing.training import CONFIG, SETTINGS, Recorder, attached, random_tokens, read_log
-from dsa.train import files, train_indexers
+from dsa.train import train_indexers
 
 STATE, INDEXERS = "state.safetensors", "indexers.safetensors"
 

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from dsa.eval.free_memory import available_memory
 from dsa.models.families import family_of
 from dsa.models.native.families import is_native
 from dsa.models.sparse import sparse_report_of
 from dsa.modules.cache import indexed_layer
 from dsa.modules.latents import latent_layer
+from dsa.runs.memory import available_memory
 
 SPARE_BYTES = 2 << 30
 

@@ -19,9 +19,9 @@ from dsa.bench.probe import Limits, Prober, measure_limits
 from dsa.bench.result import Row
 from dsa.bench.settings import Settings
 from dsa.bench.tensors import LARGE_SIZES, LayerTensors, Sizes, gaussian
-from dsa.eval.progress import Progress
 from dsa.models.default_model import Status
 from dsa.ops import dense_attention, index_topk, native_support, sparse_attention
+from dsa.runs.progress import Progress
 
 LENGTHS = (8192, 32768, 131072)
 TARGET_LENGTH = 131072

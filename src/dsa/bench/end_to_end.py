@@ -23,10 +23,10 @@ from dsa.bench.pair import Pair, check_selections, load_pair
 from dsa.bench.recording import long_ids
 from dsa.bench.result import Row
 from dsa.bench.settings import Settings
-from dsa.eval.progress import Progress
 from dsa.models.default_model import Status
 from dsa.models.sparse import is_sparse
 from dsa.modules.cache import reserve
+from dsa.runs.progress import Progress
 
 PROMPT_LENGTHS = (32768,)
 SHORTEST_PROMPT = 1024

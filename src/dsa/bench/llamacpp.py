@@ -20,8 +20,8 @@ from dsa.bench.pair import Pair, load_pair
 from dsa.bench.recording import long_ids
 from dsa.bench.result import Row
 from dsa.bench.settings import Settings
-from dsa.eval.progress import Progress
 from dsa.models.default_model import DEFAULT_MODEL, Status, default_gguf
+from dsa.runs.progress import Progress
 
 INSTALL = (
     "pip install 'dsa-attention[llamacpp]', or in an environment of its own, whose interpreter --llama-python names"

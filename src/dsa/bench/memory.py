@@ -47,8 +47,8 @@ def extra_memory_mb(data: str, tokens: int, settings: Settings) -> float:
 
 def main() -> None:
     from dsa.bench.prefill import layer_tensors, sparse_prefill
-    from dsa.eval.machine import peak_rss_mb, reset_peak_rss
-    from dsa.eval.progress import silent
+    from dsa.runs.machine import peak_rss_mb, reset_peak_rss
+    from dsa.runs.progress import silent
 
     asked = json.load(sys.stdin)
     torch.set_num_threads(asked["threads"])

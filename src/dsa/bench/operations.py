@@ -17,9 +17,9 @@ from dsa.bench.prefill import QUICK_TOP_K, layer_tensors
 from dsa.bench.result import Row
 from dsa.bench.settings import Settings
 from dsa.bench.tensors import DEFAULT_MODEL_SIZES, LayerTensors, Sizes, gaussian
-from dsa.eval.progress import Progress
 from dsa.models.default_model import Status
 from dsa.ops import QuantizedKeys, hadamard_transform, index_topk, indexer_loss, quantize_index_keys
+from dsa.runs.progress import Progress
 
 INDEX_LENGTHS = (32768,)
 INDEX_QUERIES = 2048

@@ -20,10 +20,10 @@ from dsa.bench.recording import Recording, recording
 from dsa.bench.result import Row
 from dsa.bench.settings import Settings
 from dsa.bench.tensors import DEFAULT_MODEL_SIZES, LayerTensors, Sizes, gaussian
-from dsa.eval.progress import Progress
 from dsa.models.default_model import Status
 from dsa.models.layer import QUERIES_AT_A_TIME
 from dsa.ops import dense_attention, index_topk, sparse_attention
+from dsa.runs.progress import Progress
 
 LENGTHS = (32768, 65536, 131072)
 TARGETS = {"recorded": {32768: 6, 65536: 10, 131072: 18}, "gaussian": {32768: 4, 65536: 7, 131072: 10}}

@@ -15,13 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import DynamicCache
 
 from dsa.bench.tensors import LayerTensors, Sizes
-from dsa.eval.documents import CUT_MARGIN, Document, encode, read_document
-from dsa.eval.progress import Progress
 from dsa.models.attachment import report_of
 from dsa.models.checkpoint import SHIPPED
 from dsa.models.context import AttentionCall, DSAContext
@@ -29,6 +27,9 @@ from dsa.models.default_model import DEFAULT_MODEL, Status, cache_dir, default_m
 from dsa.models.loading import LoadedModel, attach_indexers, load_model
 from dsa.modules import memory
 from dsa.ops import QuantizedKeys
+from dsa.runs.files import write_tensors
+from dsa.runs.inputs import CUT_MARGIN, Document, encode, read_document
+from dsa.runs.progress import Progress
 
 CHUNK = 4096
 _CACHED = ("key", "value", "index_key", "index_key_scale")
@@ -174,7 +175,6 @@ def _kept(tokens: int) -> Path | None:
 def _keep(found: Recording) -> None:
     """Writes a recording, and removes shorter ones and those of other indexers."""
     folder = cache_dir() / "bench"
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = found.tensors
     assert isinstance(tensors.index_key, QuantizedKeys)
     values = (
@@ -188,15 +188,11 @@ def _keep(found: Recording) -> None:
     )
     sizes = {name: str(value) for name, value in vars(found.sizes).items()}
     file = folder / f"{_digest()}-{tensors.query.shape[1]}.safetensors"
-    part = file.with_suffix(".part")
-    save_file(
-        {name: value.contiguous() for name, value in zip(_FIELDS, values, strict=True)},
-        part,
-        {**sizes, "source": found.source},
-    )
+    kept = {name: value.contiguous() for name, value in zip(_FIELDS, values, strict=True)}
+    write_tensors(file, kept, {**sizes, "source": found.source})
     for other in folder.glob("*.safetensors"):
-        other.unlink()
-    part.rename(file)
+        if other != file:
+            other.unlink()
 
 
 def _load(file: Path) -> Recording:

@@ -14,9 +14,9 @@ import torch
 
 from dsa import ops
 from dsa.bench.measure import Figure, Timing
-from dsa.eval.machine import describe_machine
-from dsa.eval.output import write_json
 from dsa.ops import native_support
+from dsa.runs.files import write_json
+from dsa.runs.machine import describe_machine
 
 FORMAT = "dsa bench 1"
 

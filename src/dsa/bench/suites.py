@@ -9,8 +9,8 @@ import torch
 from dsa.bench import decode, end_to_end, llamacpp, operations, prefill
 from dsa.bench.result import Row
 from dsa.bench.settings import Settings
-from dsa.eval.progress import Progress
 from dsa.models.default_model import Status
+from dsa.runs.progress import Progress
 
 Bench = Callable[[Settings, Progress, Status], Iterator[Row]]
 

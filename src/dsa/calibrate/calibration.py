@@ -27,13 +27,13 @@ from dsa.calibrate.result import Calibration, LayerProposal, Probe, UniformBudge
 from dsa.calibrate.settings import CalibrationSettings, resolve_budgets
 from dsa.config import DSAConfig, LayerConfig
 from dsa.cost import Cost, layer_cost, model_cost
-from dsa.eval.documents import Document, encode
-from dsa.eval.machine import describe_machine
-from dsa.eval.progress import Progress, silent
 from dsa.eval.ratio import PerplexityRatio, perplexity_ratio
 from dsa.models.attachment import AttachReport, detach, is_attached, put_on, take_off
 from dsa.models.loading import LoadedModel, attach_indexers
 from dsa.models.native.families import is_native
+from dsa.runs.inputs import Document, encode
+from dsa.runs.machine import describe_machine
+from dsa.runs.progress import Progress, silent
 
 DEFAULT_TOKENS = 8192
 SMALLEST_WEIGHT = 0.05

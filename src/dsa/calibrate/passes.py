@@ -14,11 +14,11 @@ import torch
 from dsa.calibrate.effects import compared_positions, divergence, recording, resumed
 from dsa.calibrate.measure import Curves, SelectionObserver, sampled_positions
 from dsa.config import DSAConfig, LayerConfig
-from dsa.eval.progress import Progress
 from dsa.eval.reading import token_losses
 from dsa.models.attachment import Attachment, detach, put_on
 from dsa.models.context import DSAContext
 from dsa.models.decoder import decoder_output, layer_progress
+from dsa.runs.progress import Progress
 
 
 @dataclass

@@ -128,7 +128,7 @@ def show(
     """Show results that were written before, and draw them."""
     from dsa.bench.result import read_rows
     from dsa.cli.bench_table import show as show_rows
-    from dsa.eval.plot import check_plot
+    from dsa.runs.plots import check_plot
 
     if plot is not None:
         check_plot(plot)
@@ -150,8 +150,8 @@ def _run(
     from dsa.bench.measure import Disagreement
     from dsa.bench.result import merged, read_rows, write_rows
     from dsa.bench.suites import chosen, run
-    from dsa.eval.output import check_writable
-    from dsa.eval.plot import check_plot
+    from dsa.runs.files import check_writable
+    from dsa.runs.plots import check_plot
 
     selected = chosen(benches, only)
     if plot is not None:

@@ -120,8 +120,8 @@ def calibrate(
         minimise=minimise.value,
         compare_uniform=compare_uniform,
     )
-    from dsa.eval.documents import read_document
-    from dsa.eval.output import check_writable, write_json
+    from dsa.runs.files import check_writable, write_json
+    from dsa.runs.inputs import read_document
 
     if json is not None:
         check_writable(json)

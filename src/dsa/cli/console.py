@@ -32,7 +32,7 @@ def note(message: str) -> None:
 class Steps:
     """Bars for the long steps of a command, on stderr; plain lines with their seconds where that is no terminal.
 
-    An instance is a `dsa.eval.progress.Progress`; `status` is a `dsa.models.default_model.Status`.
+    An instance is a `dsa.runs.progress.Progress`; `status` is a `dsa.models.default_model.Status`.
     """
 
     def __init__(self) -> None:

@@ -95,8 +95,8 @@ def cost(
       dsa cost --model default --tokens 32768 --price 0.5 --measured e2e.json
       dsa cost --published
     """
-    from dsa.eval.output import check_writable, write_json
-    from dsa.eval.plot import check_plot
+    from dsa.runs.files import check_writable, write_json
+    from dsa.runs.plots import check_plot
 
     if json is not None:
         check_writable(json)

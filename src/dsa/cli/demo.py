@@ -60,8 +60,8 @@ def compare(
     index_dtype: str | None = None,
 ) -> None:
     """Evaluates, prints the table and writes the JSON. What can be refused is refused before the model loads."""
-    from dsa.eval.documents import read_document
-    from dsa.eval.output import check_writable, write_json
+    from dsa.runs.files import check_writable, write_json
+    from dsa.runs.inputs import read_document
 
     if json is not None:
         check_writable(json)

@@ -66,10 +66,11 @@ def evaluate(
       dsa eval default --file a.txt --file b.txt --tasks perplexity,mass
       dsa eval default --file a.txt --tasks needles --needle-kinds all
     """
-    from dsa.eval.documents import read_document
-    from dsa.eval.output import check_writable, write_json
-    from dsa.eval.plot import check_plot, draw_tasks
+    from dsa.eval.plot import draw_tasks
     from dsa.eval.tasks import parse_kinds, parse_lengths, parse_tasks, run_tasks
+    from dsa.runs.files import check_writable, write_json
+    from dsa.runs.inputs import read_document
+    from dsa.runs.plots import check_plot
 
     names = parse_tasks(tasks)
     for argument, given in (("needle-kinds", needle_kinds), ("lengths", lengths)):

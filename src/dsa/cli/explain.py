@@ -73,7 +73,7 @@ def explain(
     """
     from dsa.documents import read_source
     from dsa.documents.prompt import make_prompt
-    from dsa.eval.output import check_writable, write_json
+    from dsa.runs.files import check_writable, write_json
 
     check_question(ask, None, file)
     check_writable(report, "out")
@@ -83,7 +83,7 @@ def explain(
         document = read_source(file, progress=reading, pages=pages)
     import torch
 
-    from dsa.eval.free_memory import check_room
+    from dsa.generation.room import check_room
     from dsa.models.extension import Demand, chosen_scaling
     from dsa.models.loading import attach_indexers, load_model
     from dsa.report.explanation import CHUNK

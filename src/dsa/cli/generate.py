@@ -91,13 +91,13 @@ def generate(
     """
     check_question(ask, prompt, file)
     if json is not None:
-        from dsa.eval.output import check_writable
+        from dsa.runs.files import check_writable
 
         check_writable(json)
     document, follow = read_prompt(prompt, file, pages)
     import torch
 
-    from dsa.eval.free_memory import check_room
+    from dsa.generation.room import check_room
     from dsa.models.extension import chosen_scaling
     from dsa.models.loading import attach_indexers, load_model
 
@@ -249,7 +249,7 @@ def stream(
 def run_figures(loaded: LoadedModel, report: AttachReport, read: int, times: list[float]) -> dict[str, Any]:
     """What a run took, as `dsa.cli.generate_table.show_run` shows it, in plain JSON types."""
     from dsa.cost.run import run_cost
-    from dsa.eval.free_memory import loaded_shape, storage_of
+    from dsa.generation.room import loaded_shape, storage_of
 
     written = len(times) - 1
     token_s = (times[-1] - times[1]) / (written - 1) if written > 1 else None
@@ -271,9 +271,9 @@ def run_figures(loaded: LoadedModel, report: AttachReport, read: int, times: lis
 
 def write_figures(path: Path, figures: dict[str, Any], loaded: LoadedModel) -> None:
     """Writes them as JSON, with the RoPE scaling that was used and the machine."""
-    from dsa.eval.machine import describe_machine
-    from dsa.eval.output import write_json
     from dsa.models.rope import scaling_of
+    from dsa.runs.files import write_json
+    from dsa.runs.machine import describe_machine
 
     scaling, machine = scaling_of(loaded.model.config), describe_machine(loaded.model.device)
     write_json(path, {**figures, "rope_scaling": scaling, "environment": machine})

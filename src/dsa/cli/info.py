@@ -29,8 +29,8 @@ def info() -> None:
     import transformers
 
     from dsa import __version__
-    from dsa.eval.machine import cpu_name
     from dsa.models.default_model import cache_dir
+    from dsa.runs.machine import cpu_name
 
     rows = {
         "dsa": __version__,

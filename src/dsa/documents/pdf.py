@@ -16,7 +16,7 @@ from dsa.text import tidy
 INSTALL = "pip install 'dsa-attention[pdf]'"
 
 Progress = Callable[[str, int], AbstractContextManager[Callable[[], None]]]
-"""Begins a step of so many parts; the context's value is called once per finished part (as `dsa.eval.progress`)."""
+"""Begins a step of so many parts; the context's value is called once per finished part (as `dsa.runs.progress`)."""
 
 # TeX draws them as one character each, which no tokenizer expects inside a word.
 _LIGATURES = {0xFB00: "ff", 0xFB01: "fi", 0xFB02: "fl", 0xFB03: "ffi", 0xFB04: "ffl", 0xFB05: "st", 0xFB06: "st"}

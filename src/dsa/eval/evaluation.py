@@ -26,10 +26,7 @@ import torch
 
 from dsa.cost import mean_read
 from dsa.eval.comparison import contexts
-from dsa.eval.documents import Document, encode
-from dsa.eval.machine import describe_machine, peak_rss_mb, reset_peak_rss
 from dsa.eval.mass import LayerMass, MassObserver
-from dsa.eval.progress import Progress, silent
 from dsa.eval.reading import Reading, read
 from dsa.eval.window import window_attention
 from dsa.models.attachment import AttachReport, LayerReport, detach, is_attached, put_on, take_off
@@ -38,6 +35,9 @@ from dsa.models.decoder import layer_progress
 from dsa.models.loading import LoadedModel, attach_indexers, refuse_cache, refuse_other_indexers
 from dsa.models.native.acceleration import AccelerateReport, accelerated
 from dsa.models.native.families import is_native
+from dsa.runs.inputs import Document, encode
+from dsa.runs.machine import describe_machine, peak_rss_mb, reset_peak_rss
+from dsa.runs.progress import Progress, silent
 
 ABSORBED = "absorbed"
 """Dense attention of a model born with DSA: each query, mapped into their frame, reads all rows of the cache."""

@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
-from dsa.eval.machine import peak_rss_mb, reset_peak_rss
-from dsa.eval.progress import Progress, silent
 from dsa.models.context import DSAContext
 from dsa.models.decoder import LOGITS_AT_ONCE, decoder_output, head_logits, layer_progress
+from dsa.runs.machine import peak_rss_mb, reset_peak_rss
+from dsa.runs.progress import Progress, silent
 
 WARM_UP_TOKENS = 32
 

@@ -16,13 +16,10 @@ import torch
 from dsa.config import DSAConfig
 from dsa.eval.agreement import agreement, choices, places_in
 from dsa.eval.comparison import READERS, attached, budget, contexts, text_losses
-from dsa.eval.documents import Document, encode
 from dsa.eval.layers import LayerObserver, indexer_selection, suspect_layers
-from dsa.eval.machine import describe_machine
 from dsa.eval.needle_cells import cells
 from dsa.eval.needle_kinds import KINDS
 from dsa.eval.needles import Haystack, Reply, ask, make_haystack
-from dsa.eval.progress import Progress, silent
 from dsa.eval.ratio import perplexity_ratio
 from dsa.eval.selections import SELECTIONS, selection
 from dsa.models.attachment import is_attached, put_on, take_off
@@ -30,6 +27,9 @@ from dsa.models.context import DSAContext
 from dsa.models.loading import LoadedModel, attach_indexers, refuse_cache, refuse_other_indexers
 from dsa.models.native.acceleration import accelerated, cache_of
 from dsa.models.native.families import is_native
+from dsa.runs.inputs import Document, encode
+from dsa.runs.machine import describe_machine
+from dsa.runs.progress import Progress, silent
 
 TASKS = ("comparison", "perplexity", "mass", "needles", "agreement")
 HAYSTACKS = 3

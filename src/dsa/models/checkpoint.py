@@ -7,15 +7,12 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from dsa.config import DSAConfig
@@ -23,6 +20,7 @@ from dsa.models.attachment import config_of, indexers_of
 from dsa.models.decoder import decoder_of
 from dsa.models.rope import RopeScaling, scaling_of
 from dsa.models.rope import describe as describe_scaling
+from dsa.runs.files import write_tensors
 
 logger = logging.getLogger("dsa")
 
@@ -84,19 +82,7 @@ def save_indexers(
         "config": json.dumps(config.replace(index_rope_dim=config.rope_dim).to_dict()),
         "base_model": json.dumps(describe_base_model(model) if base_model is None else base_model),
     }
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
-    os.close(handle)
-    try:
-        save_file(weights, temporary, metadata=metadata)
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, file)
-    except SafetensorError as error:
-        raise OSError(f"cannot write the indexers to {file}: {error}") from error
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    write_tensors(file, weights, metadata)
     return file
 
 

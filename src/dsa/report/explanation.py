@@ -20,8 +20,6 @@ import torch
 from dsa.documents import SourceDocument
 from dsa.documents.prompt import Prompt
 from dsa.eval.comparison import new_cache
-from dsa.eval.machine import describe_machine, peak_rss_mb, reset_peak_rss
-from dsa.eval.progress import Progress, silent
 from dsa.models.attachment import AttachReport
 from dsa.models.context import DSAContext
 from dsa.models.decoder import layer_progress
@@ -30,6 +28,8 @@ from dsa.models.sparse import is_sparse, sparse_report_of
 from dsa.modules.cache import IndexedLayer
 from dsa.report.passages import Passage, Reading, cut, most_read, shares
 from dsa.report.recording import Recorder
+from dsa.runs.machine import describe_machine, peak_rss_mb, reset_peak_rss
+from dsa.runs.progress import Progress, silent
 
 CHUNK = 4096
 EXACT_QUESTION = 48

@@ -9,14 +9,13 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from dsa.eval.output import check_writable
 from dsa.report.explanation import Cost, Explanation
 from dsa.report.packing import meta, pack, visible
+from dsa.runs.files import check_writable, write_atomically
 
 SCRIPTS = ("data.js", "shading.js", "maps.js", "panel.js", "main.js")
 """In the order in which they are joined to one module."""
@@ -62,13 +61,7 @@ def write_page(path: str | Path, explanation: Explanation) -> Path:
         OSError: The file cannot be written; what was there before is still there.
     """
     file = check_writable(path, "out")
-    part = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        part.write_text(render(explanation), "utf-8", errors="replace")
-        os.replace(part, file)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise OSError(f"out: cannot write {path} ({error.strerror or error}); give another path") from error
+    write_atomically(file, render(explanation).encode("utf-8", errors="replace"), "out")
     return file
 
 

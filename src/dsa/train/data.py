@@ -18,9 +18,8 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 
-from dsa.train.files import write_atomically
+from dsa.runs.files import write_tensors
 from dsa.train.sources import DEFAULT_COLUMN, documents, is_remote
 
 MIN_TOKENS = 2
@@ -142,7 +141,7 @@ def write_tokens(path: str | Path, stream: TokenStream) -> Path:
     fits = int(stream.ids.max()) < NARROW_VOCABULARY
     ids = stream.ids.to(torch.uint16) if fits else stream.ids
     tensors = {TOKENS_KEY: ids, STARTS_KEY: stream.starts}
-    write_atomically(file, save(tensors, metadata={"format": TOKENS_FORMAT, "version": "1"}))
+    write_tensors(file, tensors, {"format": TOKENS_FORMAT, "version": "1"})
     return file
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from dsa.config import DSAConfig
+from dsa.runs.files import replace_folder
 from dsa.train.adam import load_state, state_of
 from dsa.train.chosen import Chosen
 from dsa.train.data import TokenStream, Windows, seeded
@@ -165,16 +165,3 @@ class LanguageStage(Stage):
                 self.tokenizer.save_pretrained(path)
 
         replace_folder(self.around.folder.path / MODEL, save)
-
-
-def replace_folder(folder: Path, write: Callable[[Path], Any]) -> None:
-    """Writes a folder beside its place, then puts it there."""
-    part = folder.with_name(f".{folder.name}.part")
-    old = folder.with_name(f".{folder.name}.old")
-    for leftover in (part, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    write(part)
-    if folder.exists():
-        folder.rename(old)
-    part.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)

@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 
 from dsa.config import DSAConfig
 from dsa.models.checkpoint import describe_base_model
+from dsa.runs.files import write_atomically
 from dsa.train.data import Windows
-from dsa.train.files import write_atomically
 from dsa.train.holdout import Holdout
 from dsa.train.processes import Processes
 from dsa.train.progress import HoldoutRecord, Reporter, StepRecord

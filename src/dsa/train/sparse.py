@@ -22,10 +22,11 @@ from dsa.config import DSAConfig
 from dsa.models import config_of
 from dsa.models.checkpoint import describe_base_model, save_indexers
 from dsa.models.context import AttentionCall, DSAContext
+from dsa.runs.files import replace_folder
 from dsa.train.data import TokenStream, Window, seeded
 from dsa.train.holdout import Holdout
 from dsa.train.language import language_losses, read_window
-from dsa.train.language_stage import MODEL, LanguageStage, replace_folder
+from dsa.train.language_stage import MODEL, LanguageStage
 from dsa.train.layer import LayerTrainer, draw_queries
 from dsa.train.loop import (
     Surroundings,

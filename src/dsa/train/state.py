@@ -12,7 +12,6 @@ after it; a resume writes them again.
 
 from __future__ import annotations
 
-import errno
 import json
 import shutil
 from collections.abc import Iterator
@@ -22,9 +21,8 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from dsa.train.files import replace_atomically, write_atomically
+from dsa.runs.files import write_atomically, write_tensors
 
 STATE = "state.safetensors"
 INDEXERS = "indexers.safetensors"
@@ -123,15 +121,7 @@ class RunFolder:
             "seconds": repr(state.seconds),
             "identity": json.dumps(state.identity),
         }
-
-        def write(file: Path) -> None:
-            try:
-                save_file(tensors, file, metadata=metadata)
-            except SafetensorError as error:
-                code = errno.ENOSPC if "space" in str(error) else errno.EIO
-                raise OSError(code, str(error)) from error
-
-        replace_atomically(self.state_file, write)
+        write_tensors(self.state_file, tensors, metadata)
 
     def load(self) -> TrainingState:
         """Reads the state.

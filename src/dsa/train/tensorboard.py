@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dsa.eval.machine import peak_rss_mb
+from dsa.runs.machine import peak_rss_mb
 from dsa.train.extras import needed
 from dsa.train.progress import HoldoutRecord, Reporter, StepRecord
 

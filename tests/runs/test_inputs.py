@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from dsa.eval.documents import Document, encode, read_document
+from dsa.runs.inputs import Document, encode, read_document
 from dsa.testing.tiny_tokenizer import tiny_tokenizer
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from dsa.documents import SourceDocument, read_source
-from dsa.eval.progress import Progress
+from dsa.runs.progress import Progress
+
+if TYPE_CHECKING:
+    import torch
 
 LANGUAGE_REFERENCE = "the Python language reference"
 # Tokens at the cut end of a text may differ from those of the whole; only what lies this far before it is kept.
@@ -62,6 +63,8 @@ def encode(
     """
     if tokens is not None and tokens < MIN_TOKENS:
         raise ValueError(f"tokens must be at least {MIN_TOKENS}, got {tokens}")
+    import torch
+
     wanted = default if tokens is None else tokens
     size = 8 * (wanted + CUT_MARGIN)
     while True:

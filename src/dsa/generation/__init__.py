@@ -1,0 +1,1 @@
+"""A loaded model, its cache and many questions: reading prompts, writing answers, what that takes. Prints nothing."""

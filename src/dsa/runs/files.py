@@ -1,0 +1,189 @@
+"""Writing files: a place that cannot be written is found before the long run, and a reader never sees half a file."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def check_writable(path: str | Path, argument: str = "json") -> Path:
+    """Makes sure that a result can be written later on. What is there now stays as it is.
+
+    Args:
+        path: The file to write.
+        argument: Its name in messages.
+
+    Raises:
+        OSError: A directory, no such directory around it, or no permission.
+    """
+    file = Path(path).expanduser()
+    if file.is_dir():
+        raise IsADirectoryError(f"{argument}: {path} is a directory; expected a file to write")
+    if not file.parent.is_dir():
+        raise FileNotFoundError(f"{argument}: there is no directory {file.parent} to write {file.name} in; create it")
+    try:
+        with tempfile.NamedTemporaryFile(dir=file.parent, prefix=f".{file.name}."):
+            pass
+    except OSError as error:
+        raise OSError(
+            f"{argument}: cannot write in {file.parent} ({error.strerror or error}); give another path"
+        ) from error
+    return file
+
+
+def write_json(path: str | Path, plain: dict[str, Any], argument: str = "json") -> Path:
+    """Writes JSON, replacing the file only when all of it is on disk.
+
+    Raises:
+        OSError: The file cannot be written; what was there before is still there.
+    """
+    text = json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    file = check_writable(path, argument)
+    write_atomically(file, text.encode(), argument)
+    return file
+
+
+def write_atomically(path: Path, content: bytes, argument: str | None = None) -> None:
+    """Replaces a file's content as a whole, on disk when this returns.
+
+    Args:
+        path: The file.
+        content: All of it.
+        argument: What the user called the file, for messages.
+
+    Raises:
+        OSError: No space or no permission; what was at `path` is still there, and nothing new.
+    """
+    replace_atomically(path, lambda part: part.write_bytes(content), argument)
+
+
+def replace_atomically(path: Path, write: Callable[[Path], object], argument: str | None = None) -> None:
+    """`write_atomically` for a content that is not in memory as bytes.
+
+    The content goes to a temporary file in the same folder, `.NAME.*.part`, which then takes the name. Folders that are
+    missing are made. The file gets the permissions of any other new file of the user.
+
+    Args:
+        path: The file.
+        write: Given the temporary file, writes the content to it.
+        argument: What the user called the file, for messages.
+
+    Raises:
+        OSError: As `write_atomically`.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+        os.close(handle)
+    except OSError as error:
+        raise _explained(error, path, argument) from error
+    part = Path(name)
+    try:
+        write(part)
+        _sync(part)
+        # mkstemp's files can be read by their owner only.
+        part.chmod(0o666 & ~_umask())
+        part.replace(path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise _explained(error, path, argument) from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def replace_folder(path: Path, write: Callable[[Path], object]) -> None:
+    """`replace_atomically` for a folder with everything in it. Only one process may write it at a time.
+
+    A folder cannot replace another in one step: for a moment, between two renames, there is none. The next writer puts
+    the old one back where that moment was the last, and removes what else a killed writer left.
+
+    Args:
+        path: The folder.
+        write: Given the empty folder `.NAME.part` next to it, writes the content into it.
+
+    Raises:
+        OSError: No space or no permission; what was at `path` is still there.
+    """
+    part, old = path.with_name(f".{path.name}.part"), path.with_name(f".{path.name}.old")
+    if old.exists() and not path.exists():
+        old.rename(path)
+    for leftover in (part, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    try:
+        part.mkdir(parents=True)
+        write(part)
+        for file in part.rglob("*"):
+            if file.is_file():
+                _sync(file)
+        if path.exists():
+            path.rename(old)
+        try:
+            part.rename(path)
+        except OSError:
+            if old.exists():
+                old.rename(path)
+            raise
+        _sync_folder(path.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Writes a safetensors file as `write_atomically` writes bytes. Tensors must be contiguous and share no memory.
+
+    Raises:
+        OSError: As `write_atomically`.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    def write(part: Path) -> None:
+        try:
+            save_file(tensors, part, metadata=metadata)
+        except SafetensorError as error:
+            # The library gives the system's reason as text only.
+            code = errno.ENOSPC if "space" in str(error) else errno.EIO
+            raise OSError(code, str(error)) from error
+
+    replace_atomically(path, write)
+
+
+def _explained(error: OSError, path: Path, argument: str | None) -> OSError:
+    reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
+    name = "" if argument is None else f"{argument}: "
+    kept = "what was there before is untouched; free some space or give another path"
+    explained = OSError(f"{name}cannot write {path}: {reason}; {kept}")
+    # Given to the constructor, it would stand in front of the message.
+    explained.errno = error.errno
+    return explained
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes a new name itself durable, where folders can be synced."""
+    with contextlib.suppress(OSError):
+        _sync(folder)
