@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
-from dsa.documents.html import declared_encoding, html_text
+from dsa.documents.encoding import decode_html
+from dsa.documents.html import html_text
 from dsa.documents.pdf import Progress, read_pdf
 from dsa.documents.source import SourceDocument
-from dsa.text import decode_text, read_bytes, tidy
+from dsa.text import decode_text, read_bytes
 
 EXPECTED = "a PDF, HTML, Markdown or UTF-8 text file"
 
@@ -25,6 +27,7 @@ _OTHERS = {
     b"\x89PNG": "a PNG picture",
     b"\xff\xd8\xff": "a JPEG picture",
 }
+_HTML_BEGINS = re.compile(rb"(?:<\?xml[^>]*>\s*)?(?:<!--.*?-->\s*)*<(?:!doctype\s+html|html|head|body)\b", re.I | re.S)
 # Logs and typescripts hold some control characters; what holds so many is no text.
 _MOST_CONTROLS = 0.02
 
@@ -60,7 +63,7 @@ def read_source(
     if pages is not None:
         raise ValueError(f"pages: {name} is no PDF and has no pages to choose from; leave --pages out")
     if _HTML in (named, held) and named != _TEXT:
-        text = tidy(html_text(_decode_html(raw, name, argument)))
+        text = html_text(decode_html(raw, name, argument), name)
         if not text:
             raise ValueError(
                 f"{argument}: the HTML file {name} holds no visible text; where scripts make the page, save it from a "
@@ -80,10 +83,12 @@ def read_source(
 def _held(raw: bytes, named: str | None) -> str | None:
     """The format by content; `None` for plain text and what cannot be told."""
     begin = raw[:_PDF_WITHIN].removeprefix(b"\xef\xbb\xbf").lstrip()
+    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+        begin = begin[2:].replace(b"\0", b"")
     # Text about PDFs may name the first bytes of one further on.
     if begin.startswith(_PDF_MAGIC) or (named == _PDF and _PDF_MAGIC in begin):
         return _PDF
-    return _HTML if begin.lower().startswith((b"<!doctype html", b"<html")) else None
+    return _HTML if _HTML_BEGINS.match(begin) else None
 
 
 def _check_name(raw: bytes, name: str, named: str | None, held: str | None, argument: str) -> None:
@@ -95,20 +100,3 @@ def _check_name(raw: bytes, name: str, named: str | None, held: str | None, argu
     if named == _PDF and held != _PDF:
         what = "HTML; rename it to .html" if held == _HTML else f"no PDF; expected {EXPECTED}, with a name that says so"
         raise ValueError(f"{argument}: {name} is called PDF, but holds {what}")
-
-
-def _decode_html(raw: bytes, name: str, argument: str) -> str:
-    """As UTF-8, or as the file says of itself."""
-    encoding = declared_encoding(raw)
-    if encoding is not None:
-        try:
-            return raw.decode("utf-8-sig")
-        except UnicodeDecodeError:
-            try:
-                return raw.decode(encoding)
-            except (LookupError, UnicodeDecodeError) as error:
-                raise ValueError(
-                    f"{argument}: the HTML file {name} is neither UTF-8 nor {encoding}, which it says it is ({error}); "
-                    "convert it first, e.g. with iconv"
-                ) from error
-    return decode_text(raw, name, argument)
