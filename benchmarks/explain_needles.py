@@ -24,7 +24,8 @@ import torch
 from dsa.documents import SourceDocument
 from dsa.documents.prompt import make_prompt
 from dsa.eval.needle_kinds import Needle, make_needles
-from dsa.models.loading import LoadedModel, attach_indexers, load_model
+from dsa.models.loading import LoadedModel, load_model
+from dsa.models.sparse import attach_indexers
 from dsa.report.explanation import Explanation, explain
 from dsa.report.page import write_page
 from dsa.runs.machine import describe_machine

@@ -33,12 +33,13 @@ from dsa.eval.comparison import new_cache
 from dsa.eval.interval import mean_interval
 from dsa.eval.needle_kinds import DEPTHS, make_needles
 from dsa.generation.room import check_room
-from dsa.models.attachment import report_of
+from dsa.models.attached import report_of
 from dsa.models.context import DSAContext
 from dsa.models.decoder import layer_progress
 from dsa.models.extension import Demand, chosen_scaling
-from dsa.models.loading import LoadedModel, attach_indexers, load_model
+from dsa.models.loading import LoadedModel, load_model
 from dsa.models.rope import scaling_of
+from dsa.models.sparse import attach_indexers
 from dsa.report.explanation import CHUNK, Explanation, explain, room_for
 from dsa.report.page import write_page
 from dsa.runs.files import check_writable, write_json

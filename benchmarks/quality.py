@@ -37,7 +37,9 @@ from dsa.eval.needles import ask, make_haystack
 from dsa.eval.ratio import PerplexityRatio, perplexity_ratio
 from dsa.models.attachment import Attachment, take_off
 from dsa.models.context import DSAContext
-from dsa.models.loading import LoadedModel, attach_indexers, load_model, scaling_wanted
+from dsa.models.extension import scaling_wanted
+from dsa.models.loading import LoadedModel, load_model
+from dsa.models.sparse import attach_indexers
 from dsa.runs.files import check_writable, write_json
 from dsa.runs.inputs import Document, encode, read_document
 

@@ -13,7 +13,8 @@ import torch
 
 import dsa
 from dsa.models import indexers_of
-from dsa.models.loading import attach_indexers, load_model
+from dsa.models.loading import load_model
+from dsa.models.sparse import attach_indexers
 
 
 def main(directory: str, layer: str = "12", model: str = "default") -> None:

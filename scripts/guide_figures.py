@@ -111,7 +111,8 @@ def _rounded(values: torch.Tensor) -> list[float]:
 def measure(file: Path, tokens: int, top_k: int, mapped: int) -> None:
     """Reads the text once, dense, and writes what was seen."""
     from dsa.models import config_of
-    from dsa.models.loading import attach_indexers, load_model
+    from dsa.models.loading import load_model
+    from dsa.models.sparse import attach_indexers
     from dsa.runs.inputs import encode, read_document
     from dsa.runs.machine import describe_machine
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import Result
 
 from dsa.bench import agreement, llamacpp
-from dsa.testing.native_models import native_model
+from dsa.testing.born_with_dsa import born_model
 from dsa.testing.tiny_tokenizer import BYTE_VOCABULARY, tiny_tokenizer
 
 Run = Callable[..., Result]
@@ -148,7 +148,7 @@ def test_whole_models(dsa: Run, tiny: str, tmp_path: Path) -> None:
 def born(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A directory with a tiny GLM-5, whose second layer shares the first one's selection."""
     folder = tmp_path_factory.mktemp("models") / "glm"
-    native_model("glm_moe_dsa", vocab_size=BYTE_VOCABULARY).save_pretrained(folder)
+    born_model("glm_moe_dsa", vocab_size=BYTE_VOCABULARY).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return str(folder)
 

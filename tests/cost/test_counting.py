@@ -8,8 +8,8 @@ import torch
 
 from dsa import DSAConfig, LayerConfig, accelerate, attach
 from dsa.cost import PARTS, Storage, decode_work, read_model, total
+from dsa.testing.born_with_dsa import born_model
 from dsa.testing.counting import count_decoding
-from dsa.testing.native_models import native_model
 from dsa.testing.tiny_models import tiny_model, tiny_tokens
 
 FP32 = Storage(weights=4, cache=4)
@@ -59,7 +59,7 @@ def test_predicted_and_counted(case: str, dense: bool, tmp_path: Path) -> None:
 @pytest.mark.parametrize("top_k", [8, 29, 64])
 @pytest.mark.parametrize("model_type", ["deepseek_v32", "glm_moe_dsa"])
 def test_latent_attention(model_type: str, top_k: int, tmp_path: Path) -> None:
-    model = native_model(model_type, index_topk=top_k, n_shared_experts=1)
+    model = born_model(model_type, index_topk=top_k, n_shared_experts=1)
     model.config.save_pretrained(tmp_path)
     shape, native = read_model(str(tmp_path))
     accelerate(model, index_dtype="int8")

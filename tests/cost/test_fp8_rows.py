@@ -9,7 +9,7 @@ from dsa.cost import Storage, config_for, decode_work, memory, shape_from
 from dsa.cost.presets import PRESETS
 from dsa.generation.room import storage_of
 from dsa.ops.packed_latents.types import row_bytes
-from dsa.testing.native_models import native_model
+from dsa.testing.born_with_dsa import born_model
 
 
 @pytest.mark.parametrize(("latent", "rope"), [(512, 64), (20, 8), (129, 2)])
@@ -40,7 +40,7 @@ def test_keys_and_values_are_no_rows() -> None:
 @pytest.mark.parametrize("index_dtype", ["fp32", "int8", "fp8"])
 @pytest.mark.parametrize("cache", ["full", "fp8"])
 def test_it_is_what_an_accelerated_model_holds(cache: str, index_dtype: str) -> None:
-    model = native_model("glm_moe_dsa")
+    model = born_model("glm_moe_dsa")
     config = dsa.accelerate(model, cache=cache, index_dtype=index_dtype).config
     held = DynamicCache(config=model.config)
     with torch.no_grad():

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 import dsa
 from dsa.eval import comparison
 from dsa.eval.comparison import READERS, attached, budget, contexts, text_losses
-from dsa.models.attachment import is_attached, take_off
+from dsa.models.attached import is_attached
+from dsa.models.attachment import take_off
 from dsa.testing.tiny_models import TINY_CONFIG, tiny_model, tiny_tokens
 
 CONFIG = TINY_CONFIG.replace(index_dtype="fp32")

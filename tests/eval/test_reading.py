@@ -10,11 +10,11 @@ import torch.nn.functional as F
 
 from dsa.eval import reading
 from dsa.eval.reading import negative_log_likelihood, read
-from dsa.models.families import FAMILIES
+from dsa.models.families import ATTACHABLE
 from dsa.testing.tiny_models import tiny_model, tiny_tokens
 
 
-@pytest.mark.parametrize("model_type", sorted(FAMILIES))
+@pytest.mark.parametrize("model_type", sorted(ATTACHABLE))
 def test_perplexity_through_every_head(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # a few rows at a time, so that chunks have an odd last one
     monkeypatch.setattr(reading, "LOGITS_AT_ONCE", 7 * 97)

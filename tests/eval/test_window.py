@@ -8,7 +8,7 @@ from dsa.eval.mass import MassObserver
 from dsa.eval.window import attend_to_window, sinks_and_recent, window_attention
 from dsa.models import attach, detach
 from dsa.models.context import AttentionCall, DSAContext
-from dsa.models.families import FAMILIES
+from dsa.models.families import ATTACHABLE
 from dsa.testing.tiny_models import TINY_CONFIG, tiny_model, tiny_tokens
 
 
@@ -41,7 +41,7 @@ def select_window(call: AttentionCall) -> torch.Tensor:
     return torch.where(ranked < call.key.shape[1], ranked, -1).int()
 
 
-@pytest.mark.parametrize("model_type", sorted(FAMILIES))
+@pytest.mark.parametrize("model_type", sorted(ATTACHABLE))
 def test_in_every_family(model_type: str) -> None:
     model, ids = tiny_model(model_type), tiny_tokens(1, 45)
     own = model.config._attn_implementation

@@ -15,7 +15,8 @@ from transformers import (
 
 import dsa
 from dsa import DSAConfig, LayerConfig
-from dsa.models.attachment import indexers_of, put_on, take_off
+from dsa.models.attached import indexers_of
+from dsa.models.attachment import put_on, take_off
 from dsa.testing.tiny_models import TINY_CONFIG, tiny_model, tiny_tokens
 
 

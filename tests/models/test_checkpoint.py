@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 import dsa
 from dsa import DSAConfig
-from dsa.models.attachment import indexers_of
+from dsa.models.attached import indexers_of
 from dsa.models.checkpoint import read_indexers
 from dsa.testing.tiny_models import TINY_CONFIG, tiny_model, tiny_tokens
 

@@ -7,15 +7,15 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import dsa
-from dsa.models.attachment import indexers_of, report_of
+from dsa.models.attached import indexers_of, report_of
 from dsa.models.decoder import decoder_of
-from dsa.models.families import FAMILIES, full_attention_layers
+from dsa.models.families import ATTACHABLE, full_attention_layers
 from dsa.testing.tiny_models import TINY_CONFIG, tiny_model, tiny_tokens
 
 TOKENS = 37
 
 
-@pytest.fixture(params=sorted(FAMILIES))
+@pytest.fixture(params=sorted(ATTACHABLE))
 def model(request: pytest.FixtureRequest) -> torch.nn.Module:
     # fp64, so that rounding does not blur what a test compares.
     return tiny_model(request.param).double()
@@ -95,7 +95,7 @@ def test_report_names_every_layer(model: torch.nn.Module) -> None:
     assert type(model).__mro__[1].__name__ in str(report)
 
 
-@pytest.mark.parametrize("model_type", sorted(FAMILIES))
+@pytest.mark.parametrize("model_type", sorted(ATTACHABLE))
 def test_saved_and_reloaded_logits_are_identical(model_type: str, tmp_path: Path) -> None:
     model = tiny_model(model_type)
     tokens = tiny_tokens(1, TOKENS)
@@ -109,7 +109,7 @@ def test_saved_and_reloaded_logits_are_identical(model_type: str, tmp_path: Path
 
 
 def test_rope_layout_of_the_table_is_the_models(model: torch.nn.Module) -> None:
-    family = FAMILIES[model.config.model_type]
+    family = ATTACHABLE[model.config.model_type]
     decoder = decoder_of(model)
     if family.rope is None:
         assert not hasattr(decoder, "rotary_emb")

@@ -10,7 +10,8 @@ import torch
 from transformers import LlamaConfig
 
 import dsa
-from dsa.models.loading import load_model, scaling_wanted
+from dsa.models.extension import scaling_wanted
+from dsa.models.loading import load_model
 from dsa.models.rope import extend_positions, parse_scaling, scaling_of
 from dsa.testing.tiny_models import TINY_CONFIG, tiny_model
 from dsa.testing.tiny_tokenizer import BYTE_VOCABULARY, tiny_tokenizer

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel, pipeline
 
 import dsa
-from dsa.models.attachment import config_of
+from dsa.models.attached import config_of
 from dsa.testing.tiny_models import TINY_CONFIG, tiny_model, tiny_tokens
 
 LOAD = """

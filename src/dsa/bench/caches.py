@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from dsa.models.families import family_of
-from dsa.models.native.families import is_native
+from dsa.models.families import born_with_dsa, family_of
 from dsa.models.sparse import sparse_report_of
 from dsa.modules.cache import indexed_layer
 from dsa.modules.latents import latent_layer
@@ -30,7 +29,7 @@ def filled_cache(model: Any, tokens: int, *, sparse: bool, reserved: int = 0) ->
         reserved: Room behind the tokens, in dsa's layers.
     """
     config = model.config.get_text_config()
-    native = is_native(config)
+    native = born_with_dsa(config)
     generator = torch.Generator().manual_seed(tokens)
     key, value = (torch.randn(1, heads, tokens, dim, generator=generator) for heads, dim in _shapes(config))
     cache = DynamicCache(config=model.config)
@@ -75,10 +74,10 @@ def check_caches(model: Any, lengths: tuple[int, ...]) -> None:
     """
     config = model.config.get_text_config()
     dims = sum(heads * dim for heads, dim in _shapes(config))
-    if is_native(config):
+    if born_with_dsa(config):
         dims += config.index_head_dim
     needed = (sum(lengths) + max(lengths)) * 4 * config.num_hidden_layers * dims
-    if is_native(config):
+    if born_with_dsa(config):
         needed += _expanded_bytes(config, max(lengths))
     if not fits(needed):
         available = available_memory(torch.device("cpu")) or 0

@@ -23,9 +23,9 @@ from dsa.bench.settings import Settings
 from dsa.models.context import AttentionCall, DSAContext
 from dsa.models.decoder import decoder_layers
 from dsa.models.default_model import Status
-from dsa.models.loading import LoadedModel, attach_indexers, load_model
-from dsa.models.native.families import is_native
-from dsa.models.sparse import sparse_report_of
+from dsa.models.families import born_with_dsa
+from dsa.models.loading import LoadedModel, load_model
+from dsa.models.sparse import attach_indexers, sparse_report_of
 from dsa.ops import index_topk
 
 TOP_K = 1024
@@ -53,7 +53,7 @@ class Pair:
     @property
     def native(self) -> bool:
         """Whether the model was born with DSA."""
-        return is_native(self.plain.model.config)
+        return born_with_dsa(self.plain.model.config)
 
     def models(self) -> dict[str, Any]:
         """Both, peer first, by the names that rows use."""
@@ -72,7 +72,7 @@ def load_pair(settings: Settings, status: Status) -> Pair:
     """
     plain = load_model(settings.model, device="cpu", status=status)
     sparse = load_model(settings.model, device="cpu", status=status)
-    native = is_native(plain.model.config)
+    native = born_with_dsa(plain.model.config)
     status("Comparing with the plain model and with the reference")
     ids = long_ids(sparse.tokenizer, CHECK_TOKENS if not settings.quick else 2 * QUICK_BUDGET["top_k"])
     everything = max(ids.shape[1], 512)

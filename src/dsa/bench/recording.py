@@ -20,11 +20,12 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from dsa.bench.tensors import LayerTensors, Sizes
-from dsa.models.attachment import report_of
+from dsa.models.attached import report_of
 from dsa.models.checkpoint import SHIPPED
 from dsa.models.context import AttentionCall, DSAContext
 from dsa.models.default_model import DEFAULT_MODEL, Status, cache_dir, default_model_dir
-from dsa.models.loading import LoadedModel, attach_indexers, load_model
+from dsa.models.loading import LoadedModel, load_model
+from dsa.models.sparse import attach_indexers
 from dsa.modules import memory
 from dsa.ops import QuantizedKeys
 from dsa.runs.files import write_tensors

@@ -28,9 +28,11 @@ from dsa.calibrate.settings import CalibrationSettings, resolve_budgets
 from dsa.config import DSAConfig, LayerConfig
 from dsa.cost import Cost, layer_cost, model_cost
 from dsa.eval.ratio import PerplexityRatio, perplexity_ratio
-from dsa.models.attachment import AttachReport, detach, is_attached, put_on, take_off
-from dsa.models.loading import LoadedModel, attach_indexers
-from dsa.models.native.families import is_native
+from dsa.models.attached import AttachReport, is_attached
+from dsa.models.attachment import detach, put_on, take_off
+from dsa.models.families import born_with_dsa
+from dsa.models.loading import LoadedModel
+from dsa.models.sparse import sparse_while
 from dsa.runs.inputs import Document, encode
 from dsa.runs.machine import describe_machine
 from dsa.runs.progress import Progress, silent
@@ -78,34 +80,26 @@ def calibrate(
         OSError: The indexers cannot be read.
     """
     began = time.perf_counter()
-    _refuse_native(loaded)
+    _refuse_born_with_dsa(loaded)
     if not documents:
         raise ValueError("data: no text was given; expected UTF-8 text files")
     texts = [_text(loaded, document, settings.tokens, "data") for document in documents]
     others = [_text(loaded, document, settings.tokens, "verify") for document in verify]
     model = loaded.model
-    before = None
-    if is_attached(model):
-        before = take_off(model)
-        put_on(model, before)
-    try:
-        report, source = attach_indexers(loaded, indexers)
+    with sparse_while(loaded, indexers) as (report, source):
         run = _Run(loaded, settings, report, source, texts, others, progress, tell)
         result = run.go()
-    except BaseException:
-        if is_attached(model):
-            detach(model)
-        if before is not None:
-            put_on(model, before)
-        raise
+    if is_attached(model):
+        detach(model)
+    put_on(model, run.passes.taken, top_k=result.config.top_k, layers=result.config.layers)
     result.seconds = time.perf_counter() - began
     return result
 
 
-def _refuse_native(loaded: LoadedModel) -> None:
+def _refuse_born_with_dsa(loaded: LoadedModel) -> None:
     """Raises `ValueError` for models born with DSA."""
     model_type = loaded.model.config.model_type
-    if is_native(loaded.model.config):
+    if born_with_dsa(loaded.model.config):
         raise ValueError(
             f"model: {loaded.name} was born with DSA ({model_type}): its layers were trained with their budget and "
             "with the selections that they share, and its files have no place for others. Try one budget for all of "
@@ -158,7 +152,6 @@ class _Run:
         config = self._config(chosen)
         verified = self._verify(config, losses)
         uniform = self._uniform(verified) if self.settings.compare_uniform else None
-        put_on(self.model, self.passes.taken, top_k=config.top_k, layers=config.layers)
         return Calibration(
             model=self.loaded.name,
             indexers=self.source,

@@ -131,7 +131,8 @@ def calibrate(
     import torch
 
     from dsa.calibrate.calibration import calibrate as run
-    from dsa.models.loading import load_model, scaling_wanted
+    from dsa.models.extension import scaling_wanted
+    from dsa.models.loading import load_model
 
     if threads is not None:
         torch.set_num_threads(threads)

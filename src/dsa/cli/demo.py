@@ -71,7 +71,8 @@ def compare(
 
     from dsa.cli.table import show
     from dsa.eval.evaluation import evaluate
-    from dsa.models.loading import load_model, scaling_wanted
+    from dsa.models.extension import scaling_wanted
+    from dsa.models.loading import load_model
 
     if threads is not None:
         torch.set_num_threads(threads)

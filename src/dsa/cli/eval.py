@@ -95,7 +95,8 @@ def evaluate(
     import torch
 
     from dsa.cli.eval_table import show_tasks
-    from dsa.models.loading import load_model, scaling_wanted
+    from dsa.models.extension import scaling_wanted
+    from dsa.models.loading import load_model
 
     if threads is not None:
         torch.set_num_threads(threads)

@@ -85,7 +85,8 @@ def explain(
 
     from dsa.generation.room import check_room
     from dsa.models.extension import Demand, chosen_scaling
-    from dsa.models.loading import attach_indexers, load_model
+    from dsa.models.loading import load_model
+    from dsa.models.sparse import attach_indexers
     from dsa.report.explanation import CHUNK
     from dsa.report.explanation import explain as explained
     from dsa.report.page import write_page

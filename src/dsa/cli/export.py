@@ -36,12 +36,13 @@ def export(
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise ValueError(f"out: {directory} is there already and not an empty folder; name another one")
     import dsa
-    from dsa.models.loading import attach_indexers, load_model
-    from dsa.models.native.families import is_native
+    from dsa.models.families import born_with_dsa
+    from dsa.models.loading import load_model
+    from dsa.models.sparse import attach_indexers
 
     with notes(), Steps() as steps:
         loaded = load_model(model, dtype="auto", device="cpu", status=steps.status)
-        if is_native(loaded.model.config):
+        if born_with_dsa(loaded.model.config):
             raise ValueError(f"model: {model} has indexers of its own ({loaded.model.config.model_type}) already")
         if indexers is None and not loaded.is_default and not dsa.is_attached(loaded.model):
             raise ValueError(

@@ -99,7 +99,8 @@ def generate(
 
     from dsa.generation.room import check_room
     from dsa.models.extension import chosen_scaling
-    from dsa.models.loading import attach_indexers, load_model
+    from dsa.models.loading import load_model
+    from dsa.models.sparse import attach_indexers
 
     if threads is not None:
         torch.set_num_threads(threads)

@@ -75,7 +75,7 @@ def remarks(evaluation: Evaluation) -> list[str]:
         said.append(
             f"{_named(shared).capitalize()} reading what an earlier layer selected; their mass is not measured."
         )
-    if evaluation.native:
+    if evaluation.born_with_dsa:
         said.append(
             "The model was born with DSA: dense and window are the same modules, reading other rows of its latents. "
             "`dsa bench e2e` times it beside transformers' own path."

@@ -392,7 +392,8 @@ def train(
     """
     import torch
 
-    from dsa.models.loading import load_model, scaling_wanted
+    from dsa.models.extension import scaling_wanted
+    from dsa.models.loading import load_model
     from dsa.train import Holdout, read_data, start_processes
 
     refuse_other_stages(ctx, stage)

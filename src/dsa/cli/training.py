@@ -190,9 +190,9 @@ def refuse_native(loaded: LoadedModel) -> None:
     Raises:
         ValueError: The model is one.
     """
-    from dsa.models.native.families import is_native
+    from dsa.models.families import born_with_dsa
 
-    if is_native(loaded.model.config):
+    if born_with_dsa(loaded.model.config):
         raise ValueError(
             f"model: {loaded.name} was born with DSA ({loaded.model.config.model_type}): its indexers are trained, and "
             "dsa train does not train them on; it takes models without indexers. dsa generate runs it sparse"
@@ -245,8 +245,8 @@ def attach_trained(loaded: LoadedModel, indexers: str | None, changes: dict[str,
     Raises:
         ValueError: There are none.
     """
-    from dsa.models.attachment import is_attached
-    from dsa.models.loading import attach_indexers
+    from dsa.models.attached import is_attached
+    from dsa.models.sparse import attach_indexers
 
     if indexers is None and not loaded.is_default and not is_attached(loaded.model):
         raise ValueError(

@@ -17,10 +17,10 @@ from transformers import DynamicCache
 from dsa.config import DSAConfig, LayerConfig
 from dsa.eval.reading import token_losses
 from dsa.eval.selections import SELECTIONS, selection
+from dsa.models.acceleration import cache_of
 from dsa.models.attachment import Attachment, detach, put_on
 from dsa.models.context import DSAContext
 from dsa.models.decoder import decoder_output
-from dsa.models.native.acceleration import cache_of
 from dsa.modules.cache import reserve
 
 CHUNK = 8192

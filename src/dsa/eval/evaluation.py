@@ -16,8 +16,7 @@ those of the same modules reading every row of the latent cache, its window's th
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,12 +28,13 @@ from dsa.eval.comparison import contexts
 from dsa.eval.mass import LayerMass, MassObserver
 from dsa.eval.reading import Reading, read
 from dsa.eval.window import window_attention
-from dsa.models.attachment import AttachReport, LayerReport, detach, is_attached, put_on, take_off
+from dsa.models.acceleration import AccelerateReport
+from dsa.models.attached import AttachReport, LayerReport
+from dsa.models.attachment import detach
 from dsa.models.context import DSAContext
 from dsa.models.decoder import layer_progress
-from dsa.models.loading import LoadedModel, attach_indexers, refuse_cache, refuse_other_indexers
-from dsa.models.native.acceleration import AccelerateReport, accelerated
-from dsa.models.native.families import is_native
+from dsa.models.loading import LoadedModel
+from dsa.models.sparse import sparse_while
 from dsa.runs.inputs import Document, encode
 from dsa.runs.machine import describe_machine, peak_rss_mb, reset_peak_rss
 from dsa.runs.progress import Progress, silent
@@ -95,7 +95,7 @@ class Evaluation:
     environment: dict[str, Any]
 
     @property
-    def native(self) -> bool:
+    def born_with_dsa(self) -> bool:
         """Whether the model was born with DSA."""
         return isinstance(self.report, AccelerateReport)
 
@@ -160,7 +160,7 @@ class Evaluation:
             "extrapolated_positions": self.extrapolated,
             "indexers": self.indexers,
             "indexers_trained": self.report.trained,
-            "born_with_dsa": self.native,
+            "born_with_dsa": self.born_with_dsa,
             "config": self.report.config.to_dict(),
             "dense_attention": self.dense_attention,
             "layers_sparse": self.layers_of("sparse"),
@@ -216,12 +216,11 @@ def evaluate(
         raise ValueError(f"start must lie in 0 to {prompt.shape[1] - 2} for this many tokens, got {start}")
     model = loaded.model
     reset_peak_rss()
-    native = is_native(model.config)
 
     def reading(label: str, context: Callable[[], DSAContext] | None = None) -> Reading:
         return read(model, prompt, start=start, new_tokens=new_tokens, context=context, label=label, progress=progress)
 
-    with _sparse(loaded, indexers, cache, overrides) as (report, source):
+    with sparse_while(loaded, indexers, cache=cache, **overrides) as (report, source):
         dsa = reading("DSA")
         reset_peak_rss()
         observer = MassObserver(report.config, start)
@@ -229,7 +228,7 @@ def evaluate(
             context = DSAContext(mode="dense", observer=observer)
             model(prompt.to(model.device), use_cache=False, logits_to_keep=1, dsa_context=context)
         mass_peak = peak_rss_mb()
-        if native:
+        if isinstance(report, AccelerateReport):
             dense, window = (reading(name.capitalize(), contexts(name, report.config)) for name in ("dense", "window"))
         else:
             detach(model)
@@ -256,37 +255,8 @@ def evaluate(
         layers=tuple(observer.layers),
         peak_rss_mb=max(peaks),
         extrapolated=max(0, positions - trained),
-        dense_attention=ABSORBED if native else model.config._attn_implementation,
+        dense_attention=ABSORBED if isinstance(report, AccelerateReport) else model.config._attn_implementation,
         texts={name: loaded.tokenizer.decode(reading.continuation) for name, reading in readings.items()},
         seconds=time.perf_counter() - began,
         environment=describe_machine(model.device),
     )
-
-
-@contextmanager
-def _sparse(
-    loaded: LoadedModel, indexers: str | Path | None, cache: str | None, overrides: dict[str, Any]
-) -> Iterator[tuple[AttachReport, str | None]]:
-    """Makes a model sparse for a measurement; afterwards it is as it was, whether or not it was detached meanwhile.
-
-    Yields:
-        What attaching or accelerating did, and where the indexers came from (`None` for untrained ones).
-    """
-    model = loaded.model
-    if is_native(model.config):
-        refuse_other_indexers(loaded, indexers)
-        with accelerated(model, cache, **overrides) as report:
-            yield report, loaded.name
-        return
-    refuse_cache(loaded, cache)
-    before = None
-    if is_attached(model):
-        before = take_off(model)
-        put_on(model, before)
-    try:
-        yield attach_indexers(loaded, indexers, **overrides)
-    finally:
-        if is_attached(model):
-            detach(model)
-        if before is not None:
-            put_on(model, before)

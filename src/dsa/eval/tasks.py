@@ -15,18 +15,18 @@ import torch
 
 from dsa.config import DSAConfig
 from dsa.eval.agreement import agreement, choices, places_in
-from dsa.eval.comparison import READERS, attached, budget, contexts, text_losses
+from dsa.eval.comparison import READERS, budget, contexts, text_losses
 from dsa.eval.layers import LayerObserver, indexer_selection, suspect_layers
 from dsa.eval.needle_cells import cells
 from dsa.eval.needle_kinds import KINDS
 from dsa.eval.needles import Haystack, Reply, ask, make_haystack
 from dsa.eval.ratio import perplexity_ratio
 from dsa.eval.selections import SELECTIONS, selection
-from dsa.models.attachment import is_attached, put_on, take_off
+from dsa.models.acceleration import cache_of
 from dsa.models.context import DSAContext
-from dsa.models.loading import LoadedModel, attach_indexers, refuse_cache, refuse_other_indexers
-from dsa.models.native.acceleration import accelerated, cache_of
-from dsa.models.native.families import is_native
+from dsa.models.families import born_with_dsa
+from dsa.models.loading import LoadedModel
+from dsa.models.sparse import is_sparse, sparse_while
 from dsa.runs.inputs import Document, encode
 from dsa.runs.machine import describe_machine
 from dsa.runs.progress import Progress, silent
@@ -137,7 +137,7 @@ def run_tasks(
             "top_k": config.top_k,
             "seed": seed,
             "indexers": source,
-            "born_with_dsa": is_native(model.config),
+            "born_with_dsa": born_with_dsa(model.config),
             "cache": cache_of(model),
             "config": config.to_dict(),
             "texts": [
@@ -173,36 +173,20 @@ def _measured(
     Yields:
         Its configuration, and where the indexers came from.
     """
-    model = loaded.model
-    if is_native(model.config):
-        refuse_other_indexers(loaded, indexers)
-        given = {name: value for name, value in (("top_k", top_k), ("local", local)) if value is not None}
-        with accelerated(model, cache, **given, **changes) as accelerate_report:
-            yield accelerate_report.config, loaded.name
-        return
-    refuse_cache(loaded, cache)
-    before = None
-    if is_attached(model):
-        before = take_off(model)
-        put_on(model, before)
-    try:
-        report, source = attach_indexers(loaded, indexers)
-        if not report.trained and before is None:
+    own = is_sparse(loaded.model)
+    with sparse_while(loaded, indexers, cache=cache) as (report, source):
+        if not report.trained and not own:
             raise ValueError(
                 f"model: {loaded.name} has no indexers, so there is nothing of DSA to measure: train them with "
                 f"`dsa train {loaded.name} --data TEXTS --out DIR`, then pass --indexers DIR"
             )
-        taken = take_off(model)
-        overrides = {} if top_k is None else budget(taken.config, top_k, local)
-        if top_k is None and local is not None:
+        overrides = dict(changes)
+        if top_k is not None:
+            overrides |= budget(report.config, top_k, local)
+        elif local is not None:
             overrides["local"] = local
-        with attached(model, taken, {**overrides, **changes}) as config:
-            yield config, source
-    finally:
-        if is_attached(model):
-            take_off(model)
-        if before is not None:
-            put_on(model, before)
+        with sparse_while(loaded, **overrides) as (changed, _):
+            yield changed.config, source
 
 
 def _perplexity(

@@ -7,9 +7,9 @@ from typing import Any
 from dsa.config import DSAConfig
 from dsa.cost import ModelShape, Storage, shape_from
 from dsa.cost.fit import Room
+from dsa.models.acceleration import cache_of
 from dsa.models.extension import Demand
 from dsa.models.loading import LoadedModel
-from dsa.models.native.acceleration import cache_of
 from dsa.runs.memory import available_memory
 
 

@@ -10,38 +10,30 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dsa.models.attachment import (
-        AttachReport,
-        LayerReport,
-        attach,
-        config_of,
-        detach,
-        indexers_of,
-        is_attached,
-        report_of,
-    )
+    from dsa.models.acceleration import AccelerateReport, accelerate, is_accelerated, restore
+    from dsa.models.attached import AttachReport, LayerReport, config_of, indexers_of, is_attached, report_of
+    from dsa.models.attachment import attach, detach
     from dsa.models.checkpoint import load_indexers, save_indexers
     from dsa.models.context import AttentionCall, DSAContext
-    from dsa.models.native.acceleration import AccelerateReport, accelerate, is_accelerated, restore
-    from dsa.models.native.export import export_deepseek_v32
+    from dsa.models.latent.export import export_deepseek_v32
 
 _HOMES = {
-    "AccelerateReport": "native.acceleration",
-    "AttachReport": "attachment",
+    "AccelerateReport": "acceleration",
+    "AttachReport": "attached",
     "AttentionCall": "context",
     "DSAContext": "context",
-    "LayerReport": "attachment",
-    "accelerate": "native.acceleration",
+    "LayerReport": "attached",
+    "accelerate": "acceleration",
     "attach": "attachment",
-    "config_of": "attachment",
+    "config_of": "attached",
     "detach": "attachment",
-    "export_deepseek_v32": "native.export",
-    "indexers_of": "attachment",
-    "is_accelerated": "native.acceleration",
-    "is_attached": "attachment",
+    "export_deepseek_v32": "latent.export",
+    "indexers_of": "attached",
+    "is_accelerated": "acceleration",
+    "is_attached": "attached",
     "load_indexers": "checkpoint",
-    "report_of": "attachment",
-    "restore": "native.acceleration",
+    "report_of": "attached",
+    "restore": "acceleration",
     "save_indexers": "checkpoint",
 }
 

@@ -149,20 +149,33 @@ def _index_few_tokens(
     return True
 
 
-def before_decoder(module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Forward pre-hook of the decoder: checks that the call can be served and makes its context."""
+def before_decoder(module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], *, undo: str) -> Any:
+    """Forward pre-hook of the decoder: checks that the call can be served and makes its context.
+
+    Args:
+        module: The decoder.
+        args: Of its forward.
+        kwargs: Of its forward.
+        undo: The function that makes the model dense again, for messages.
+    """
     if module.config._attn_implementation != IMPLEMENTATION:
         raise ValueError(
-            f"attn_implementation was changed to {module.config._attn_implementation!r} while dsa is attached, so "
-            f"nothing would be sparse; call dsa.detach(model) first, or set it back to {IMPLEMENTATION!r}"
+            f"attn_implementation was changed to {module.config._attn_implementation!r} while dsa runs the model, so "
+            f"nothing would be sparse; call {undo}(model) first, or set it back to {IMPLEMENTATION!r}"
         )
-    check_positions(module, args, kwargs)
+    if kwargs.get("output_attentions") or getattr(module.config, "output_attentions", False):
+        raise ValueError(
+            f"output_attentions: sparse attention keeps no weights; call {undo}(model) first, or watch the layers "
+            "with DSAContext(observer=...)"
+        )
+    _check_positions(module, args, kwargs)
     if kwargs.get("dsa_context") is None:
         kwargs = {**kwargs, "dsa_context": DSAContext()}
     return args, kwargs
 
 
-def check_positions(decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _check_positions(decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Refuses more tokens than a model has position embeddings for; warns once of positions that RoPE extrapolates."""
     trained = getattr(decoder.config, "max_position_embeddings", None)
     tokens = kwargs.get("input_ids", args[0] if args else None)
     if tokens is None:

@@ -16,8 +16,9 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
 from dsa.config import DSAConfig
-from dsa.models.attachment import config_of, indexers_of
+from dsa.models.attached import config_of, indexers_of
 from dsa.models.decoder import decoder_of
+from dsa.models.families import full_attention_layers
 from dsa.models.rope import RopeScaling, scaling_of
 from dsa.models.rope import describe as describe_scaling
 from dsa.runs.files import write_tensors
@@ -60,7 +61,7 @@ def save_indexers(
         model: An attached model.
         path: The file, or a folder that gets `indexers.safetensors`.
         dtype: Storage of the weights; as they are by default.
-        base_model: What `describe_base_model` returned, where this process alone could not ask it now.
+        base_model: What `describe_base_model` returned, where this process alone cannot call it now.
 
     Returns:
         The file.
@@ -214,7 +215,7 @@ def _sample(model: PreTrainedModel) -> list[float]:
     """Evenly spaced entries of the decoder's largest weights, half of them embeddings."""
     decoder = decoder_of(model)
     embeddings = cast(torch.Tensor, model.get_input_embeddings().weight)
-    # Adapters of PEFT stand beside the base weights.
+    # Adapters of PEFT are parameters of the same modules.
     others = [
         p
         for n, p in decoder.named_parameters()
@@ -241,8 +242,6 @@ def _distance(ours: list[float], theirs: list[float]) -> float:
 
 
 def _full_layers(model: PreTrainedModel) -> list[int]:
-    from dsa.models.families import full_attention_layers
-
     return [layer for layer, full in enumerate(full_attention_layers(model.config)) if full]
 
 

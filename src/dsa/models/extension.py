@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsa.models.rope import OFF, RopeScaling, describe, extend_positions, scaling_of
+from dsa.models.rope import OFF, RopeScaling, describe, extend_positions, parse_scaling, scaling_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -68,8 +68,6 @@ def chosen_scaling(
             leaves too few positions.
         OSError: There are no such indexers.
     """
-    from dsa.models.loading import scaling_wanted
-
     wanted = scaling_wanted(asked, indexers)
 
     def choose(config: PreTrainedConfig, tokenizer: Any) -> RopeScaling | None:
@@ -104,6 +102,26 @@ def chosen_scaling(
         return scaling
 
     return choose
+
+
+def scaling_wanted(text: str | None, indexers: str | Path | None) -> RopeScaling | None:
+    """The RoPE scaling that a user asks for, or else the one that the indexers named were trained with.
+
+    Args:
+        text: As `dsa.models.rope.parse_scaling` takes it; `"off"` for none at all.
+        indexers: As in `dsa.attach`.
+
+    Raises:
+        ValueError: The text is no scaling, or the indexers cannot be read.
+        OSError: There are no such indexers.
+    """
+    from dsa.models.checkpoint import read_indexers
+
+    if text == OFF:
+        return None
+    if text is not None:
+        return parse_scaling(text)
+    return None if indexers is None else read_indexers(indexers).base_model.get("rope_scaling")
 
 
 def smallest_scaling(needed: int, positions: int) -> RopeScaling:

@@ -1,7 +1,7 @@
 """What one attached layer does with its queries: select, attend to the selection, or attend to everything.
 
 Where the queries come from differs, from a hook on a model's own attention (`dsa.models.attention`) or from multi-head
-latent attention (`dsa.models.native`); from here on they are treated alike.
+latent attention (`dsa.models.latent`); from here on they are treated alike.
 
 Shapes: `B` batch, `T` query tokens, `S` key tokens, `H`/`G` query / KV heads, `D`/`Dv` head dims of keys / values,
 `K` top-k.

@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from dsa.models.default_model import DEFAULT_MODEL, Status, default_model_dir
+from dsa.models.families import born_with_dsa
 from dsa.models.quiet import quiet_transformers
-from dsa.models.rope import OFF, RopeScaling, extend_positions, parse_scaling
+from dsa.models.rope import RopeScaling, extend_positions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
-
-    from dsa.models import AttachReport
 
 CAUSAL_SUFFIXES = ("ForCausalLM", "LMHeadModel")
 
@@ -64,8 +63,8 @@ def load_model(
         status: Told what takes long: converting the default model, or reading a checkpoint.
         rope_scaling: For texts longer than the model's positions, as `dsa.models.rope.parse_scaling` returns it; or
             what chooses it, see `dsa.models.extension.chosen_scaling`.
-        place: Put the weights on the device; otherwise they stay on the CPU, for who moves them in parts.
-        random_seed: Make random weights from this seed, as transformers does it, in the place of the checkpoint's:
+        place: Put the weights on the device; otherwise they stay on the CPU, for callers that move them in parts.
+        random_seed: Make random weights from this seed, as transformers does it, in place of the checkpoint's:
             only its configuration and tokenizer are read. `dtype=None` and `"auto"` then mean fp32.
 
     Raises:
@@ -92,98 +91,6 @@ def load_model(
             dtype = torch.float32 if target.type == "cpu" else None
         model = _read_weights(name, source, dtype, config, given=rope_scaling is not None)
     return LoadedModel((model.to(target) if place else model).eval(), tokenizer, name, is_default)
-
-
-def attach_indexers(
-    loaded: LoadedModel, indexers: str | Path | None = None, *, cache: str | None = None, **overrides: Any
-) -> tuple[AttachReport, str | None]:
-    """Attaches a loaded model with the indexers that are meant when a user names none, too.
-
-    Models born with DSA are accelerated with their own.
-
-    Args:
-        loaded: The model. One that is attached already keeps its own indexers, unless others are named.
-        indexers: As in `dsa.attach`. `None` takes the model's own, those shipped with the default model, or
-            untrained ones.
-        cache: As in `dsa.accelerate`; `None` keeps what an accelerated model has, or `"full"`.
-        **overrides: Fields of the configuration to change, `top_k=512` for example.
-
-    Returns:
-        What attaching did, and where the indexers came from: `None` for untrained ones.
-
-    Raises:
-        ValueError: `dsa.attach` refuses the model, the indexers or the configuration.
-        OSError: The indexers cannot be read.
-    """
-    from dsa.models.attachment import attach, detach, is_attached, put_on, report_of, take_off
-    from dsa.models.native.acceleration import (
-        accelerate,
-        accelerate_report_of,
-        cache_of,
-        is_accelerated,
-        restore,
-    )
-    from dsa.models.native.families import is_native
-
-    model = loaded.model
-    if is_native(model.config):
-        refuse_other_indexers(loaded, indexers)
-        if is_accelerated(model):
-            if cache is None and not overrides:
-                return accelerate_report_of(model), loaded.name
-            cache = cache or cache_of(model)
-            restore(model)
-        return accelerate(model, cache=cache or "full", **overrides), loaded.name
-    refuse_cache(loaded, cache)
-    if is_attached(model) and indexers is None:
-        report = report_of(model)
-        if overrides:
-            own = take_off(model)
-            try:
-                report = put_on(model, own, **overrides)
-            except ValueError:
-                put_on(model, own)
-                raise
-        return report, loaded.name if report.trained else None
-    if is_attached(model):
-        detach(model)
-    source = DEFAULT_MODEL if indexers is None and loaded.is_default else indexers
-    return attach(model, indexers=source, **overrides), None if source is None else str(source)
-
-
-def refuse_other_indexers(loaded: LoadedModel, indexers: str | Path | None) -> None:
-    """Raises `ValueError` where indexers are named for a model born with DSA."""
-    if indexers is not None:
-        raise ValueError(f"indexers: {loaded.name} has indexers of its own; leave them out")
-
-
-def refuse_cache(loaded: LoadedModel, cache: str | None) -> None:
-    """Raises `ValueError` where a kind of cache is named that only models born with DSA have."""
-    if cache not in (None, "full"):
-        raise ValueError(
-            f"cache: {loaded.name} was not born with DSA, and only the latents of such models are kept as {cache!r}; "
-            "leave it out"
-        )
-
-
-def scaling_wanted(text: str | None, indexers: str | Path | None) -> RopeScaling | None:
-    """The RoPE scaling that a user asks for, or else the one that the indexers named were trained with.
-
-    Args:
-        text: As `dsa.models.rope.parse_scaling` takes it; `"off"` for none at all.
-        indexers: As in `dsa.attach`.
-
-    Raises:
-        ValueError: The text is no scaling, or the indexers cannot be read.
-        OSError: There are no such indexers.
-    """
-    from dsa.models.checkpoint import read_indexers
-
-    if text == OFF:
-        return None
-    if text is not None:
-        return parse_scaling(text)
-    return None if indexers is None else read_indexers(indexers).base_model.get("rope_scaling")
 
 
 def _device(device: str | torch.device | None) -> torch.device:
@@ -242,14 +149,12 @@ def _check_causal(name: str, source: str | Path) -> PreTrainedConfig:
 def _read_weights(
     name: str, source: str | Path, dtype: torch.dtype | Literal["auto"] | None, config: PreTrainedConfig, given: bool
 ) -> Any:
-    """The model; with `given`, made by this very configuration instead of the one that lies beside the weights."""
+    """The model; with `given`, made by this very configuration instead of the one next to the weights."""
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    from dsa.models.native.families import is_native
-
     options: dict[str, Any] = {"config": config} if given else {}
-    native = is_native(config)
+    own_indexers = born_with_dsa(config)
     try:
         # What transformers does not find it makes up, and an indexer made up selects anything.
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -257,7 +162,7 @@ def _read_weights(
             dtype=dtype or "auto",
             use_safetensors=True,
             output_loading_info=True,
-            ignore_mismatched_sizes=native,
+            ignore_mismatched_sizes=own_indexers,
             **options,
         )
     except SafetensorError as error:
@@ -265,8 +170,8 @@ def _read_weights(
     except OSError as error:
         raise _not_loaded(name, error) from error
     model, info = loaded
-    if native:
-        _check_native(name, info)
+    if own_indexers:
+        _check_own_indexers(name, info)
     return model
 
 
@@ -277,7 +182,7 @@ def _random_weights(config: PreTrainedConfig, dtype: torch.dtype | Literal["auto
     return AutoModelForCausalLM.from_config(config, dtype=dtype if isinstance(dtype, torch.dtype) else torch.float32)
 
 
-def _check_native(name: str, info: dict[str, Any]) -> None:
+def _check_own_indexers(name: str, info: dict[str, Any]) -> None:
     """Refuses a model born with DSA whose indexers are not those of its configuration."""
     other = sorted(key for key, *_ in info["mismatched_keys"])
     if other:
@@ -302,7 +207,7 @@ def _read_tokenizer(name: str, source: str | Path) -> Any:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"model: no tokenizer could be read with {name} ({_first_line(error)}); "
-            "save it beside the weights with `tokenizer.save_pretrained(directory)`"
+            "save it next to the weights with `tokenizer.save_pretrained(directory)`"
         ) from error
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsa.config import DSAConfig
-from dsa.models.families import FAMILIES, Family, family_of
+from dsa.models.families import ATTACHABLE, Family, family_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -24,18 +24,18 @@ STUB_MODULE = "modeling_dsa"
 @cache
 def dsa_config_class(model_type: str) -> type[PreTrainedConfig]:
     """The configuration class `dsa_<model_type>` of a family."""
-    base = FAMILIES[model_type].config_class()
+    base = ATTACHABLE[model_type].config_class()
     return type(f"DSA{base.__name__}", (base,), {"model_type": f"dsa_{model_type}", "__module__": __name__})
 
 
 @cache
 def dsa_model_class(model_type: str) -> type[PreTrainedModel]:
     """The model class of a family that carries its indexers."""
-    family = FAMILIES[model_type]
+    family = ATTACHABLE[model_type]
     base = family.model_class()
 
     def __init__(self: PreTrainedModel, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
-        from dsa.models.attachment import install
+        from dsa.models.installing import install
 
         stored = getattr(config, "dsa", None)
         if stored is None:
@@ -44,7 +44,9 @@ def dsa_model_class(model_type: str) -> type[PreTrainedModel]:
                 f"use {base.__name__} for a model without indexers"
             )
         base.__init__(self, config, *args, **kwargs)
-        install(self, DSAConfig.from_dict(stored), family=family, trained=True)
+        config_of_indexers = DSAConfig.from_dict(stored)
+        install(self, config_of_indexers, family=family, trained=True)
+        become_savable(self, config_of_indexers)
 
     def save_pretrained(self: PreTrainedModel, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         base.save_pretrained(self, save_directory, *args, **kwargs)
@@ -74,7 +76,7 @@ def dsa_model_class(model_type: str) -> type[PreTrainedModel]:
 
 def __getattr__(name: str) -> type:
     """`DSALlamaForCausalLM` and its like, made when they are asked for."""
-    for model_type, family in FAMILIES.items():
+    for model_type, family in ATTACHABLE.items():
         if name == f"DSA{family.causal_lm}":
             return dsa_model_class(model_type)
         if name == f"DSA{family.config}":
@@ -86,7 +88,7 @@ def register_configs() -> None:
     """Registers every family's configuration with `AutoConfig`."""
     from transformers.models.auto.configuration_auto import AutoConfig
 
-    for model_type in FAMILIES:
+    for model_type in ATTACHABLE:
         AutoConfig.register(f"dsa_{model_type}", dsa_config_class(model_type), exist_ok=True)
 
 
@@ -98,7 +100,7 @@ def register_models() -> None:
     )
     from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-    for model_type in FAMILIES:
+    for model_type in ATTACHABLE:
         AutoModelForCausalLM.register(dsa_config_class(model_type), dsa_model_class(model_type), exist_ok=True)
         conversion = get_checkpoint_conversion_mapping(model_type)
         if conversion is not None:
@@ -136,7 +138,7 @@ def become_plain(model: PreTrainedModel) -> None:
 
 
 def _stub(model_type: str) -> str:
-    family: Family = FAMILIES[model_type]
+    family: Family = ATTACHABLE[model_type]
     names = f"DSA{family.config}, DSA{family.causal_lm}"
     return (
         '"""Loads this model through the package dsa-attention, which must be installed."""\n\n'

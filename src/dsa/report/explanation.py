@@ -20,7 +20,7 @@ import torch
 from dsa.documents import SourceDocument
 from dsa.documents.prompt import Prompt
 from dsa.eval.comparison import new_cache
-from dsa.models.attachment import AttachReport
+from dsa.models.attached import AttachReport
 from dsa.models.context import DSAContext
 from dsa.models.decoder import layer_progress
 from dsa.models.loading import LoadedModel

@@ -22,9 +22,9 @@ from transformers import DynamicCache, PreTrainedModel
 from dsa import ops
 from dsa.cost import PARTS, Work
 from dsa.models import attention, layer
+from dsa.models.acceleration import is_accelerated
 from dsa.models.decoder import decoder_layers, decoder_of
 from dsa.models.families import family_of
-from dsa.models.native.acceleration import is_accelerated
 from dsa.modules import cache as caches
 from dsa.modules.latents import LatentLayer
 

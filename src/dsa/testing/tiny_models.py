@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from dsa.config import DSAConfig
-from dsa.models.families import FAMILIES
+from dsa.models.families import ATTACHABLE
 
 VOCABULARY = 97
 
@@ -91,11 +91,11 @@ def tiny_model(model_type: str, seed: int = 0, **changes: Any) -> PreTrainedMode
     Weights are larger than a fresh model's, so that attention is peaked and logits tell tokens apart.
 
     Args:
-        model_type: A key of `dsa.models.families.FAMILIES`.
+        model_type: A key of `dsa.models.families.ATTACHABLE`.
         seed: Of the weights.
         **changes: Fields of the model's configuration.
     """
-    family = FAMILIES[model_type]
+    family = ATTACHABLE[model_type]
     sizes = {**_COMMON, **_PARTICULAR.get(model_type, {}), **changes}
     if model_type == "gpt2":
         for name in ("intermediate_size", "num_key_value_heads", "head_dim", "attention_dropout"):

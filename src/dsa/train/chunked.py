@@ -23,8 +23,8 @@ from transformers import DynamicCache, PreTrainedModel
 from dsa.models.attention import PLAN, HookedPlan, before_attention
 from dsa.models.context import AttentionCall, DSAContext
 from dsa.models.families import family_of
+from dsa.models.latent.attention import LatentAttention
 from dsa.models.layer import LayerIndex
-from dsa.models.native.attention import LatentAttention
 from dsa.modules.cache import IndexedLayer, reserve
 from dsa.modules.latents import LatentLayer
 

@@ -7,10 +7,10 @@ import torch
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 import dsa
-from dsa.models.native.families import NATIVE_FAMILIES
+from dsa.models.families import BORN_WITH_DSA
 from dsa.modules.latents import LatentLayer
 from dsa.ops import PackedLatents, QuantizedKeys, pack_latents
-from dsa.testing.native_models import MEDIUM, native_model
+from dsa.testing.born_with_dsa import MEDIUM, born_model
 from dsa.testing.tiny_models import tiny_tokens
 
 
@@ -19,9 +19,9 @@ def logits(model: PreTrainedModel, tokens: torch.Tensor, **kwargs: Any) -> torch
         return model(tokens, **kwargs).logits
 
 
-@pytest.fixture(scope="module", params=NATIVE_FAMILIES)
+@pytest.fixture(scope="module", params=BORN_WITH_DSA)
 def packed(request: pytest.FixtureRequest) -> PreTrainedModel:
-    model = native_model(request.param)
+    model = born_model(request.param)
     model.generation_config.eos_token_id = None
     dsa.accelerate(model, cache="fp8")
     return model
@@ -43,7 +43,7 @@ def in_parts(model: PreTrainedModel, tokens: torch.Tensor, sizes: tuple[int, ...
 def test_the_cache_holds_the_rows_of_the_layer(packed: PreTrainedModel) -> None:
     """Of the first layer, whose input is not rounded: the bytes are those that the full cache's numbers give."""
     tokens = tiny_tokens(2, 20)
-    plain = native_model(packed.config.model_type)
+    plain = born_model(packed.config.model_type)
     dsa.accelerate(plain)
     caches = [DynamicCache(config=packed.config) for _ in range(2)]
     for model, cache in zip((packed, plain), caches):
@@ -62,7 +62,7 @@ def test_the_cache_holds_the_rows_of_the_layer(packed: PreTrainedModel) -> None:
 
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_index_keys_in_fp8(use_cache: bool) -> None:
-    model = native_model("deepseek_v32")
+    model = born_model("deepseek_v32")
     dsa.accelerate(model, cache="fp8", index_dtype="fp8")
     kinds: list[str] = []
 
@@ -86,10 +86,10 @@ def test_the_bytes_of_deepseeks_sizes() -> None:
     assert per_token == {"full": 2304, "fp8": 656}
 
 
-@pytest.mark.parametrize("name", NATIVE_FAMILIES)
+@pytest.mark.parametrize("name", BORN_WITH_DSA)
 def test_logits_move_by_the_rounding_of_the_rows(name: str) -> None:
     """Tiny random models of three layers, where no choice of tokens or experts turns over a rounding."""
-    model = native_model(name, first_k_dense_replace=3)
+    model = born_model(name, first_k_dense_replace=3)
     dsa.accelerate(model, cache="fp8", top_k=64, dense_shortcut=False)
     tokens = tiny_tokens(2, 60)
     found, exact = logits(model, tokens, use_cache=True), logits(model, tokens, use_cache=False)
@@ -104,7 +104,7 @@ def test_attention_moves_by_the_rounding_of_a_row_on_random_weights() -> None:
 
     Random rows have nothing in common: averages of them shrink as the errors do. tests/ops has the other case.
     """
-    model = native_model("deepseek_v32", **MEDIUM)
+    model = born_model("deepseek_v32", **MEDIUM)
     outputs = {}
     for kept in ("full", "fp8"):
         dsa.accelerate(model, cache=kept, top_k=300, dense_shortcut=False)  # type: ignore[arg-type]
@@ -122,7 +122,7 @@ def test_attention_moves_by_the_rounding_of_a_row_on_random_weights() -> None:
 @pytest.mark.parametrize("top_k", [8, 64], ids=["sparse", "short enough to be dense"])
 def test_chunks_and_single_tokens(top_k: int) -> None:
     """Every token is read back from the cache, so nothing depends on the chunks but the last bits."""
-    model = native_model("deepseek_v32", index_n_heads=32)
+    model = born_model("deepseek_v32", index_n_heads=32)
     dsa.accelerate(model, cache="fp8", top_k=top_k)
     tokens = tiny_tokens(2, 41)
     expected = logits(model, tokens)
@@ -170,7 +170,7 @@ def test_generation(packed: PreTrainedModel, way: dict[str, Any]) -> None:
 
 
 def test_the_report_says_what_a_cache_keeps() -> None:
-    model = native_model("deepseek_v32", kv_lora_rank=512, qk_rope_head_dim=64, index_head_dim=64, num_hidden_layers=1)
+    model = born_model("deepseek_v32", kv_lora_rank=512, qk_rope_head_dim=64, index_head_dim=64, num_hidden_layers=1)
     assert "a cache keeps rows of 2,304 bytes (float32)" in str(dsa.accelerate(model))
     dsa.restore(model)
     assert "a cache keeps FP8 rows of 656 bytes (2,304 as float32)" in str(dsa.accelerate(model, cache="fp8"))
@@ -178,13 +178,13 @@ def test_the_report_says_what_a_cache_keeps() -> None:
 
 class TestRefusals:
     def test_another_name(self) -> None:
-        model = native_model("deepseek_v32")
+        model = born_model("deepseek_v32")
         with pytest.raises(ValueError, match="cache must be one of full, fp8, got 'int4'"):
             dsa.accelerate(model, cache="int4")  # type: ignore[arg-type]
         assert not dsa.is_accelerated(model)
 
     def test_a_cache_that_was_filled_otherwise(self) -> None:
-        model = native_model("deepseek_v32")
+        model = born_model("deepseek_v32")
         dsa.accelerate(model)
         cache = DynamicCache(config=model.config)
         logits(model, tiny_tokens(1, 5), past_key_values=cache)
@@ -194,7 +194,7 @@ class TestRefusals:
             logits(model, tiny_tokens(1, 5), past_key_values=cache)
 
     def test_a_static_cache_that_is_full(self) -> None:
-        model = native_model("deepseek_v32")
+        model = born_model("deepseek_v32")
         dsa.accelerate(model, cache="fp8")
         cache = StaticCache(config=model.config, max_cache_len=8)
         with pytest.raises(ValueError, match="room for 8 tokens, and 9 are needed"):
@@ -202,7 +202,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize("length", [6, 24], ids=["dense", "sparse"])
     def test_gradients_through_a_cache(self, length: int) -> None:
-        model = native_model("deepseek_v32")
+        model = born_model("deepseek_v32")
         dsa.accelerate(model, cache="fp8")
         tokens = tiny_tokens(1, length)
         with pytest.raises(NotImplementedError, match="use_cache=False"):

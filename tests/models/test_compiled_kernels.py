@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import DynamicCache, PreTrainedModel
 
 import dsa
-from dsa.models.families import FAMILIES
+from dsa.models.families import ATTACHABLE
 from dsa.modules.cache import reserve
 from dsa.ops import native_support
 from dsa.testing.cases import IMPLEMENTATIONS
@@ -63,7 +63,7 @@ def logits(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("index_dtype", ["int8", "fp32"])
-@pytest.mark.parametrize("model_type", sorted(FAMILIES))
+@pytest.mark.parametrize("model_type", sorted(ATTACHABLE))
 def test_agrees_with_the_reference(
     model_type: str, index_dtype: str, called: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

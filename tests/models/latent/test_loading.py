@@ -11,15 +11,16 @@ from typer.testing import CliRunner
 
 import dsa
 from dsa.cli.main import app
-from dsa.models.loading import attach_indexers, load_model
-from dsa.testing.native_models import native_model
+from dsa.models.loading import load_model
+from dsa.models.sparse import attach_indexers
+from dsa.testing.born_with_dsa import born_model
 from dsa.testing.tiny_tokenizer import BYTE_VOCABULARY, tiny_tokenizer
 
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     folder = tmp_path / "glm"
-    native_model("glm_moe_dsa", vocab_size=BYTE_VOCABULARY).save_pretrained(folder)
+    born_model("glm_moe_dsa", vocab_size=BYTE_VOCABULARY).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
 

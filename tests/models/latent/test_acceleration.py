@@ -9,14 +9,14 @@ from torch import nn
 from transformers import DynamicCache, MistralConfig, MistralForCausalLM, PreTrainedModel
 
 import dsa
+from dsa.models.families import BORN_WITH_DSA
+from dsa.models.latent import attention as latent_attention
+from dsa.models.latent.attention import LatentAttention
 from dsa.models.layer import QUERIES_AT_A_TIME
-from dsa.models.native import attention as native_attention
-from dsa.models.native.attention import LatentAttention
-from dsa.models.native.families import NATIVE_FAMILIES
 from dsa.modules.cache import reserve
 from dsa.modules.latents import LatentLayer
+from dsa.testing.born_with_dsa import MEDIUM, born_model
 from dsa.testing.memory import LargestTensor
-from dsa.testing.native_models import MEDIUM, native_model
 from dsa.testing.tiny_models import tiny_tokens
 
 TOLERANCE = {"atol": 1e-4, "rtol": 0}
@@ -26,11 +26,11 @@ LENGTH = {"tiny": 41, "medium": 300}
 Pair = tuple[PreTrainedModel, PreTrainedModel, int]
 
 
-@pytest.fixture(scope="module", params=[(name, size) for name in NATIVE_FAMILIES for size in SIZES], ids="-".join)
+@pytest.fixture(scope="module", params=[(name, size) for name in BORN_WITH_DSA for size in SIZES], ids="-".join)
 def pair(request: pytest.FixtureRequest) -> Pair:
     """transformers' model, the same accelerated, and a length that is read sparsely."""
     name, size = request.param
-    eager = native_model(name, **SIZES[size])
+    eager = born_model(name, **SIZES[size])
     ours = copy.deepcopy(eager)
     dsa.accelerate(ours)
     return eager, ours, LENGTH[size]
@@ -53,7 +53,7 @@ def test_prefill(pair: Pair) -> None:
 def test_queries_in_blocks(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     eager, ours, length = pair
     tokens = tiny_tokens(2, length)
-    monkeypatch.setattr(native_attention, "QUERY_BYTES", 1 << 14)
+    monkeypatch.setattr(latent_attention, "QUERY_BYTES", 1 << 14)
     torch.testing.assert_close(logits(ours, tokens), logits(eager, tokens), **TOLERANCE)
 
 
@@ -115,9 +115,9 @@ GENERATION = {
 }
 
 
-@pytest.fixture(scope="module", params=NATIVE_FAMILIES)
+@pytest.fixture(scope="module", params=BORN_WITH_DSA)
 def writers(request: pytest.FixtureRequest) -> tuple[PreTrainedModel, PreTrainedModel]:
-    eager = native_model(request.param)
+    eager = born_model(request.param)
     eager.generation_config.eos_token_id = None
     ours = copy.deepcopy(eager)
     dsa.accelerate(ours)
@@ -152,7 +152,7 @@ def test_left_padded_generation(writers: tuple[PreTrainedModel, PreTrainedModel]
 
 
 def test_more_budget_than_tokens_is_dense() -> None:
-    model = native_model("deepseek_v32")
+    model = born_model("deepseek_v32")
     tokens = tiny_tokens(1, 40)
     dsa.accelerate(model, top_k=64)
     everything = logits(model, tokens)
@@ -163,9 +163,9 @@ def test_more_budget_than_tokens_is_dense() -> None:
     torch.testing.assert_close(logits(model, tokens), dense, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("name", NATIVE_FAMILIES)
+@pytest.mark.parametrize("name", BORN_WITH_DSA)
 def test_restore_gives_the_modules_back(name: str) -> None:
-    model = native_model(name)
+    model = born_model(name)
     before = [layer.self_attn for layer in model.model.layers]
     names, expected = list(model.state_dict()), logits(model, tiny_tokens(1, 30))
     report = dsa.accelerate(model)
@@ -181,7 +181,7 @@ def test_restore_gives_the_modules_back(name: str) -> None:
 
 
 def test_the_cache_holds_latents_and_index_keys_only() -> None:
-    model = native_model("glm_moe_dsa", num_hidden_layers=4)
+    model = born_model("glm_moe_dsa", num_hidden_layers=4)
     dsa.accelerate(model)
     cache = DynamicCache(config=model.config)
     reserve(cache, 300)
@@ -199,7 +199,7 @@ def test_the_cache_holds_latents_and_index_keys_only() -> None:
 
 @pytest.mark.parametrize("index_dtype", ["int8", "fp8"])
 def test_quantised_index_keys_select_nearly_the_same(index_dtype: str) -> None:
-    model = native_model("deepseek_v32", **MEDIUM)
+    model = born_model("deepseek_v32", **MEDIUM)
     chosen: list[torch.Tensor] = []
 
     def observe(call: dsa.AttentionCall) -> None:
@@ -222,7 +222,7 @@ def test_a_long_layer_never_makes_a_mask(how: str) -> None:
     tokens = 16384
     name = "glm_moe_dsa" if how == "shared" else "deepseek_v32"
     sizes = {"num_hidden_layers": 2 if how == "shared" else 1, "max_position_embeddings": tokens, "index_n_heads": 2}
-    model = native_model(name, **sizes)
+    model = born_model(name, **sizes)
     dsa.accelerate(model)
     ids = tiny_tokens(1, tokens)
     given: dict[str, Any] = {"use_cache": False}
@@ -239,13 +239,13 @@ def test_a_long_layer_never_makes_a_mask(how: str) -> None:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("name", NATIVE_FAMILIES)
+@pytest.mark.parametrize("name", BORN_WITH_DSA)
 def test_gradients_are_those_of_eager(name: str, checkpointing: bool) -> None:
     """Shared selections too, where checkpointing runs the layers again, last first. Eager's softmax is in fp32."""
     tokens = tiny_tokens(2, 24)
     grads = []
     for accelerated in (False, True):
-        model = native_model(name, num_hidden_layers=4).double().train()
+        model = born_model(name, num_hidden_layers=4).double().train()
         if accelerated:
             dsa.accelerate(model)
             if checkpointing:
@@ -266,7 +266,7 @@ def test_an_adapter_on_the_up_projection_is_honoured() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return 2 * self.inner(x)
 
-    model = native_model("deepseek_v32")
+    model = born_model("deepseek_v32")
     for layer in model.model.layers:
         layer.self_attn.kv_b_proj = Doubled(layer.self_attn.kv_b_proj)
     tokens = tiny_tokens(1, 30)
@@ -276,7 +276,7 @@ def test_an_adapter_on_the_up_projection_is_honoured() -> None:
 
 
 def test_two_conversations_do_not_mix() -> None:
-    model = native_model("glm_moe_dsa")
+    model = born_model("glm_moe_dsa")
     dsa.accelerate(model)
     prompts = tiny_tokens(2, 30)
     expected = [logits(model, prompts[row : row + 1]) for row in range(2)]
@@ -299,10 +299,10 @@ class TestRefusals:
 
     def test_attach_points_to_accelerate(self) -> None:
         with pytest.raises(ValueError, match=r"indexers of its own.*dsa\.accelerate"):
-            dsa.attach(native_model("deepseek_v32"))
+            dsa.attach(born_model("deepseek_v32"))
 
     def test_twice_and_not_at_all(self) -> None:
-        model = native_model("deepseek_v32")
+        model = born_model("deepseek_v32")
         with pytest.raises(ValueError, match="is not accelerated"):
             dsa.restore(model)
         dsa.accelerate(model)
@@ -310,33 +310,33 @@ class TestRefusals:
             dsa.accelerate(model)
 
     def test_sizes_that_disagree(self) -> None:
-        model = native_model("deepseek_v32")
+        model = born_model("deepseek_v32")
         model.config.index_n_heads = 8
         with pytest.raises(ValueError, match=r"indexer\.wq_b\.weight is \[256, 24\].*\[128, 24\].*index_n_heads=8"):
             dsa.accelerate(model)
         assert model.config._attn_implementation == "eager"
 
     def test_missing_and_extra_weights(self) -> None:
-        model = native_model("deepseek_v32")
+        model = born_model("deepseek_v32")
         del model.model.layers[1].self_attn.indexer.wk
         with pytest.raises(ValueError, match=r"layers\.1\.self_attn\.indexer\.wk\.weight is missing"):
             dsa.accelerate(model)
-        model = native_model("deepseek_v32")
+        model = born_model("deepseek_v32")
         model.model.layers[2].self_attn.indexer.bias = nn.Parameter(torch.zeros(3))
         with pytest.raises(ValueError, match=r"layers\.2\.self_attn\.indexer\.bias"):
             dsa.accelerate(model)
-        model = native_model("glm_moe_dsa")
+        model = born_model("glm_moe_dsa")
         model.model.layers[1].self_attn.indexer = copy.deepcopy(model.model.layers[0].self_attn.indexer)
         with pytest.raises(ValueError, match=r"layers\.1\.self_attn\.indexer is there.*'shared'"):
             dsa.accelerate(model)
 
     def test_a_shared_layer_before_any_full_one(self) -> None:
-        model = native_model("glm_moe_dsa", indexer_types=["shared", "full", "shared"])
+        model = born_model("glm_moe_dsa", indexer_types=["shared", "full", "shared"])
         with pytest.raises(ValueError, match=r"layer 0 reuse the selection.*must be 'full'"):
             dsa.accelerate(model)
 
     def test_a_filled_cache_weights_and_another_implementation(self) -> None:
-        model = native_model("deepseek_v32")
+        model = born_model("deepseek_v32")
         cache = model(tiny_tokens(1, 5)).past_key_values
         dsa.accelerate(model)
         with pytest.raises(ValueError, match="already holds 5 tokens in layer 0"):

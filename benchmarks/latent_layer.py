@@ -1,8 +1,8 @@
 """One attention layer of DeepSeek-V3.2's real shape: a long prefill, and a decoding step over a long cache.
 
-    python benchmarks/native_layer.py prefill --tokens 32768 --limit-gb 12 --json result.json
-    python benchmarks/native_layer.py decode --tokens 131072 --peer-tokens 65536 --layer-tokens 32768 --json result.json
-    python benchmarks/native_layer.py touched --tokens 131072 --json result.json
+    python benchmarks/latent_layer.py prefill --tokens 32768 --limit-gb 12 --json result.json
+    python benchmarks/latent_layer.py decode --tokens 131072 --peer-tokens 65536 --layer-tokens 32768 --json result.json
+    python benchmarks/latent_layer.py touched --tokens 131072 --json result.json
 
 Weights are random. A prefill runs under a limit on the process's own memory, in chunks and with a cache of latents and
 index keys. Under the same limit transformers' layer then reads 1,024 tokens, 2,048 and so on, each length in a process
@@ -43,9 +43,9 @@ from transformers.models.deepseek_v32.configuration_deepseek_v32 import Deepseek
 from transformers.models.deepseek_v32.modeling_deepseek_v32 import DeepseekV32Attention, DeepseekV32RotaryEmbedding
 
 from dsa.config import DSAConfig
+from dsa.models.families import BORN_WITH_DSA
+from dsa.models.latent.attention import LatentAttention
 from dsa.models.layer import LayerPlan
-from dsa.models.native.attention import LatentAttention
-from dsa.models.native.families import NATIVE_FAMILIES
 from dsa.modules.latents import latent_layer
 from dsa.runs.machine import describe_machine, peak_rss_mb, reset_peak_rss
 
@@ -78,7 +78,7 @@ def make_parts(attention: str = "eager") -> Parts:
     config._attn_implementation = attention
     torch.manual_seed(0)
     original = DeepseekV32Attention(config, 0).eval()
-    ours = LatentAttention(original, _plan(config.index_topk), NATIVE_FAMILIES["deepseek_v32"])
+    ours = LatentAttention(original, _plan(config.index_topk), BORN_WITH_DSA["deepseek_v32"])
     return Parts(ours, original, DeepseekV32RotaryEmbedding(config), config)
 
 
@@ -93,7 +93,7 @@ def check(parts: Parts) -> float:
     small._attn_implementation = "eager"
     original = DeepseekV32Attention(small, 0).eval()
     original.load_state_dict(parts.original.state_dict())
-    ours = LatentAttention(original, _plan(64), NATIVE_FAMILIES["deepseek_v32"])
+    ours = LatentAttention(original, _plan(64), BORN_WITH_DSA["deepseek_v32"])
     hidden, angles = parts.hidden(256), parts.angles(0, 256)
     return float((ours(hidden, angles)[0] - original(hidden, angles, _causal_mask(256))[0]).abs().max())
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from dsa.models.native.families import NATIVE_FAMILIES
+from dsa.models.families import BORN_WITH_DSA
 
 _TINY: dict[str, Any] = {
     "vocab_size": 97,
@@ -58,15 +58,15 @@ MEDIUM: dict[str, Any] = {
 SHARED_TYPES = ["full", "shared", "full", "shared"]
 
 
-def native_model(model_type: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
+def born_model(model_type: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """A random fp32 model of that family, in evaluation mode, with transformers' eager attention.
 
     Args:
-        model_type: A key of `dsa.models.native.families.NATIVE_FAMILIES`.
+        model_type: A key of `dsa.models.families.BORN_WITH_DSA`.
         seed: Of the weights.
         **changes: Fields of the model's configuration.
     """
-    family = NATIVE_FAMILIES[model_type]
+    family = BORN_WITH_DSA[model_type]
     package = f"transformers.models.{model_type}"
     config = getattr(importlib.import_module(f"{package}.configuration_{model_type}"), family.config)
     model_class = getattr(importlib.import_module(f"{package}.modeling_{model_type}"), family.causal_lm)

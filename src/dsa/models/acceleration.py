@@ -1,10 +1,11 @@
-"""Running a model born with DSA truly sparse, and giving it back as it was."""
+"""Running a model born with DSA truly sparse, and restoring it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast, get_args
 
 from torch import nn
@@ -13,19 +14,16 @@ from transformers import PreTrainedModel
 
 from dsa.config import DSAConfig, LayerConfig
 from dsa.models import attention as dsa_attention
-from dsa.models.attachment import AttachReport, LayerReport
-from dsa.models.attention import IMPLEMENTATION, WARNED, check_positions
-from dsa.models.context import DSAContext
-from dsa.models.decoder import decoder_layers, decoder_of
+from dsa.models.attached import ACCELERATED, AttachReport, LayerReport
+from dsa.models.attention import IMPLEMENTATION, WARNED, before_decoder
+from dsa.models.decoder import decoder_of
+from dsa.models.families import Family, born_family_of
+from dsa.models.latent.attaching import restore_attention
+from dsa.models.latent.attention import LatentAttention
+from dsa.models.latent.indexers import check_indexers, selection_sources
 from dsa.models.layer import LayerPlan
-from dsa.models.native.attaching import give_back
-from dsa.models.native.attention import LatentAttention
-from dsa.models.native.families import check_indexers, native_family_of, sources
 from dsa.modules.latents import CacheDtype
 from dsa.ops.packed_latents.types import row_bytes
-
-ACCELERATED = "dsa_accelerated"
-"""Attribute of an accelerated model that says so."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +51,7 @@ class _Accelerated:
     """What `restore` needs to undo everything; kept on the model as `dsa_accelerated`."""
 
     report: AccelerateReport
+    family: Family
     cache: CacheDtype
     overrides: dict[str, Any]
     originals: list[nn.Module]
@@ -68,7 +67,7 @@ def accelerate(model: PreTrainedModel, *, cache: CacheDtype | str = "full", **ov
     latents and index keys. Weights, their names and the model's class stay as they are; `restore` undoes everything.
 
     Args:
-        model: A model out of `dsa.models.native.families`.
+        model: A model of a family born with DSA (`dsa.models.families.BORN_WITH_DSA`).
         cache: How caches keep the latents. `"full"`: in the model's dtype, and results are the model's. `"fp8"`: as FP8
             rows, for DeepSeek's sizes 656 bytes a token and layer in place of 1,152 (bf16) or 2,304 (fp32), and
             results differ by their rounding. Without a cache nothing is rounded, and only there gradients pass.
@@ -84,7 +83,7 @@ def accelerate(model: PreTrainedModel, *, cache: CacheDtype | str = "full", **ov
             indexers and its configuration disagree: a missing or extra weight, another size, a shared layer before any
             full one.
     """
-    family = native_family_of(model)
+    family = born_family_of(model)
     name = type(model).__name__
     if is_accelerated(model):
         raise ValueError(f"{name} is accelerated already; call dsa.restore(model) first")
@@ -92,7 +91,7 @@ def accelerate(model: PreTrainedModel, *, cache: CacheDtype | str = "full", **ov
         raise ValueError(f"cache must be one of {', '.join(get_args(CacheDtype))}, got {cache!r}")
     kind = cast(CacheDtype, cache)
     check_indexers(model, family)
-    shared = sources(model, family)
+    shared = selection_sources(model, family)
     config = DSAConfig(
         top_k=model.config.index_topk,
         index_heads=model.config.index_n_heads,
@@ -107,30 +106,31 @@ def accelerate(model: PreTrainedModel, *, cache: CacheDtype | str = "full", **ov
     dsa_attention.register()
     model.set_attn_implementation(IMPLEMENTATION)
     originals, rows, weights = [], [], 0
-    for layer, block in enumerate(decoder_layers(model)):
-        original = block.self_attn
+    layout = family.latent_layout(model.config)
+    for layer, block in enumerate(family.blocks(model)):
+        original = getattr(block, family.attention)
         originals.append(original)
-        block.self_attn = LatentAttention(original, LayerPlan(layer, config), family, kind)
+        setattr(block, family.attention, LatentAttention(original, LayerPlan(layer, config), layout, kind))
         source, budget = shared[layer], config.layer_top_k(layer)
         rows.append(LayerReport(layer, "sparse" if source is None else "shared", budget, config.local, source))
         if source is None:
             weights += sum(parameter.numel() for parameter in original.indexer.parameters())
     kept = _row_of_cache(model, kind)
-    report = AccelerateReport(name, tuple(rows), True, weights, config, replaced=family.attention, cache=kept)
-    handle = decoder_of(model).register_forward_pre_hook(_before_decoder, with_kwargs=True)
-    setattr(model, ACCELERATED, _Accelerated(report, kind, overrides, originals, implementation, handle))
+    report = AccelerateReport(name, tuple(rows), True, weights, config, replaced=family.attention_class, cache=kept)
+    handle = decoder_of(model).register_forward_pre_hook(partial(before_decoder, undo="dsa.restore"), with_kwargs=True)
+    setattr(model, ACCELERATED, _Accelerated(report, family, kind, overrides, originals, implementation, handle))
     return report
 
 
 def restore(model: PreTrainedModel) -> None:
-    """Gives a model its own attention modules back; their weights are those that the model has now.
+    """Puts a model's own attention modules back, with the weights that the model has now.
 
     Raises:
         ValueError: The model is not accelerated.
     """
     state = _state(model)
-    for layer, original in zip(decoder_layers(model), state.originals):
-        give_back(layer, "self_attn", original)
+    for layer, original in zip(state.family.blocks(model), state.originals):
+        restore_attention(layer, state.family.attention, original)
     state.handle.remove()
     vars(decoder_of(model)).pop(WARNED, None)
     model.set_attn_implementation(state.implementation)
@@ -181,7 +181,7 @@ def cache_of(model: PreTrainedModel) -> CacheDtype:
 
 
 def _row_of_cache(model: PreTrainedModel, cache: CacheDtype) -> str:
-    """What a cache keeps of a token in a layer, beside its index key, for the report."""
+    """What a cache keeps of a token in a layer, without its index key, for the report."""
     latent_dim, rope_dim = model.config.kv_lora_rank, model.config.qk_rope_head_dim
     plain = (latent_dim + rope_dim) * model.dtype.itemsize
     name = str(model.dtype).removeprefix("torch.")
@@ -195,21 +195,3 @@ def _state(model: PreTrainedModel) -> _Accelerated:
     if state is None:
         raise ValueError(f"{type(model).__name__} is not accelerated; call dsa.accelerate(model) first")
     return state
-
-
-def _before_decoder(module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Forward pre-hook of the decoder: checks that the call can be served and makes its context."""
-    if module.config._attn_implementation != IMPLEMENTATION:
-        raise ValueError(
-            f"attn_implementation was changed to {module.config._attn_implementation!r} while the model is "
-            f"accelerated; call dsa.restore(model) first, or set it back to {IMPLEMENTATION!r}"
-        )
-    if kwargs.get("output_attentions") or module.config.output_attentions:
-        raise ValueError(
-            "output_attentions: sparse attention keeps no weights; call dsa.restore(model) first, or watch the layers "
-            "with DSAContext(observer=...)"
-        )
-    check_positions(module, args, kwargs)
-    if kwargs.get("dsa_context") is None:
-        kwargs = {**kwargs, "dsa_context": DSAContext()}
-    return args, kwargs

@@ -9,9 +9,10 @@ from transformers import DeepseekV32Config, DynamicCache, PreTrainedModel
 from transformers.models.deepseek_v32.modeling_deepseek_v32 import DeepseekV32Indexer
 
 import dsa
-from dsa.models.attachment import indexers_of, put_on, take_off
-from dsa.models.native import attention as native_attention
-from dsa.models.native.attention import LatentAttention
+from dsa.models.attached import indexers_of
+from dsa.models.attachment import put_on, take_off
+from dsa.models.latent import attention as latent_attention
+from dsa.models.latent.attention import LatentAttention
 from dsa.modules.indexer import LatentIndexer
 from dsa.modules.latents import LatentLayer
 from dsa.testing.memory import LargestTensor
@@ -86,7 +87,7 @@ def test_layers_that_are_dense_or_share() -> None:
 
 
 def test_16384_tokens_without_keys_and_values_of_heads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native_attention, "QUERY_BYTES", 1 << 22)
+    monkeypatch.setattr(latent_attention, "QUERY_BYTES", 1 << 22)
     model = tiny_model("deepseek_v3", num_hidden_layers=1, max_position_embeddings=16384, num_attention_heads=16,
                        num_key_value_heads=16)  # fmt: skip
     dsa.attach(model, top_k=64, index_heads=2, index_head_dim=16)

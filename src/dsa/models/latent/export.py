@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dsa.config import DSAConfig
-from dsa.models.attachment import config_of
+from dsa.models.attached import config_of
 from dsa.models.families import family_of
-from dsa.models.native.attaching import layout_of
 
 if TYPE_CHECKING:
     from transformers import DeepseekV32Config, PreTrainedConfig, PreTrainedModel
@@ -39,7 +38,7 @@ def export_deepseek_v32(
     Args:
         model: DeepSeek-V3, GLM-4.7-Flash (`glm4_moe_lite`), Youtu-LLM or DeepSeek-V2 without experts, attached.
         directory: The folder to write; created where it is missing.
-        tokenizer: Saved beside the weights.
+        tokenizer: Saved next to the weights.
         max_shard_size: Largest file of weights, as `save_pretrained` takes it.
 
     Returns:
@@ -55,7 +54,7 @@ def export_deepseek_v32(
     config = config_of(model)
     _check_model(model)
     _check_selection(type(model).__name__, config, model.config.num_hidden_layers)
-    new = native_config(model.config, config)
+    new = deepseek_v32_config(model.config, config)
     weights = _weights(model)
     with torch.device("meta"):
         written = DeepseekV32ForCausalLM(new)
@@ -63,7 +62,7 @@ def export_deepseek_v32(
     if missing:
         raise ValueError(
             f"{type(model).__name__} has other weights than DeepSeek-V3.2, {missing[0]} first ({len(missing)} in all); "
-            "merge adapters, and undo what was put in the place of its modules"
+            "merge adapters, and put replaced modules back"
         )
     written.load_state_dict(weights, assign=True)
     written.generation_config = model.generation_config
@@ -74,7 +73,7 @@ def export_deepseek_v32(
     return path
 
 
-def native_config(config: PreTrainedConfig, indexers: DSAConfig) -> DeepseekV32Config:
+def deepseek_v32_config(config: PreTrainedConfig, indexers: DSAConfig) -> DeepseekV32Config:
     """DeepSeek-V3.2's configuration with the sizes of a model and of its indexers.
 
     Args:
@@ -145,7 +144,7 @@ def _weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """The model's weights, in the order of dims that DeepSeek-V3.2's RoPE pairs."""
     weights = dict(model.state_dict())
     config = model.config
-    if layout_of(family_of(model), config).attention_rope == "interleaved":
+    if family_of(model).latent_layout(config).attention_rope == "interleaved":
         return weights
     rotated = config.qk_rope_head_dim
     # Dims i and i + R/2 become 2i and 2i + 1, in queries and keys alike: their products stay.

@@ -16,7 +16,7 @@ from dsa.models.context import AttentionCall, DSAContext
 from dsa.models.loading import LoadedModel
 from dsa.models.sparse import sparse_report_of
 from dsa.runs.inputs import Document
-from dsa.testing.native_models import native_model
+from dsa.testing.born_with_dsa import born_model
 from dsa.testing.tiny_tokenizer import BYTE_VOCABULARY, tiny_tokenizer
 
 FAMILIES = ["deepseek_v32", "glm_moe_dsa"]
@@ -25,7 +25,7 @@ FAMILIES = ["deepseek_v32", "glm_moe_dsa"]
 @pytest.fixture
 def load() -> Callable[..., LoadedModel]:
     def make(family: str, **changes: object) -> LoadedModel:
-        model = native_model(family, vocab_size=BYTE_VOCABULARY, **changes)
+        model = born_model(family, vocab_size=BYTE_VOCABULARY, **changes)
         return LoadedModel(model, tiny_tokenizer(), "tiny", False)
 
     return make
@@ -111,7 +111,7 @@ def test_a_selection_is_asked_in_blocks(
     ids = loaded.tokenizer(document.text, return_tensors="pt")["input_ids"][:, :80]
     config = dsa.accelerate(loaded.model).config
     whole = {name: text_losses(loaded.model, ids, 40, contexts(name, config)) for name in ("window", "oracle")}
-    monkeypatch.setattr("dsa.models.native.attention.QUERY_BYTES", 4 * 4 * 28 * 7)
+    monkeypatch.setattr("dsa.models.latent.attention.QUERY_BYTES", 4 * 4 * 28 * 7)
     for name, losses in whole.items():
         found = text_losses(loaded.model, ids, 40, contexts(name, config))
         torch.testing.assert_close(found, losses, atol=1e-5, rtol=1e-5)

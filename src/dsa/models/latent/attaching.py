@@ -1,8 +1,8 @@
-"""Indexers for latent attention that was born without: `dsa.attach` on DeepSeek-V3 and models of its form.
+"""New indexers for latent attention: `dsa.attach` on DeepSeek-V3 and models of its form.
 
 The indexer has DeepSeek-V3.2's shape: queries from the latent that the attention's own queries come from, RoPE in the
 half-split layout on its first dims, as many of them as the attention turns and by the same angles, and nothing that is
-always selected. So a trained model is one of `deepseek_v32` (`dsa.models.native.export`).
+always selected. So a trained model is one of `deepseek_v32` (`dsa.models.latent.export`).
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ from torch import nn
 
 from dsa.config import DSAConfig
 from dsa.models.families import Family
+from dsa.models.latent.attention import LatentAttention
 from dsa.models.layer import LayerPlan
-from dsa.models.native.attention import LatentAttention
-from dsa.models.native.families import LatentLayout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -25,7 +24,7 @@ INDEX_HEADS, INDEX_HEAD_DIM = 64, 128
 
 
 def default_config(config: PreTrainedConfig) -> DSAConfig:
-    """What new indexers of a latent attention are unless something else is said: DeepSeek-V3.2's sizes and budget."""
+    """The default for new indexers of latent attention: DeepSeek-V3.2's sizes and budget."""
     return DSAConfig(
         index_heads=INDEX_HEADS,
         index_head_dim=max(INDEX_HEAD_DIM, config.qk_rope_head_dim),
@@ -56,25 +55,17 @@ def resolved(given: DSAConfig, config: PreTrainedConfig) -> DSAConfig:
     return given.replace(index_rope_dim=rotated)
 
 
-def layout_of(family: Family, config: PreTrainedConfig) -> LatentLayout:
-    """Which dims RoPE turns in a model's attention, and in its new indexers."""
-    if family.latent == "configured":
-        return LatentLayout(index_rope="half", attention_rope="interleaved" if config.rope_interleave else "half")
-    assert family.latent is not None
-    return LatentLayout(index_rope="half", attention_rope=family.latent)
-
-
-def put_in_place(block: nn.Module, family: Family, plan: LayerPlan, layout: LatentLayout) -> LatentAttention:
-    """Puts a `LatentAttention` in the place of a decoder layer's attention; it has no indexer yet."""
-    ours = LatentAttention(getattr(block, family.attention), plan, layout)
+def replace_attention(block: nn.Module, family: Family, plan: LayerPlan, config: PreTrainedConfig) -> LatentAttention:
+    """Replaces a decoder layer's attention by a `LatentAttention` without an indexer, and returns it."""
+    ours = LatentAttention(getattr(block, family.attention), plan, family.latent_layout(config))
     setattr(block, family.attention, ours)
     return ours
 
 
-def give_back(block: Any, name: str, original: nn.Module) -> None:
-    """Puts a decoder layer's own attention module back, with the submodules that stand in its place now.
+def restore_attention(block: Any, name: str, original: nn.Module) -> None:
+    """Puts a decoder layer's own attention module back, with the submodules that are in our module now.
 
-    Whatever was put in the place of a submodule meanwhile (an adapter) belongs to the model.
+    What replaced a submodule meanwhile (an adapter) belongs to the model.
 
     Args:
         block: The decoder layer.

@@ -20,9 +20,9 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from dsa.models.context import DSAContext
+from dsa.models.families import LatentLayout, RopeLayout
 from dsa.models.layer import LayerAttention, LayerIndex, LayerPlan, attend, select
 from dsa.models.masks import split_mask
-from dsa.models.native.families import LatentLayout, RopeLayout
 from dsa.modules.cache import IndexKeys, stored_form
 from dsa.modules.latents import CacheDtype, LatentLayer, latent_layer
 from dsa.ops import PackedLatents

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, DeepseekV32ForCausalLM, PreTrainedModel
 
 import dsa
-from dsa.models.attachment import indexers_of
+from dsa.models.attached import indexers_of
 from dsa.testing.tiny_models import tiny_model, tiny_tokens
 from dsa.testing.training import random_tokens
 from dsa.train import SparseSettings, WarmupSettings, train_indexers, train_sparse

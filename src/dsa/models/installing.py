@@ -1,0 +1,118 @@
+"""Indexers and hooks on a model's layers: what attaching adds, and taking it off again."""
+
+from __future__ import annotations
+
+import inspect
+from functools import partial
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from dsa.config import DSAConfig
+from dsa.models import attention as dsa_attention
+from dsa.models.attached import ATTACHED, Attached, AttachReport, LayerReport, attached_state, indexers_of
+from dsa.models.attention import IMPLEMENTATION, PLAN, WARNED, HookedPlan, before_attention, before_decoder
+from dsa.models.decoder import decoder_of
+from dsa.models.families import Family, full_attention_layers
+from dsa.models.latent import attaching as latent
+from dsa.models.latent.attention import LatentAttention
+from dsa.models.layer import LayerPlan
+from dsa.modules.indexer import Indexer, LatentIndexer
+
+
+def install(model: PreTrainedModel, config: DSAConfig, *, family: Family, trained: bool) -> AttachReport:
+    """The part of `attach` that knows no checkpoint: adds indexers and hooks. The model's class stays as it is.
+
+    Args:
+        model: A model of `family` that is not attached.
+        config: Validated against the model here.
+        family: Its row of the table.
+        trained: What the report says of the weights.
+    """
+    attentions = family.attention_layers(model)
+    full = full_attention_layers(model.config)
+    _check_layers(type(model).__name__, config, full)
+    implementation = model.config._attn_implementation
+    dsa_attention.register()
+    model.set_attn_implementation(IMPLEMENTATION)
+    if model.config._attn_implementation != IMPLEMENTATION:
+        raise ValueError(
+            f"{type(model).__name__} refused attn_implementation={IMPLEMENTATION!r}: it does not use transformers' "
+            "attention interface"
+        )
+    rows, handles, originals = [], [], []
+    name = type(model).__name__
+    for layer, (block, module) in enumerate(zip(family.blocks(model), attentions)):
+        rows.append(_layer_report(config, layer, full[layer]))
+        if not full[layer]:
+            continue
+        if family.latent is not None:
+            originals.append(module)
+            module = latent.replace_attention(block, family, LayerPlan(layer, config), model.config)
+        else:
+            parameters = tuple(inspect.signature(module.forward).parameters)
+            setattr(module, PLAN, HookedPlan(layer, config, family, parameters))
+            handles.append(module.register_forward_pre_hook(before_attention, with_kwargs=True))
+        if config.has_indexer(layer):
+            module.indexer = _new_indexer(model, module, config)
+    handles.append(
+        decoder_of(model).register_forward_pre_hook(partial(before_decoder, undo="dsa.detach"), with_kwargs=True)
+    )
+    weights = sum(p.numel() for indexer in indexers_of(model).values() for p in indexer.parameters())
+    report = AttachReport(name, tuple(rows), trained, weights, config)
+    setattr(model, ATTACHED, Attached(config, family, implementation, report, handles, originals))
+    return report
+
+
+def uninstall(model: PreTrainedModel) -> None:
+    """The inverse of `install`. Raises `ValueError` where nothing is attached."""
+    attached = attached_state(model)
+    for handle in attached.handles:
+        handle.remove()
+    for module in attached.family.attention_layers(model):
+        if hasattr(module, "indexer"):
+            del module.indexer
+        if hasattr(module, PLAN):
+            delattr(module, PLAN)
+    for block, original in zip(attached.family.blocks(model), attached.originals):
+        latent.restore_attention(block, attached.family.attention, original)
+    vars(decoder_of(model)).pop(WARNED, None)
+    model.set_attn_implementation(attached.implementation)
+    delattr(model, ATTACHED)
+
+
+def _check_layers(name: str, config: DSAConfig, full: list[bool]) -> None:
+    if not any(full):
+        raise ValueError(f"every layer of {name} uses a sliding window, so there is nothing for dsa to make sparse")
+    for layer, exception in config.layers.items():
+        if layer >= len(full):
+            raise ValueError(f"config.layers names layer {layer}, but {name} has layers 0 to {len(full) - 1}")
+        if not full[layer] and not exception.dense:
+            raise ValueError(f"config.layers names layer {layer} of {name}, which uses a sliding window and stays so")
+        if exception.share is not None and not full[exception.share]:
+            raise ValueError(
+                f"layers[{layer}] shares the selection of layer {exception.share}, which uses a sliding window"
+            )
+
+
+def _layer_report(config: DSAConfig, layer: int, full: bool) -> LayerReport:
+    if not full:
+        return LayerReport(layer, "sliding")
+    if config.is_dense(layer):
+        return LayerReport(layer, "dense")
+    budget = {"top_k": config.layer_top_k(layer), "local": config.layer_local(layer)}
+    share = config.shared_with(layer)
+    return LayerReport(layer, "sparse" if share is None else "shared", share=share, **budget)
+
+
+def _new_indexer(model: PreTrainedModel, attention: nn.Module, config: DSAConfig) -> Indexer:
+    reference = next(attention.parameters())
+    dtype = reference.dtype if reference.is_floating_point() else torch.float32
+    text = model.config.get_text_config(decoder=True)
+    with torch.device(reference.device):
+        if isinstance(attention, LatentAttention):
+            indexer: Indexer = LatentIndexer(text.hidden_size, config, text.q_lora_rank)
+        else:
+            indexer = Indexer(text.hidden_size, config)
+        return indexer.to(dtype).train(attention.training)
