@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from dsa.runs.progress import Advance
+
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
@@ -57,15 +59,15 @@ class Steps:
         self.pause()
 
     @contextmanager
-    def __call__(self, label: str, total: int) -> Iterator[Callable[[], None]]:
+    def __call__(self, label: str, total: int) -> Iterator[Advance]:
         self._end_status()
         if not err.is_terminal:
             began = time.perf_counter()
-            yield lambda: None
+            yield lambda parts=1: None
             err.print(f"{label}: {time.perf_counter() - began:.1f} s", markup=False)
             return
         task = self._bars.add_task(escape(label), total=total)
-        yield lambda: self._bars.advance(task)
+        yield lambda parts=1: self._bars.advance(task, parts)
         self._bars.update(task, total=total, completed=total)
 
     def pause(self) -> None:
