@@ -1,4 +1,4 @@
-"""Import arrows: who may import whom, read from the source, and what importing the operations pulls in."""
+"""What an operation may import, read from the source, and what importing the operations pulls in."""
 
 import ast
 import subprocess
@@ -9,22 +9,7 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "dsa"
-FILES = sorted(SOURCE.rglob("*.py"))
-
-RANKS = {
-    "runs": 0,
-    "ops": 1,
-    "modules": 2,
-    "models": 3,
-    "generation": 4,
-    "eval": 5,
-    "report": 6,
-    "train": 6,
-    "calibrate": 7,
-    "bench": 7,
-    "cli": 8,
-}
-"""Floors, `runs` below all of them: a folder imports only itself and lower ranks."""
+FILES = sorted((SOURCE / "ops").rglob("*.py"))
 
 IMPLEMENTATIONS = ("reference", "native", "triton", "vendor")
 """How the files of an operation's implementations begin."""
@@ -45,24 +30,6 @@ def implementation_of(name: str) -> str | None:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
-def test_arrows_point_down(path: Path) -> None:
-    folder = path.relative_to(SOURCE).parts[0]
-    for module in imported(path):
-        parts = module.split(".")
-        if parts[0] != "dsa":
-            continue
-        assert parts[1:2] != ["testing"] or folder == "testing", f"{path} imports the tests' {module}"
-        target = parts[1] if len(parts) > 1 else ""
-        if folder in RANKS and target in RANKS and folder != target:
-            assert RANKS[folder] > RANKS[target], f"{path} imports {module}"
-        assert folder != "ops" or target == "ops", f"{path} imports {module}"
-
-
-@pytest.mark.parametrize(
-    "path",
-    [path for path in FILES if path.relative_to(SOURCE).parts[0] == "ops"],
-    ids=lambda path: str(path.relative_to(SOURCE)),
-)
 def test_operations_need_torch_only(path: Path) -> None:
     own = implementation_of(path.stem)
     allowed = {"torch", "dsa", *sys.stdlib_module_names}
@@ -71,6 +38,7 @@ def test_operations_need_torch_only(path: Path) -> None:
     for module in imported(path):
         parts = module.split(".")
         assert parts[0] in allowed, f"{path} imports {module}"
+        assert parts[0] != "dsa" or parts[1:2] == ["ops"], f"{path} imports {module}"
         same_operation = parts[:3] == ["dsa", "ops", path.parent.name] and len(parts) > 3
         other = implementation_of(parts[3]) if same_operation and own else None
         assert other in (None, own), f"{path} imports another implementation of its operation, {module}"
