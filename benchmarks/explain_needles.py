@@ -26,7 +26,8 @@ from dsa.documents.prompt import make_prompt
 from dsa.eval.needle_kinds import Needle, make_needles
 from dsa.models.loading import LoadedModel, load_model
 from dsa.models.sparse import attach_indexers
-from dsa.report.explanation import Explanation, explain
+from dsa.report.explaining import explain
+from dsa.report.explanation import Explanation
 from dsa.report.page import write_page
 from dsa.runs.machine import describe_machine
 from dsa.testing.browser import choose_answer_token, chromium, opened_report

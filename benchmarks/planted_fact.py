@@ -17,7 +17,6 @@ import argparse
 import math
 import random
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,18 +28,18 @@ from dsa.bench.result import environment
 from dsa.cli.console import Steps, notes
 from dsa.documents import Page, SourceDocument, read_source
 from dsa.documents.prompt import Prompt, make_prompt
-from dsa.eval.comparison import new_cache
 from dsa.eval.interval import mean_interval
 from dsa.eval.needle_kinds import DEPTHS, make_needles
 from dsa.generation.room import check_room
+from dsa.generation.session import PREFILL_CHUNK, Session
 from dsa.models.attached import report_of
 from dsa.models.context import DSAContext
-from dsa.models.decoder import layer_progress
 from dsa.models.extension import Demand, chosen_scaling
 from dsa.models.loading import LoadedModel, load_model
 from dsa.models.rope import scaling_of
 from dsa.models.sparse import attach_indexers
-from dsa.report.explanation import CHUNK, Explanation, explain, room_for
+from dsa.report.explaining import explain
+from dsa.report.explanation import Explanation
 from dsa.report.page import write_page
 from dsa.runs.files import check_writable, write_json
 from dsa.runs.progress import Progress
@@ -145,47 +144,34 @@ class Told:
     is_found: bool
 
 
-@torch.no_grad()
 def ask_dense(loaded: LoadedModel, facts: list[Fact], progress: Progress) -> tuple[list[Told], float]:
     """What dense attention tells of every answer, and seconds of reading the document."""
-    model, common = loaded.model, in_common(facts)
-    cache = new_cache(model, common + max(len(fact.prompt.ids) + len(fact.answer) - common for fact in facts))
-    chunks = torch.tensor([facts[0].prompt.ids[:common]], device=model.device).split(CHUNK, dim=1)
-    began = time.perf_counter()
-    with layer_progress(model, f"Reading {common:,} tokens dense", progress, len(chunks)):
-        for chunk in chunks:
-            _forward(model, chunk, cache)
-    seconds = time.perf_counter() - began
+    session, common = Session(loaded.model), in_common(facts)
+    room = max(len(fact.prompt.ids) + len(fact.answer) for fact in facts) - common
     told = []
-    for fact in facts:
-        output = _forward(model, torch.tensor([fact.prompt.ids[common:]], device=model.device), cache)
-        logs, likeliest = [], []
-        for token in fact.answer:
-            logits = output.logits[0, -1].float()
-            logs.append(float(logits.log_softmax(dim=-1)[token]))
-            likeliest.append(int(logits.argmax()))
-            if len(logs) < len(fact.answer):
-                output = _forward(model, torch.tensor([[token]], device=model.device), cache)
-        told.append(Told(logs, likeliest == fact.answer))
-        cache.crop(common - cache.get_seq_length())
+    with session.using(lambda: DSAContext(mode="dense")):
+        session.read(facts[0].prompt.ids[:common], new_tokens=room, progress=progress)
+        seconds = session.timings.read_s
+        for fact in facts:
+            session.read(fact.prompt.ids, new_tokens=len(fact.answer))
+            logs, likeliest = [], []
+            for token in fact.answer:
+                logs.append(float(session.logits.log_softmax(dim=-1)[token]))
+                likeliest.append(int(session.logits.argmax()))
+                session.feed([token])
+            told.append(Told(logs, likeliest == fact.answer))
     return told, seconds
-
-
-def _forward(model: Any, ids: torch.Tensor, cache: Any) -> Any:
-    return model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1, dsa_context=DSAContext(mode="dense"))
 
 
 def ask_dsa(
     loaded: LoadedModel, document: SourceDocument, facts: list[Fact], progress: Progress
 ) -> Iterator[Explanation]:
     """What `dsa explain` sees of every answer; the document is read for the first only."""
-    common = in_common(facts)
-    cache = new_cache(loaded.model, max(room_for(len(fact.prompt.ids), len(fact.answer)) for fact in facts))
+    session = Session(loaded.model)
     for fact in facts:
         yield explain(
-            loaded, document, fact.prompt, ask=fact.question, answer=fact.answer, cache=cache, progress=progress
+            loaded, document, fact.prompt, ask=fact.question, answer=fact.answer, session=session, progress=progress
         )
-        cache.crop(common - cache.get_seq_length())
 
 
 def compare(explanation: Explanation, fact: Fact, dense: Told) -> dict[str, Any]:
@@ -300,7 +286,7 @@ def run(given: argparse.Namespace, steps: Steps) -> dict[str, Any]:
     loaded = load_model(given.model, device=given.device, status=steps.status, rope_scaling=scaling)
     overrides = {} if given.top_k is None else {"top_k": given.top_k}
     attach_indexers(loaded, given.indexers, **overrides)
-    check_room(loaded, report_of(loaded.model).config, demand(loaded.tokenizer), CHUNK)
+    check_room(loaded, report_of(loaded.model).config, demand(loaded.tokenizer), PREFILL_CHUNK)
     explanations = list(ask_dsa(loaded, document, asked, steps))
     if given.report is not None:
         write_page(given.report, explanations[0])

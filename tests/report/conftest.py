@@ -10,7 +10,8 @@ import dsa
 from dsa.documents import SourceDocument
 from dsa.documents.prompt import make_prompt
 from dsa.models.loading import LoadedModel
-from dsa.report.explanation import Explanation, explain
+from dsa.report.explaining import explain
+from dsa.report.explanation import Explanation
 from dsa.report.page import write_page
 from dsa.testing.browser import NoBrowserError, chromium
 from dsa.testing.tiny_models import tiny_model

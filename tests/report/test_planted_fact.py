@@ -11,10 +11,10 @@ import torch
 from fpdf import FPDF
 
 from dsa.documents import SourceDocument
-from dsa.eval.comparison import new_cache
+from dsa.generation.session import Session
 from dsa.models.context import DSAContext
 from dsa.models.loading import LoadedModel
-from dsa.report.explanation import explain, room_for
+from dsa.report.explaining import explain
 from dsa.runs.progress import silent
 from dsa.testing.scripts import load_script
 from dsa.testing.tiny_models import tiny_model
@@ -91,13 +91,17 @@ def test_each_answer_is_that_of_a_reading_of_its_own(benchmark: ModuleType, load
         assert explanation.dsa.cache_mb == alone.dsa.cache_mb
 
 
-def test_a_cache_that_leaves_nothing_to_read(benchmark: ModuleType, loaded: LoadedModel) -> None:
+def test_the_same_question_again(benchmark: ModuleType, loaded: LoadedModel) -> None:
+    """The question is read again even where all of it is held: its selections are shown."""
     document = SourceDocument.of_pages("a.pdf", PAGES)
     (fact,) = benchmark.make_facts(loaded.tokenizer, document, [1], seed=0)
-    cache = new_cache(loaded.model, room_for(len(fact.prompt.ids), 1))
-    explain(loaded, document, fact.prompt, answer=fact.answer[:1], cache=cache)
-    with pytest.raises(ValueError, match="nothing is left to read"):
-        explain(loaded, document, fact.prompt, answer=fact.answer[:1], cache=cache)
+    session = Session(loaded.model)
+    first, again = (explain(loaded, document, fact.prompt, answer=fact.answer, session=session) for _ in range(2))
+    assert 0 < session.timings.held < len(fact.prompt.ids) - 1
+    assert first.queries == again.queries
+    for query, rows in first.recorder.rows.items():
+        for layer, row in rows.items():
+            assert row.positions.equal(again.recorder.rows[query][layer].positions)
 
 
 def test_means_over_the_facts(benchmark: ModuleType) -> None:

@@ -6,7 +6,8 @@ import torch
 from dsa.documents import SourceDocument
 from dsa.models.context import AttentionCall, DSAContext
 from dsa.models.loading import LoadedModel
-from dsa.report.explanation import Explanation, explain
+from dsa.report.explaining import explain
+from dsa.report.explanation import Explanation
 from dsa.report.packing import rate_level, varints, visible, weight_level
 from dsa.report.passages import cut, most_read, shares
 from dsa.report.recording import Row

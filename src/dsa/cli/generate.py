@@ -2,85 +2,86 @@
 
 from __future__ import annotations
 
-import functools
-import math
 import sys
-import time
-import warnings
-from contextlib import ExitStack
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from dsa.cli import options
-from dsa.cli.console import Steps, err, notes
+from dsa.cli.commands import add_command
+from dsa.cli.console import Steps, notes
 from dsa.cli.generate_table import show_run
+from dsa.cli.opening import ModelOptions, check_question, open_model
 
 if TYPE_CHECKING:
-    import torch
-
     from dsa.documents import SourceDocument
-    from dsa.models import AttachReport
     from dsa.models.extension import Demand
     from dsa.models.loading import LoadedModel
 
-PREFILL_CHUNK = 4096
-"""Prompt tokens read in one pass: what a layer holds besides the cache stays as small as for a prompt of this size."""
 
-POSITIONS_WARNING = r"\d+ tokens are more than the \d+ positions"
+@dataclass(frozen=True, kw_only=True)
+class PromptOptions:
+    """What is read."""
 
-
-def register(app: typer.Typer) -> None:
-    """Adds the command."""
-    app.command("generate", short_help="Continue a prompt or a long file with sparse attention.")(generate)
-
-
-def generate(
-    model: options.Model,
-    prompt: Annotated[str | None, typer.Option("--prompt", "-p", metavar="TEXT", help="The prompt.")] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", metavar="TEXT", help="The prompt.")] = None
     file: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Read the prompt from a PDF, HTML, Markdown or text file; `-` is stdin."),
-    ] = None,
+    ] = None
     ask: Annotated[
         str | None,
         typer.Option(
-            metavar="TEXT", help="A question about the file: put behind it, in the model's chat template if it has one."
+            metavar="TEXT", help="A question about the file: put after it, in the model's chat template if it has one."
         ),
-    ] = None,
-    pages: options.Pages = None,
-    tokens: options.FirstTokens = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens to write at most.")] = 128,
-    top_k: options.TopK = None,
-    local: options.Local = None,
-    indexers: options.Indexers = None,
+    ] = None
+    pages: options.Pages = None
+    tokens: options.FirstTokens = None
     chat: Annotated[
         bool | None,
         typer.Option(
             "--chat/--no-chat",
             help="Put the prompt into the model's chat template, as the user's turn; by default with --ask only.",
         ),
-    ] = None,
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class WritingOptions:
+    """What is written."""
+
+    max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens to write at most.")] = 128
     temperature: Annotated[
         float, typer.Option(min=0.0, metavar="T", help="0 takes the likeliest token; above 0 samples.")
-    ] = 0.0,
+    ] = 0.0
     top_p: Annotated[
         float, typer.Option(min=0.0, max=1.0, metavar="P", help="Sample from the likeliest tokens of this mass.")
-    ] = 1.0,
-    seed: Annotated[int | None, typer.Option(metavar="N", help="Make sampling repeatable.")] = None,
-    json: options.Json = None,
-    threads: options.Threads = None,
-    device: options.Device = None,
-    rope_scaling: options.Extension = None,
-    cache: options.Cache = None,
-    index_dtype: options.IndexDtype = None,
-) -> None:
+    ] = 1.0
+    seed: Annotated[int | None, typer.Option(metavar="N", help="Make sampling repeatable.")] = None
+    json: options.Json = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneratingModel(ModelOptions):
+    """Which model, and how it is attached and run."""
+
+    cache: options.Cache = None
+    index_dtype: options.IndexDtype = None
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the command."""
+    add_command(app, "generate", generate, short_help="Continue a prompt or a long file with sparse attention.")
+
+
+def generate(reading: PromptOptions, writing: WritingOptions, given: GeneratingModel) -> None:
     """Continue a prompt with sparse attention, streaming to stdout.
 
     The prompt is --prompt, --file, or what is piped in; with a prompt and a file, the prompt follows the file. What is
-    longer than the model's positions is read with stretched positions. The answer goes to stdout, what it took beside
-    dense attention to stderr.
+    longer than the model's positions is read with stretched positions. The answer goes to stdout. What it took, next
+    to dense attention, goes to stderr.
 
     [bold]Examples[/]
 
@@ -89,59 +90,46 @@ def generate(
       dsa generate default --file report.pdf --ask "Who wrote this report?" --pages 1-50
       cat notes.txt | dsa generate default --chat --temperature 0.7 --seed 1
     """
-    check_question(ask, prompt, file)
-    if json is not None:
+    check_question(reading.ask, reading.prompt, reading.file)
+    if writing.json is not None:
         from dsa.runs.files import check_writable
 
-        check_writable(json)
-    document, follow = read_prompt(prompt, file, pages)
+        check_writable(writing.json)
+    document, follow = read_prompt(reading.prompt, reading.file, reading.pages)
     import torch
 
-    from dsa.generation.room import check_room
-    from dsa.models.extension import chosen_scaling
-    from dsa.models.loading import load_model
-    from dsa.models.sparse import attach_indexers
+    from dsa.generation.figures import run_figures
+    from dsa.generation.prompt import encode_prompt
+    from dsa.generation.sampling import Sampling
+    from dsa.generation.session import Session
+    from dsa.generation.text import pieces
 
-    if threads is not None:
-        torch.set_num_threads(threads)
-    if seed is not None:
-        torch.manual_seed(seed)
+    if writing.seed is not None:
+        torch.manual_seed(writing.seed)
+
+    def encode(tokenizer: Any) -> tuple[list[int], Demand]:
+        return encode_prompt(
+            tokenizer,
+            document,
+            writing.max_new_tokens,
+            ask=reading.ask,
+            tokens=reading.tokens,
+            follow=follow,
+            chat=reading.chat,
+        )
+
     with notes(), Steps() as steps:
-
-        @functools.cache
-        def encoded(tokenizer: Any) -> tuple[list[int], Demand]:
-            return encode_prompt(tokenizer, document, ask, tokens, follow, chat, max_new_tokens)
-
-        scaling = chosen_scaling(model, rope_scaling, indexers, lambda tokenizer: encoded(tokenizer)[1])
-        loaded = load_model(model, device=device, status=steps.status, rope_scaling=scaling)
-        # attached models say the same when they get there
-        warnings.filterwarnings("ignore", POSITIONS_WARNING, UserWarning)
-        ids, demand = encoded(loaded.tokenizer)
-        report, _ = attach_indexers(loaded, indexers, cache=cache, **options.overrides(top_k, local, index_dtype))
-        check_room(loaded, report.config, demand, PREFILL_CHUNK)
-        err.print(str(report), markup=False, soft_wrap=True)
-        answer, times = stream(loaded, ids, steps, max_new_tokens, temperature, top_p)
-        figures = run_figures(loaded, report, len(ids), times)
+        loaded, report, ids = open_model(given, encode, steps, cache=given.cache, index_dtype=given.index_dtype)
+        session = Session(loaded.model)
+        session.read(ids, new_tokens=writing.max_new_tokens, progress=steps)
+        steps.pause()
+        tokens = session.write(writing.max_new_tokens, Sampling(writing.temperature, writing.top_p))
+        answer = say(pieces(loaded.tokenizer, tokens))
+        figures = run_figures(loaded, report, session.timings)
         show_run(figures)
-        if json is not None:
-            asked = {"model": model, "document": document.name, "pages": pages, "ask": ask, "answer": answer}
-            write_figures(json, {**asked, **figures}, loaded)
-
-
-def check_question(ask: str | None, prompt: str | None, file: Path | None) -> None:
-    """Whether there is one, and something to ask it about.
-
-    Raises:
-        ValueError: The question is empty, there is no file, or a prompt besides.
-    """
-    if ask is None:
-        return
-    if not ask.strip():
-        raise ValueError("ask: the question is empty; give --ask TEXT, or leave it out to continue the file")
-    if file is None:
-        raise ValueError("ask: there is no document to ask about; add --file FILE, or give the question as --prompt")
-    if prompt is not None:
-        raise ValueError("ask: got a prompt too, expected one of them; put all of it into --ask")
+        if writing.json is not None:
+            asked = {"model": given.model, "document": document.name, "pages": reading.pages, "ask": reading.ask}
+            write_figures(writing.json, {**asked, "answer": answer, **figures}, loaded)
 
 
 def read_prompt(prompt: str | None, file: Path | None, pages: str | None) -> tuple[SourceDocument, str | None]:
@@ -154,8 +142,8 @@ def read_prompt(prompt: str | None, file: Path | None, pages: str | None) -> tup
     from dsa.documents import SourceDocument, read_source
 
     if file is not None and str(file) != "-":
-        with notes(), Steps() as reading:
-            return read_source(file, progress=reading, pages=pages), prompt
+        with notes(), Steps() as steps:
+            return read_source(file, progress=steps, pages=pages), prompt
     if pages is not None:
         raise ValueError("pages: there is no PDF to take pages of; add --file FILE, or leave --pages out")
     if file is not None or (prompt is None and not sys.stdin.isatty()):
@@ -170,104 +158,14 @@ def read_prompt(prompt: str | None, file: Path | None, pages: str | None) -> tup
     return SourceDocument(text, name), prompt
 
 
-def encode_prompt(
-    tokenizer: Any,
-    document: SourceDocument,
-    ask: str | None,
-    tokens: int | None,
-    follow: str | None,
-    chat: bool | None,
-    new: int,
-) -> tuple[list[int], Demand]:
-    """Token ids, and how many of them are what; the other arguments as in `dsa.documents.prompt.make_prompt`.
-
-    Raises:
-        ValueError: A chat was asked for and the tokenizer has no template, or a cut text and it cannot tell where.
-    """
-    from dsa.documents.prompt import make_prompt, word_prompt
-    from dsa.models.extension import Demand
-
-    if tokens is not None or tokenizer.is_fast:
-        made = make_prompt(tokenizer, document, ask, tokens=tokens, follow=follow, chat=chat, least=1)
-        read = made.parts.count("document")
-        return made.ids, Demand(read, len(made.ids) - read, new)
-    words = word_prompt(tokenizer, document.text, ask, follow=follow, chat=chat)
-    ids = tokenizer(words.text, add_special_tokens=words.add_special_tokens, verbose=False)["input_ids"]
-    return ids, Demand(len(ids), 0, new)
-
-
-def stream(
-    loaded: LoadedModel, ids: list[int], steps: Steps, max_new_tokens: int, temperature: float, top_p: float
-) -> tuple[str, list[float]]:
-    """Generates to stdout as the tokens come.
-
-    Returns:
-        The text, and when the prompt was handed over and each token came, in seconds.
-    """
-    import torch
-    from transformers import DynamicCache, TextStreamer
-
-    from dsa.models.decoder import layer_progress
-    from dsa.models.quiet import quiet_transformers
-    from dsa.modules.cache import reserve
-
-    model, tokenizer = loaded.model, loaded.tokenizer
-    cache = DynamicCache(config=model.config)
-    reserve(cache, len(ids) + max_new_tokens)
-    times: list[float] = []
-    with ExitStack() as prefill:
-        passes = math.ceil(len(ids) / PREFILL_CHUNK)
-        prefill.enter_context(layer_progress(model, f"Reading {len(ids):,} tokens", steps, passes))
-
-        class Streamer(TextStreamer):
-            """Ends the prefill's bar at the first new token, so that it does not run into the text."""
-
-            def put(self, value: torch.Tensor) -> None:
-                times.append(time.perf_counter())
-                if len(times) == 2:
-                    prefill.close()
-                    steps.pause()
-                super().put(value)
-
-        sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        if temperature > 0:
-            sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
-        end = model.generation_config.eos_token_id
-        padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end
-        with quiet_transformers():
-            made = model.generate(
-                torch.tensor([ids], device=model.device),
-                past_key_values=cache,
-                prefill_chunk_size=PREFILL_CHUNK,
-                max_new_tokens=max_new_tokens,
-                pad_token_id=padding[0] if isinstance(padding, list) else padding,
-                streamer=Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
-                **sampling,
-            )
-    return tokenizer.decode(made[0, len(ids) :], skip_special_tokens=True), times
-
-
-def run_figures(loaded: LoadedModel, report: AttachReport, read: int, times: list[float]) -> dict[str, Any]:
-    """What a run took, as `dsa.cli.generate_table.show_run` shows it, in plain JSON types."""
-    from dsa.cost.run import run_cost
-    from dsa.generation.room import loaded_shape, storage_of
-
-    written = len(times) - 1
-    token_s = (times[-1] - times[1]) / (written - 1) if written > 1 else None
-    counted, problem = None, None
-    try:
-        counted = run_cost(loaded_shape(loaded), report.config, read, written, storage_of(loaded.model))
-    except ValueError as error:
-        problem = str(error)
-    return {
-        "tokens_read": read,
-        "tokens_written": written,
-        "measured": {"read_s": times[1] - times[0], "token_s": token_s},
-        "counted": counted,
-        "not_counted": problem,
-        "config": report.config.to_dict(),
-        "indexers_trained": report.trained,
-    }
+def say(answer: Iterable[str]) -> str:
+    """Prints an answer to stdout as it comes, and returns it whole."""
+    said = []
+    for piece in answer:
+        print(piece, end="", flush=True)
+        said.append(piece)
+    print(flush=True)
+    return "".join(said)
 
 
 def write_figures(path: Path, figures: dict[str, Any], loaded: LoadedModel) -> None:

@@ -144,7 +144,7 @@ class Session:
                     return
                 part = ids[start : start + self.chunk]
                 with _layers_shown(self.model, len(part), advance):
-                    self._forward(part)
+                    self.feed(part)
                 timings.read += len(part)
                 if start + len(part) < len(ids):
                     self.logits = None
@@ -191,11 +191,21 @@ class Session:
                 return
             began = time.perf_counter()
             with self._decoding():
-                self.feed(token)
+                self.feed([token])
 
-    def feed(self, token: int) -> None:
-        """Reads one more token; `logits` are then those of the token after it."""
-        self._forward([token])
+    def feed(self, ids: Sequence[int]) -> None:
+        """Reads these tokens in one pass after what is held; `logits` are then those of the token after them."""
+        options = {} if self._context is None else {"dsa_context": self._context()}
+        tokens = torch.tensor([list(ids)], device=self.model.device)
+        try:
+            with torch.no_grad():
+                output = self.model(tokens, past_key_values=self.cache, use_cache=True, logits_to_keep=1, **options)
+        except BaseException:
+            # Some layers may have these tokens already.
+            self.crop(len(self.token_ids))
+            raise
+        self.token_ids += ids
+        self.logits = output.logits[0, -1].to(torch.float32)
 
     def crop(self, tokens: int) -> None:
         """Forgets all but the first `tokens` tokens.
@@ -212,22 +222,13 @@ class Session:
                 # Ours also drop index keys of tokens whose pass was broken off.
                 if surplus > 0 or isinstance(layer, IndexedLayer):
                     layer.crop(-max(0, surplus))
+            self.token_ids = kept
         except (RuntimeError, NotImplementedError, ValueError):
-            self.cache, kept = DynamicCache(config=self.model.config), []
-        self.token_ids = kept
+            self.empty()
 
-    def _forward(self, ids: Sequence[int]) -> None:
-        options = {} if self._context is None else {"dsa_context": self._context()}
-        tokens = torch.tensor([list(ids)], device=self.model.device)
-        try:
-            with torch.no_grad():
-                output = self.model(tokens, past_key_values=self.cache, use_cache=True, logits_to_keep=1, **options)
-        except BaseException:
-            # Some layers may have these tokens already.
-            self.crop(len(self.token_ids))
-            raise
-        self.token_ids += ids
-        self.logits = output.logits[0, -1].to(torch.float32)
+    def empty(self) -> None:
+        """Forgets everything, and lets go of the cache."""
+        self.cache, self.token_ids, self.logits = DynamicCache(config=self.model.config), [], None
 
     def _taken_logits(self) -> torch.Tensor:
         logits, self.logits = self.logits, None

@@ -1,0 +1,38 @@
+"""The tokens of a prompt, and how many of them are the document's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dsa.documents import SourceDocument
+from dsa.documents.prompt import Prompt, make_prompt, word_prompt
+from dsa.models.extension import Demand
+
+
+def demand_of(prompt: Prompt, new_tokens: int) -> Demand:
+    """What reading a prompt and writing `new_tokens` puts into the context."""
+    read = prompt.parts.count("document")
+    return Demand(read, len(prompt.ids) - read, new_tokens)
+
+
+def encode_prompt(
+    tokenizer: Any,
+    document: SourceDocument,
+    new_tokens: int,
+    *,
+    ask: str | None = None,
+    tokens: int | None = None,
+    follow: str | None = None,
+    chat: bool | None = None,
+) -> tuple[list[int], Demand]:
+    """Token ids, and how many of them are what; `ask` to `chat` as in `dsa.documents.prompt.make_prompt`.
+
+    Raises:
+        ValueError: A chat was asked for and the tokenizer has no template, or a cut text and it cannot tell where.
+    """
+    if tokens is not None or tokenizer.is_fast:
+        made = make_prompt(tokenizer, document, ask, tokens=tokens, follow=follow, chat=chat, least=1)
+        return made.ids, demand_of(made, new_tokens)
+    words = word_prompt(tokenizer, document.text, ask, follow=follow, chat=chat)
+    ids = tokenizer(words.text, add_special_tokens=words.add_special_tokens, verbose=False)["input_ids"]
+    return ids, Demand(len(ids), 0, new_tokens)
