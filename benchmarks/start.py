@@ -25,7 +25,7 @@ import torch
 import dsa
 from dsa import DSAConfig, LayerConfig
 from dsa.bench.result import environment
-from dsa.cli.training import parse_layers
+from dsa.cli.train_indexers import parse_layers
 from dsa.eval.mass import measure_layer
 from dsa.models import config_of, indexers_of
 from dsa.models.context import AttentionCall, DSAContext

@@ -8,13 +8,12 @@ python scripts/cli_reference.py --check    # is it current? a test asks the same
 from __future__ import annotations
 
 import argparse
-import enum
 import re
 import textwrap
 import typing
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import typer
 from rich.text import Text
@@ -60,8 +59,8 @@ def _parameter(parameter: Any, hint: Any) -> str:
     """One line of a list: how it is written, what it does, what holds without it."""
     is_option = parameter.opts[0].startswith("-")
     forms = [*parameter.opts, *parameter.secondary_opts] if is_option else []
-    kind = next((each for each in (hint, *typing.get_args(hint)) if isinstance(each, enum.EnumMeta)), None)
-    value = parameter.metavar or ("|".join(str(each.value) for each in kind) if kind else parameter.name.upper())
+    choices = next((each for each in (hint, *typing.get_args(hint)) if typing.get_origin(each) is Literal), None)
+    value = parameter.metavar or ("|".join(typing.get_args(choices)) if choices else parameter.name.upper())
     written = " / ".join(forms) if getattr(parameter, "is_flag", False) else " ".join([", ".join(forms), value]).strip()
     said = [f"- `{written}`:", _prose_line(parameter.help or "")]
     if parameter.required:
@@ -70,7 +69,7 @@ def _parameter(parameter: Any, hint: Any) -> str:
         default = parameter.default
         if default is True:
             default = parameter.opts[0]
-        said.append(f"*Default:* `{default.value if isinstance(default, enum.Enum) else default}`.")
+        said.append(f"*Default:* `{default}`.")
     return " ".join(said)
 
 

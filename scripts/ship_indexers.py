@@ -16,7 +16,7 @@ import torch
 
 import dsa
 from dsa import LayerConfig
-from dsa.cli.training import parse_layers
+from dsa.cli.train_indexers import parse_layers
 from dsa.models.checkpoint import SHIPPED
 from dsa.models.loading import load_model
 

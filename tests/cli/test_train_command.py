@@ -16,8 +16,9 @@ from typer.testing import CliRunner
 
 import dsa
 from dsa.cli import train as command
+from dsa.cli.commands import spread
 from dsa.cli.main import Commands
-from dsa.cli.training import parse_layers
+from dsa.cli.train_indexers import parse_layers
 from dsa.testing.tiny_models import tiny_model
 from dsa.testing.tiny_tokenizer import BYTE_VOCABULARY, tiny_tokenizer
 
@@ -66,7 +67,7 @@ def call(app: typer.Typer, *args: object) -> Any:
     ],
 )
 def test_several_files_after_one_option(given: str, expected: str) -> None:
-    assert command.spread("--data", given.split()) == expected.split()
+    assert spread("--data", given.split()) == expected.split()
 
 
 @pytest.mark.parametrize(("text", "layers"), [("none", []), ("0", [0]), ("0,5-7", [0, 5, 6, 7]), (" 1 , 2-2", [1, 2])])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import dsa
-from dsa.cli.table import remarks
+from dsa.cli.comparison_table import remarks
 from dsa.eval.comparison import contexts, text_losses
 from dsa.eval.evaluation import evaluate
 from dsa.eval.selections import SELECTIONS, window

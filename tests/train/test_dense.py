@@ -20,6 +20,7 @@ from dsa.train import (
     DenseSettings,
     Holdout,
     NotFiniteError,
+    RunOptions,
     SparseSettings,
     TokenStream,
     train_dense,
@@ -28,7 +29,6 @@ from dsa.train import (
 )
 from dsa.train.dense import DenseStage
 from dsa.train.language import read_window
-from dsa.train.loop import Surroundings
 from dsa.train.state import RunFolder
 
 SETTINGS = DenseSettings(steps=6, seq_len=48, lr=1e-3, sequences=2)
@@ -39,7 +39,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 def stage(folder: Path, model: PreTrainedModel, stream: TokenStream, **changes: Any) -> DenseStage:
-    return DenseStage(model, stream, replace(SETTINGS, **changes), Surroundings(RunFolder(folder)))
+    return DenseStage(model, stream, replace(SETTINGS, **changes), RunFolder(folder), RunOptions())
 
 
 @pytest.mark.parametrize("model_type", ["llama", "deepseek_v3"])
@@ -48,7 +48,11 @@ def test_a_model_from_random_weights_learns_and_loads_again(tmp_path: Path, mode
     model, recorder = tiny_model(model_type), Recorder()
     before = {name: value.clone() for name, value in model.named_parameters()}
     result = train_dense(
-        model, TokenStream.of(pattern), tmp_path / "run", replace(SETTINGS, steps=40, lr=1e-2), reporter=recorder
+        model,
+        TokenStream.of(pattern),
+        tmp_path / "run",
+        replace(SETTINGS, steps=40, lr=1e-2),
+        RunOptions(reporter=recorder),
     )
     losses = [record.language for record in recorder.records]
     assert losses[-1] < 0.3 * losses[0]
@@ -107,10 +111,12 @@ def test_resume_is_exact(tmp_path: Path, stopped: int, changes: dict[str, Any]) 
     train_dense(whole, stream, tmp_path / "whole", settings)
     recorder = Recorder()
     stop = lambda: len(recorder.records) == stopped  # noqa: E731
-    train_dense(tiny_model("deepseek_v3"), stream, tmp_path / "cut", settings, reporter=recorder, should_stop=stop)
+    train_dense(
+        tiny_model("deepseek_v3"), stream, tmp_path / "cut", settings, RunOptions(reporter=recorder, should_stop=stop)
+    )
     # It begins with the same weights, since these say which model it is.
     resumed = tiny_model("deepseek_v3")
-    train_dense(resumed, stream, tmp_path / "cut", settings, resume=True)
+    train_dense(resumed, stream, tmp_path / "cut", settings, RunOptions(resume=True))
     assert read_log(tmp_path / "cut") == read_log(tmp_path / "whole")
     assert same(whole.state_dict(), resumed.state_dict())
     files = [load_file(tmp_path / name / "state.safetensors") for name in ("cut", "whole")]
@@ -152,7 +158,9 @@ def test_only_what_the_pattern_finds_learns(tmp_path: Path) -> None:
 def test_held_out_text_is_read_once(tmp_path: Path) -> None:
     holdout = Holdout.of(random_tokens(seed=3), 48, 2)
     recorder = Recorder()
-    train_dense(tiny_model("llama"), random_tokens(), tmp_path, SETTINGS, holdout=holdout, reporter=recorder)
+    train_dense(
+        tiny_model("llama"), random_tokens(), tmp_path, SETTINGS, RunOptions(holdout=holdout, reporter=recorder)
+    )
     lines = [json.loads(line) for line in (tmp_path / "holdout.jsonl").read_text().splitlines()]
     assert [set(line) for line in lines] == [{"step", "dense"}] * 2
 
@@ -166,7 +174,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
         train_dense(tiny_model("llama").to(torch.bfloat16), random_tokens(), tmp_path / "c", SETTINGS)
     train_dense(tiny_model("llama"), random_tokens(), tmp_path / "d", replace(SETTINGS, steps=2))
     with pytest.raises(ValueError, match=r"stage was dense, is now warmup"):
-        train_indexers(attached(), random_tokens(), tmp_path / "d", WARMUP, resume=True)
+        train_indexers(attached(), random_tokens(), tmp_path / "d", WARMUP, RunOptions(resume=True))
     model = tiny_model("llama")
     with torch.no_grad():
         model.get_input_embeddings().weight[5] = float("nan")

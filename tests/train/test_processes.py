@@ -20,20 +20,21 @@ import torch
 torch.set_num_threads(1)
 from dsa.testing.tiny_models import tiny_model
 from dsa.testing.training import SETTINGS, attached, document_tokens, random_tokens
-from dsa.train import DenseSettings, Holdout, SparseSettings, start_processes, train_dense, train_indexers, train_sparse
+from dsa.train import DenseSettings, Holdout, RunOptions, SparseSettings, start_processes
+from dsa.train import train_dense, train_indexers, train_sparse
 stage, out = sys.argv[1:]
 processes, _ = start_processes("cpu")
 stream = document_tokens()
-others = dict(processes=processes, holdout=Holdout.of(random_tokens(seed=5), 64, 1), checkpoint_every=3)
+options = RunOptions(processes=processes, holdout=Holdout.of(random_tokens(seed=5), 64, 1), checkpoint_every=3)
 try:
     if stage == "warmup":
-        train_indexers(attached(), stream, out, replace(SETTINGS, sequences=2), **others)
+        train_indexers(attached(), stream, out, replace(SETTINGS, sequences=2), options)
     elif stage == "dense":
         settings = DenseSettings(steps=4, seq_len=48, lr=1e-3, sequences=2, expert_bias_rate=0.01)
-        train_dense(tiny_model("deepseek_v3"), stream, out, settings, **others)
+        train_dense(tiny_model("deepseek_v3"), stream, out, settings, options)
     else:
-        settings = SparseSettings(steps=4, seq_len=48, all_parameters=True, lr=1e-3, sequences=2, index_queries=16)
-        train_sparse(attached(), stream, out, settings, **others)
+        settings = SparseSettings(steps=4, seq_len=48, all_parameters=True, lr=1e-3, sequences=2, queries_per_update=16)
+        train_sparse(attached(), stream, out, settings, options)
 except OSError as error:
     print("heard", error)
     sys.exit(3)

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 import dsa
 from dsa.runs import files
 from dsa.testing.training import CONFIG, SETTINGS, Recorder, attached, random_tokens, read_log
-from dsa.train import train_indexers
+from dsa.train import RunOptions, train_indexers
 
 STATE, INDEXERS = "state.safetensors", "indexers.safetensors"
 
@@ -33,7 +33,7 @@ class Killed(Exception):
 def whole(tmp_path: Path) -> Path:
     """An uninterrupted run."""
     folder = tmp_path / "whole"
-    train_indexers(attached(), random_tokens(), folder, SETTINGS, checkpoint_every=4)
+    train_indexers(attached(), random_tokens(), folder, SETTINGS, RunOptions(checkpoint_every=4))
     return folder
 
 
@@ -58,10 +58,14 @@ def test_resume_is_exact_wherever_it_stopped(tmp_path: Path, whole: Path, layers
     folder = tmp_path / "run"
     with pytest.raises(Killed):
         train_indexers(
-            attached(), random_tokens(), folder, SETTINGS, checkpoint_every=4, reporter=Recorder(at_layer=kill)
+            attached(),
+            random_tokens(),
+            folder,
+            SETTINGS,
+            RunOptions(checkpoint_every=4, reporter=Recorder(at_layer=kill)),
         )
     # Other random weights at the start: all must come from the checkpoint.
-    train_indexers(attached(seed=9), random_tokens(), folder, SETTINGS, checkpoint_every=4, resume=True)
+    train_indexers(attached(seed=9), random_tokens(), folder, SETTINGS, RunOptions(checkpoint_every=4, resume=True))
     assert_same_run(folder, whole)
 
 
@@ -70,9 +74,10 @@ def test_sigkill_in_the_middle(tmp_path: Path, whole: Path) -> None:
     script = (
         "import sys, time, torch; torch.set_num_threads(1)\n"
         "from dsa.testing.training import SETTINGS, Recorder, attached, random_tokens\n"
-        "from dsa.train import train_indexers\n"
+        "from dsa.train import RunOptions, train_indexers\n"
         "slow = Recorder(at_layer=lambda count: time.sleep(0.2))\n"
-        "train_indexers(attached(), random_tokens(), sys.argv[1], SETTINGS, checkpoint_every=4, reporter=slow)\n"
+        "options = RunOptions(checkpoint_every=4, reporter=slow)\n"
+        "train_indexers(attached(), random_tokens(), sys.argv[1], SETTINGS, options)\n"
     )
     process = subprocess.Popen([sys.executable, "-c", script, str(folder)], stderr=subprocess.DEVNULL)
     log = folder / "log.jsonl"
@@ -84,7 +89,9 @@ def test_sigkill_in_the_middle(tmp_path: Path, whole: Path) -> None:
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     recorder = Recorder()
-    train_indexers(attached(), random_tokens(), folder, SETTINGS, checkpoint_every=4, resume=True, reporter=recorder)
+    train_indexers(
+        attached(), random_tokens(), folder, SETTINGS, RunOptions(checkpoint_every=4, resume=True, reporter=recorder)
+    )
     assert recorder.begun == (4, 9, [0, 1])
     assert_same_run(folder, whole)
 
@@ -93,12 +100,12 @@ def test_half_a_log_line_and_leftovers_of_a_killed_writer_are_cleaned_up(tmp_pat
     recorder = Recorder()
     stop = lambda: len(recorder.records) == 4  # noqa: E731
     folder = tmp_path / "run"
-    train_indexers(attached(), random_tokens(), folder, SETTINGS, reporter=recorder, should_stop=stop)
+    train_indexers(attached(), random_tokens(), folder, SETTINGS, RunOptions(reporter=recorder, should_stop=stop))
     with (folder / "log.jsonl").open("a") as log:
         log.write('{"step": 5, "tok')
     (folder / f".{STATE}.x1.part").write_bytes(b"half")
     (folder / f".{INDEXERS}.x2").write_bytes(b"half")
-    train_indexers(attached(), random_tokens(), folder, SETTINGS, resume=True)
+    train_indexers(attached(), random_tokens(), folder, SETTINGS, RunOptions(resume=True))
     assert_same_run(folder, whole)
     assert sorted(path.name for path in folder.iterdir()) == [INDEXERS, "log.jsonl", STATE]
 
@@ -107,7 +114,7 @@ def test_resuming_a_finished_run_changes_nothing(whole: Path) -> None:
     before = read_log(whole)
     (whole / INDEXERS).unlink()
     model = attached(seed=9)
-    result = train_indexers(model, random_tokens(), whole, SETTINGS, resume=True)
+    result = train_indexers(model, random_tokens(), whole, SETTINGS, RunOptions(resume=True))
     assert result.step == SETTINGS.steps
     assert read_log(whole) == before
     fresh = attached(seed=3)
@@ -139,7 +146,7 @@ def test_another_run_is_not_resumed(whole: Path, change: Callable[[], dict[str, 
     before = (whole / STATE).read_bytes()
     given = {"model": attached(), "stream": random_tokens(), "out": whole, "settings": SETTINGS, **change()}
     with pytest.raises(ValueError, match=f"resume: the run in .* was another one: .*{message}"):
-        train_indexers(**given, resume=True)
+        train_indexers(**given, options=RunOptions(resume=True))
     assert (whole / STATE).read_bytes() == before
 
 
@@ -148,12 +155,12 @@ def test_other_weights_of_the_same_model_are_noticed(whole: Path) -> None:
     with torch.no_grad():
         model.get_input_embeddings().weight.mul_(1.5)
     with pytest.raises(ValueError, match=r"model\.sample is another"):
-        train_indexers(model, random_tokens(), whole, SETTINGS, resume=True)
+        train_indexers(model, random_tokens(), whole, SETTINGS, RunOptions(resume=True))
 
 
 def test_nothing_to_resume(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"holds no training run .state.safetensors is missing."):
-        train_indexers(attached(), random_tokens(), tmp_path, SETTINGS, resume=True)
+        train_indexers(attached(), random_tokens(), tmp_path, SETTINGS, RunOptions(resume=True))
 
 
 def damage_truncated(path: Path) -> None:
@@ -172,13 +179,13 @@ def damage_empty(path: Path) -> None:
 def test_a_corrupt_state_is_named(whole: Path, damage: Callable[[Path], None]) -> None:
     damage(whole / STATE)
     with pytest.raises(ValueError, match=r"state.safetensors is truncated or corrupt .*indexers.safetensors"):
-        train_indexers(attached(), random_tokens(), whole, SETTINGS, resume=True)
+        train_indexers(attached(), random_tokens(), whole, SETTINGS, RunOptions(resume=True))
 
 
 def test_a_state_of_another_format_is_named(whole: Path) -> None:
     save_file({"layers.0.weight.wq": torch.zeros(1)}, whole / STATE, metadata={"format": "other"})
     with pytest.raises(ValueError, match=r"is not a training state of this version of dsa .its format is 'other'"):
-        train_indexers(attached(), random_tokens(), whole, SETTINGS, resume=True)
+        train_indexers(attached(), random_tokens(), whole, SETTINGS, RunOptions(resume=True))
 
 
 def test_a_full_disk_during_a_checkpoint_leaves_the_last_one(
@@ -199,12 +206,14 @@ def test_a_full_disk_during_a_checkpoint_leaves_the_last_one(
     with pytest.raises(
         OSError, match=r"cannot write .*state.safetensors: the disk is full; what was there before"
     ) as e:
-        train_indexers(attached(), random_tokens(), folder, SETTINGS, checkpoint_every=4, reporter=recorder)
+        train_indexers(attached(), random_tokens(), folder, SETTINGS, RunOptions(checkpoint_every=4, reporter=recorder))
     assert e.value.errno == errno.ENOSPC
     assert calls
     monkeypatch.undo()
     assert sorted(path.name for path in folder.iterdir()) == [INDEXERS, "log.jsonl", STATE]
     resumed = Recorder()
-    train_indexers(attached(), random_tokens(), folder, SETTINGS, checkpoint_every=4, resume=True, reporter=resumed)
+    train_indexers(
+        attached(), random_tokens(), folder, SETTINGS, RunOptions(checkpoint_every=4, resume=True, reporter=resumed)
+    )
     assert resumed.begun == (4, 9, [0, 1])
     assert_same_run(folder, whole)

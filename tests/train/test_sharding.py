@@ -26,19 +26,19 @@ import torch
 torch.set_num_threads(1)
 from dsa.testing.tiny_models import tiny_model
 from dsa.testing.training import SETTINGS, Recorder, attached, document_tokens, random_tokens
-from dsa.train import DenseSettings, Holdout, SparseSettings, sparse, start_processes, warmup
+from dsa.train import DenseSettings, Holdout, RunOptions, SparseSettings, sparse, start_processes, warmup
 from dsa.train import train_dense, train_indexers, train_sparse
 out, shard = sys.argv[1:]
 processes, _ = start_processes("cpu", shard == "shard")
 stream = document_tokens()
-others = dict(processes=processes, holdout=Holdout.of(random_tokens(seed=5), 64, 1), checkpoint_every=3)
+options = RunOptions(processes=processes, holdout=Holdout.of(random_tokens(seed=5), 64, 1), checkpoint_every=3)
 settings = replace(SETTINGS, steps=4, sequences=2)
-train_indexers(attached(), stream, f"{out}/warmup", settings, **others)
+train_indexers(attached(), stream, f"{out}/warmup", settings, options)
 warmup.WHOLE = warmup.CHUNK = 24
-train_indexers(attached(), stream, f"{out}/chunks", replace(settings, start="fitted"), **others)
+train_indexers(attached(), stream, f"{out}/chunks", replace(settings, start="fitted"), options)
 
 # Gradients of two sequences add up in each process; 33 rows leave the second one fewer.
-common = dict(steps=4, seq_len=48, lr=1e-3, sequences=4, index_queries=16)
+common = dict(steps=4, seq_len=48, lr=1e-3, sequences=4, queries_per_update=16)
 sizes = dict(tie_word_embeddings=True, intermediate_size=33)
 whole = SparseSettings(**common, all_parameters=True, distill=0.5, gradient_checkpointing=True)
 model = attached(**sizes)
@@ -51,16 +51,16 @@ class Watched(sparse.SparseStage):
         assert shard == "whole" or not any(each() is not None for each in before)
 
 sparse.SparseStage = Watched
-train_sparse(model, stream, f"{out}/all", whole, **others)
+train_sparse(model, stream, f"{out}/all", whole, options)
 dense = DenseSettings(steps=4, seq_len=48, lr=1e-3, sequences=4)
-train_dense(tiny_model("llama"), stream, f"{out}/dense", dense, **others)
-train_sparse(attached(), stream, f"{out}/lora", SparseSettings(**common, lora=4), merge=True, **others)
+train_dense(tiny_model("llama"), stream, f"{out}/dense", dense, options)
+train_sparse(attached(), stream, f"{out}/lora", SparseSettings(**common, lora=4), options, merge=True)
 
 if shard == "shard":
     done = Recorder()
     stop = lambda: len(done.records) == 2
-    train_sparse(attached(**sizes), stream, f"{out}/again", whole, reporter=done, should_stop=stop, **others)
-    train_sparse(attached(seed=9, **sizes), stream, f"{out}/again", whole, resume=True, **others)
+    train_sparse(attached(**sizes), stream, f"{out}/again", whole, replace(options, reporter=done, should_stop=stop))
+    train_sparse(attached(seed=9, **sizes), stream, f"{out}/again", whole, replace(options, resume=True))
 """
 
 

@@ -16,19 +16,18 @@ from dsa import DSAContext
 from dsa.models import indexers_of
 from dsa.models.decoder import head_logits
 from dsa.testing.training import CONFIG, Recorder, attached, random_tokens, read_log
-from dsa.train import NotFiniteError, SparseSettings, TokenStream, Window, train_sparse
-from dsa.train.chosen import Chosen
+from dsa.train import NotFiniteError, RunOptions, SparseSettings, TokenStream, Window, train_sparse
 from dsa.train.language import language_losses, predicted, read_window
-from dsa.train.loop import Surroundings
 from dsa.train.sparse import SparseStage
 from dsa.train.state import RunFolder
+from dsa.train.trainable import TrainableParameters
 
 SETTINGS = SparseSettings(steps=6, seq_len=48, all_parameters=True, lr=1e-3, indexer_lr=1e-2, sequences=2)
 
 
 def stage(folder: Path, model: PreTrainedModel | None = None, **changes: Any) -> SparseStage:
     settings = replace(SETTINGS, **changes)
-    return SparseStage(model or attached(), random_tokens(), settings, Surroundings(RunFolder(folder)))
+    return SparseStage(model or attached(), random_tokens(), settings, RunFolder(folder), RunOptions())
 
 
 def weights(model: PreTrainedModel, indexers: bool) -> dict[str, torch.Tensor]:
@@ -100,7 +99,7 @@ def test_checkpointing_changes_nothing(tmp_path: Path, choice: dict[str, Any]) -
         model, recorder = attached(), Recorder()
         settings = replace(SETTINGS, gradient_checkpointing=recompute, steps=3, **choice)
         folder = tmp_path / str(recompute)
-        train_sparse(model, random_tokens(), folder, settings, reporter=recorder)
+        train_sparse(model, random_tokens(), folder, settings, RunOptions(reporter=recorder))
         # Two layers, two sequences a step: nothing is counted twice.
         assert recorder.layers == 3 * 2 * 2
         models.append((model.state_dict(), read_log(folder)))
@@ -115,7 +114,7 @@ def test_losses_fall_and_all_learn(tmp_path: Path) -> None:
     model, recorder = attached(), Recorder()
     before, indexers = weights(model, False), weights(model, True)
     settings = replace(SETTINGS, steps=40, lr=5e-3)
-    result = train_sparse(model, TokenStream.of(pattern), tmp_path, settings, reporter=recorder)
+    result = train_sparse(model, TokenStream.of(pattern), tmp_path, settings, RunOptions(reporter=recorder))
     losses = [record.language for record in recorder.records]
     assert losses[-1] < 0.3 * losses[0]
     assert result.language == losses[-1]
@@ -153,12 +152,14 @@ def test_resume_is_exact(tmp_path: Path, choice: dict[str, Any], layers: int) ->
             raise Killed
 
     settings = replace(SETTINGS, **choice, distill=0.5)
-    train_sparse(attached(), random_tokens(), tmp_path / "whole", settings, checkpoint_every=2)
+    train_sparse(attached(), random_tokens(), tmp_path / "whole", settings, RunOptions(checkpoint_every=2))
     run = tmp_path / "run"
     with pytest.raises(Killed):
-        train_sparse(attached(), random_tokens(), run, settings, checkpoint_every=2, reporter=Recorder(at_layer=kill))
+        train_sparse(
+            attached(), random_tokens(), run, settings, RunOptions(checkpoint_every=2, reporter=Recorder(at_layer=kill))
+        )
     model = attached(seed=7)
-    train_sparse(model, random_tokens(), run, settings, checkpoint_every=2, resume=True)
+    train_sparse(model, random_tokens(), run, settings, RunOptions(checkpoint_every=2, resume=True))
     assert read_log(run) == read_log(tmp_path / "whole")
 
 
@@ -218,7 +219,7 @@ def test_distillation_is_against_the_dense_model_as_it_was(tmp_path: Path) -> No
     window = run.windows(0)
     original = copy.deepcopy(run.model)
     with torch.no_grad():
-        for parameter in run.chosen.parameters.values():
+        for parameter in run.trainable.parameters.values():
             parameter.mul_(1.1)
     dense = run._read_dense(window)
     output = read_window(run.model, window, DSAContext())
@@ -234,9 +235,9 @@ def test_distillation_is_against_the_dense_model_as_it_was(tmp_path: Path) -> No
     language = -student.gather(1, window.ids[0, 1:, None]).sum()
     divergence = (teacher.exp() * (teacher - student)).sum()
     assert torch.allclose(torch.stack(got), torch.stack((language, divergence)), rtol=1e-4)
-    names = list(run.chosen.parameters)
-    ours = torch.autograd.grad(got[0] + 0.7 * got[1], list(run.chosen.parameters.values()))
-    theirs = torch.autograd.grad(language + 0.7 * divergence, list(run.chosen.parameters.values()))
+    names = list(run.trainable.parameters)
+    ours = torch.autograd.grad(got[0] + 0.7 * got[1], list(run.trainable.parameters.values()))
+    theirs = torch.autograd.grad(language + 0.7 * divergence, list(run.trainable.parameters.values()))
     for name, a, b in zip(names, ours, theirs):
         assert torch.allclose(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max())), name
 
@@ -261,11 +262,11 @@ def test_a_loss_that_is_not_finite_stops(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(sparse, "language_losses", failing)
     model = attached()
     with pytest.raises(NotFiniteError, match=r"step 4: the language-modelling loss became nan: lower --lr"):
-        train_sparse(model, random_tokens(), tmp_path, SETTINGS, checkpoint_every=2, reporter=recorder)
+        train_sparse(model, random_tokens(), tmp_path, SETTINGS, RunOptions(checkpoint_every=2, reporter=recorder))
     assert all(torch.isfinite(each).all() for each in model.parameters())
     monkeypatch.undo()
     resumed = Recorder()
-    train_sparse(attached(), random_tokens(), tmp_path, SETTINGS, resume=True, reporter=resumed)
+    train_sparse(attached(), random_tokens(), tmp_path, SETTINGS, RunOptions(resume=True, reporter=resumed))
     assert [record.step for record in resumed.records] == [3, 4, 5, 6]
 
 
@@ -280,7 +281,7 @@ def test_a_loss_that_is_not_finite_stops(tmp_path: Path, monkeypatch: pytest.Mon
         ({"indexer_lr": 2.0}, "indexer_lr must lie between 0 and 1"),
         ({"lr": 2.0}, "lr must lie between 0 and 1"),
         ({"mixed_precision": "fp8"}, "mixed_precision must be one of no, bf16"),
-        ({"index_queries": 0}, "index_queries must be"),
+        ({"queries_per_update": 0}, "queries_per_update must be"),
     ],
 )
 def test_settings_that_make_no_sense(changes: dict[str, Any], message: str) -> None:
@@ -290,24 +291,24 @@ def test_settings_that_make_no_sense(changes: dict[str, Any], message: str) -> N
 
 def test_parameters_that_cannot_be_trained() -> None:
     with pytest.raises(ValueError, match=r"'nothing' finds none of the .* parameters; they are named like model"):
-        Chosen(attached(), replace(SETTINGS, all_parameters=False, parameters="nothing"))
+        TrainableParameters(attached(), replace(SETTINGS, all_parameters=False, parameters="nothing"))
     with pytest.raises(ValueError, match="is not a regular expression"):
-        Chosen(attached(), replace(SETTINGS, all_parameters=False, parameters="("))
+        TrainableParameters(attached(), replace(SETTINGS, all_parameters=False, parameters="("))
     with pytest.raises(ValueError, match=r"is bfloat16, in which small updates are lost; .*--mixed-precision bf16"):
-        Chosen(attached().to(torch.bfloat16), SETTINGS)
+        TrainableParameters(attached().to(torch.bfloat16), SETTINGS)
 
 
 def test_mixed_precision_learns_too(tmp_path: Path) -> None:
     recorder = Recorder()
     settings = replace(SETTINGS, mixed_precision="bf16", gradient_checkpointing=True)
-    train_sparse(attached(), random_tokens(), tmp_path, settings, reporter=recorder)
+    train_sparse(attached(), random_tokens(), tmp_path, settings, RunOptions(reporter=recorder))
     assert len(recorder.records) == 6
 
 
 def test_indexers_of_the_model_are_frozen_for_the_model_s_optimizer(tmp_path: Path) -> None:
     run = stage(tmp_path)
     own = {id(p) for indexer in indexers_of(run.model).values() for p in indexer.parameters()}
-    assert not own & {id(p) for p in run.chosen.parameters.values()}
+    assert not own & {id(p) for p in run.trainable.parameters.values()}
 
 
 def test_a_device_out_of_memory_is_told_what_helps(tmp_path: Path) -> None:
@@ -316,7 +317,7 @@ def test_a_device_out_of_memory_is_told_what_helps(tmp_path: Path) -> None:
 
     settings = replace(SETTINGS, distill=1.0)
     with pytest.raises(MemoryError, match=r"--gradient-checkpointing keeps .*--lora 16 takes .* no --distill"):
-        train_sparse(attached(), random_tokens(), tmp_path, settings, reporter=Recorder(at_layer=exhaust))
+        train_sparse(attached(), random_tokens(), tmp_path, settings, RunOptions(reporter=Recorder(at_layer=exhaust)))
 
 
 @pytest.mark.parametrize(
@@ -331,7 +332,9 @@ def test_a_device_out_of_memory_is_told_what_helps(tmp_path: Path) -> None:
 def test_another_run_is_not_resumed(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     train_sparse(attached(), random_tokens(), tmp_path, replace(SETTINGS, steps=2))
     with pytest.raises(ValueError, match=message):
-        train_sparse(attached(), random_tokens(), tmp_path, replace(SETTINGS, steps=2, **changes), resume=True)
+        train_sparse(
+            attached(), random_tokens(), tmp_path, replace(SETTINGS, steps=2, **changes), RunOptions(resume=True)
+        )
     model = attached(config=CONFIG.replace(top_k=12))
     with pytest.raises(ValueError, match=r"top_k.0 was 16, is now 12"):
-        train_sparse(model, random_tokens(), tmp_path, replace(SETTINGS, steps=2), resume=True)
+        train_sparse(model, random_tokens(), tmp_path, replace(SETTINGS, steps=2), RunOptions(resume=True))

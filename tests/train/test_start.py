@@ -10,7 +10,7 @@ from dsa.models import config_of, indexers_of
 from dsa.models.context import AttentionCall, DSAContext
 from dsa.ops import indexer_loss
 from dsa.testing.training import CONFIG, attached, random_tokens, read_log
-from dsa.train import WarmupSettings, train_indexers
+from dsa.train import RunOptions, WarmupSettings, train_indexers
 from dsa.train.start import fit_indexer
 
 TOKENS = 160
@@ -86,8 +86,8 @@ def test_a_run_begins_with_it_and_resumes_exactly(tmp_path: Path) -> None:
         logs[start] = read_log(tmp_path / start)
     assert sum(logs["fitted"][0]["kl"].values()) < sum(logs["random"][0]["kl"].values())
     stopped = tmp_path / "stopped"
-    train_indexers(attached(), random_tokens(), stopped, settings, should_stop=lambda: True)
-    train_indexers(attached(), random_tokens(), stopped, settings, resume=True)
+    train_indexers(attached(), random_tokens(), stopped, settings, RunOptions(should_stop=lambda: True))
+    train_indexers(attached(), random_tokens(), stopped, settings, RunOptions(resume=True))
     assert read_log(stopped) == logs["fitted"]
 
 

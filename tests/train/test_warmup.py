@@ -21,6 +21,7 @@ from dsa.train import (
     LineReporter,
     LiveReporter,
     NotFiniteError,
+    RunOptions,
     StepRecord,
     TokenStream,
     WarmupSettings,
@@ -44,7 +45,7 @@ def test_loss_falls_and_more_mass_is_kept_on_unseen_tokens(tmp_path: Path, targe
     before = mass_kept(model, unseen)
     settings = WarmupSettings(steps=50, seq_len=128, queries_per_update=32, lr=1e-2, target=target)
     recorder = Recorder()
-    result = train_indexers(model, random_tokens(), tmp_path / "run", settings, reporter=recorder)
+    result = train_indexers(model, random_tokens(), tmp_path / "run", settings, RunOptions(reporter=recorder))
     means = [record.mean_kl for record in recorder.records]
     assert sum(means[-5:]) < 0.7 * sum(means[:5])
     assert mass_kept(model, unseen) > before + 0.05
@@ -97,7 +98,7 @@ def test_layers_have_their_own_local_and_may_be_dense(tmp_path: Path) -> None:
 
 
 def test_log_has_one_line_per_step(tmp_path: Path) -> None:
-    train_indexers(attached(), random_tokens(), tmp_path, SETTINGS, checkpoint_every=4)
+    train_indexers(attached(), random_tokens(), tmp_path, SETTINGS, RunOptions(checkpoint_every=4))
     log = read_log(tmp_path)
     assert [line["step"] for line in log] == list(range(1, 10))
     assert [line["tokens"] for line in log] == list(range(64, 640, 64))
@@ -112,9 +113,11 @@ def test_log_has_one_line_per_step(tmp_path: Path) -> None:
 def test_stopping_writes_a_checkpoint(tmp_path: Path) -> None:
     recorder = Recorder()
     stop = lambda: len(recorder.records) == 4  # noqa: E731
-    result = train_indexers(attached(), random_tokens(), tmp_path, SETTINGS, reporter=recorder, should_stop=stop)
+    result = train_indexers(
+        attached(), random_tokens(), tmp_path, SETTINGS, RunOptions(reporter=recorder, should_stop=stop)
+    )
     assert result.step == 4
-    resumed = train_indexers(attached(), random_tokens(), tmp_path, SETTINGS, resume=True)
+    resumed = train_indexers(attached(), random_tokens(), tmp_path, SETTINGS, RunOptions(resume=True))
     assert resumed.step == 9
 
 
@@ -146,10 +149,10 @@ def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(tmp_path: Path, mon
 
     monkeypatch.setattr(layer, "indexer_loss", failing)
     with pytest.raises(NotFiniteError, match=r"step 7: the loss of layer 0 became nan: lower the learning rate .0.01."):
-        train_indexers(model, random_tokens(), tmp_path, SETTINGS, checkpoint_every=3, reporter=recorder)
+        train_indexers(model, random_tokens(), tmp_path, SETTINGS, RunOptions(checkpoint_every=3, reporter=recorder))
     monkeypatch.undo()
     resumed = Recorder()
-    train_indexers(attached(), random_tokens(), tmp_path, SETTINGS, resume=True, reporter=resumed)
+    train_indexers(attached(), random_tokens(), tmp_path, SETTINGS, RunOptions(resume=True, reporter=resumed))
     assert [record.step for record in resumed.records] == [7, 8, 9]
 
 
@@ -166,7 +169,7 @@ def test_models_that_cannot_be_trained(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="less than one sequence"):
         train_indexers(attached(), TokenStream.of(torch.arange(9)), tmp_path, SETTINGS)
     with pytest.raises(ValueError, match="checkpoint_every must be at least 1"):
-        train_indexers(attached(), random_tokens(), tmp_path, SETTINGS, checkpoint_every=0)
+        train_indexers(attached(), random_tokens(), tmp_path, SETTINGS, RunOptions(checkpoint_every=0))
     assert not list(tmp_path.iterdir())
 
 
@@ -198,21 +201,25 @@ def test_a_log_that_cannot_be_written(tmp_path: Path) -> None:
         (tmp_path / "log.jsonl").mkdir()
 
     with pytest.raises(OSError, match=r"cannot write .*log.jsonl: .*; the last checkpoint is intact") as caught:
-        train_indexers(attached(), random_tokens(), tmp_path, SETTINGS, reporter=Recorder(at_step=block))
+        train_indexers(attached(), random_tokens(), tmp_path, SETTINGS, RunOptions(reporter=Recorder(at_step=block)))
     assert caught.value.errno == errno.EISDIR
 
 
 def test_reporters_draw_what_happened(tmp_path: Path) -> None:
     text = io.StringIO()
     train_indexers(
-        attached(), random_tokens(), tmp_path / "a", SETTINGS, reporter=LineReporter(Console(file=text, width=200))
+        attached(),
+        random_tokens(),
+        tmp_path / "a",
+        SETTINGS,
+        RunOptions(reporter=LineReporter(Console(file=text, width=200))),
     )
     lines = text.getvalue().splitlines()
     assert [line.split()[1] for line in lines] == ["1/9", "9/9"]
     assert re.search(r"KL 0\.\d{4}  lr \d\.\d\de-\d\d  [\d,]+ tokens/s", lines[-1])
     drawn = io.StringIO()
     with LiveReporter(Console(file=drawn, force_terminal=True, width=100)) as live:
-        train_indexers(attached(), random_tokens(), tmp_path / "b", SETTINGS, reporter=live)
+        train_indexers(attached(), random_tokens(), tmp_path / "b", SETTINGS, RunOptions(reporter=live))
     assert "9/9 steps" in drawn.getvalue()
     assert "KL by layer 0-1: " in drawn.getvalue()
 
@@ -226,11 +233,15 @@ def test_too_little_disk_before_a_later_checkpoint(tmp_path: Path, monkeypatch: 
 
     with pytest.raises(OSError, match=r"0 MB free, checkpoints need .*What was written before is intact"):
         train_indexers(
-            attached(), random_tokens(), tmp_path, SETTINGS, checkpoint_every=2, reporter=Recorder(at_step=fill)
+            attached(),
+            random_tokens(),
+            tmp_path,
+            SETTINGS,
+            RunOptions(checkpoint_every=2, reporter=Recorder(at_step=fill)),
         )
     monkeypatch.undo()
     recorder = Recorder()
-    train_indexers(attached(), random_tokens(), tmp_path, SETTINGS, resume=True, reporter=recorder)
+    train_indexers(attached(), random_tokens(), tmp_path, SETTINGS, RunOptions(resume=True, reporter=recorder))
     assert recorder.begun == (2, 9, [0, 1])
 
 
@@ -240,4 +251,4 @@ def test_a_device_out_of_memory_is_told_what_helps(tmp_path: Path, error: Except
         raise error
 
     with pytest.raises(MemoryError, match=r"cpu ran out of memory in step 1 .*--seq-len 32 halves the act.*; --dt"):
-        train_indexers(attached(), random_tokens(), tmp_path, SETTINGS, reporter=Recorder(at_layer=exhaust))
+        train_indexers(attached(), random_tokens(), tmp_path, SETTINGS, RunOptions(reporter=Recorder(at_layer=exhaust)))

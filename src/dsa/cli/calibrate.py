@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from dsa.cli import options
+from dsa.cli.commands import ListCommand
 from dsa.cli.console import Steps, err, notes, out
-from dsa.cli.train import TrainCommand
 
 if TYPE_CHECKING:
     from dsa.calibrate.result import Calibration
 
 
-class Minimise(StrEnum):
-    """What a calibration keeps low."""
-
-    operations = "operations"
-    bytes = "bytes"
-    tokens = "tokens"
-
-
 def register(app: typer.Typer) -> None:
     """Adds the command."""
     app.command(
-        "calibrate", cls=TrainCommand, short_help="Find how much each layer has to read, by quality on your text."
+        "calibrate", cls=ListCommand, short_help="Find how much each layer has to read, by quality on your text."
     )(calibrate)
 
 
@@ -78,9 +69,9 @@ def calibrate(
         float, typer.Option(metavar="X", help="Share of the layers that must do so, e.g. 0.34.")
     ] = 0.0,
     minimise: Annotated[
-        Minimise,
+        Literal["operations", "bytes", "tokens"],
         typer.Option(help="What to keep low: operations of attention and indexers, bytes of decoding, or tokens read."),
-    ] = Minimise.operations,
+    ] = "operations",
     quick: Annotated[
         bool,
         typer.Option("--quick", help="Let attention mass alone tell which layers need more: no pass for each layer."),
@@ -117,7 +108,7 @@ def calibrate(
         may_share=share,
         min_shared=min_shared,
         effects=not quick,
-        minimise=minimise.value,
+        minimise=minimise,
         compare_uniform=compare_uniform,
     )
     from dsa.runs.files import check_writable, write_json

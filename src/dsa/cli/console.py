@@ -115,3 +115,18 @@ def notes() -> Iterator[None]:
             yield
     finally:
         logger.removeHandler(handler)
+
+
+@contextmanager
+def only_from(is_main: bool) -> Iterator[None]:
+    """Lets one process of several print while the context is open; an error ends it, and each process prints it."""
+    if is_main:
+        with notes():
+            yield
+        return
+    before = err.quiet
+    err.quiet = True
+    try:
+        yield
+    finally:
+        err.quiet = before

@@ -69,7 +69,7 @@ def compare(
         document = read_document(file, progress=reading)
     import torch
 
-    from dsa.cli.table import show
+    from dsa.cli.comparison_table import show
     from dsa.eval.evaluation import evaluate
     from dsa.models.extension import scaling_wanted
     from dsa.models.loading import load_model

@@ -1,13 +1,12 @@
 """Dense stage: the model learns language modelling with full attention.
 
-What comes before indexers: a model from random weights, or one trained on. Beside the sparse stage it is the dense
-continuation: with the same settings it reads the same windows in the same order.
+It comes before indexers: the model has random weights, or is trained on. It is also the control of the sparse stage:
+with the same settings it reads the same windows in the same order.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,11 @@ from transformers import PreTrainedModel
 from dsa.models import is_attached
 from dsa.train.data import TokenStream, Window
 from dsa.train.experts import ExpertBalance
-from dsa.train.holdout import Holdout
 from dsa.train.language import language_losses, read_window
 from dsa.train.language_stage import MODEL, LanguageStage
-from dsa.train.loop import Surroundings, TrainingResult, sequence_savings
-from dsa.train.processes import Processes
-from dsa.train.progress import Reporter, StepRecord
+from dsa.train.loop import TrainingResult, shorter_sequence_hint
+from dsa.train.options import RunOptions
+from dsa.train.progress import StepRecord
 from dsa.train.settings import DenseSettings
 from dsa.train.state import RunFolder
 
@@ -34,16 +32,9 @@ def train_dense(
     stream: TokenStream,
     out: str | Path,
     settings: DenseSettings,
+    options: RunOptions | None = None,
     *,
     tokenizer: Any = None,
-    checkpoint_every: int = 50,
-    resume: bool = False,
-    reporter: Reporter | None = None,
-    should_stop: Callable[[], bool] = lambda: False,
-    processes: Processes | None = None,
-    holdout: Holdout | None = None,
-    holdout_every: int | None = None,
-    recipe: str | None = None,
 ) -> TrainingResult:
     """Trains a model that is not attached, with full attention, on the model's device.
 
@@ -55,28 +46,17 @@ def train_dense(
         stream: The training tokens.
         out: Folder of the run.
         settings: What to do.
+        options: How it is run; `None` means the defaults of `RunOptions`. Of held-out text the loss is measured.
         tokenizer: Saved with the model.
-        checkpoint_every, resume, reporter, should_stop, processes, holdout, holdout_every, recipe: As
-            `train_indexers`; of held-out text the loss is measured.
 
     Raises:
         ValueError, NotFiniteError, OSError: As `train_indexers`; and where the model is attached.
     """
-    around = Surroundings(
-        RunFolder(out),
-        reporter or Reporter(),
-        processes or Processes(),
-        checkpoint_every,
-        holdout,
-        holdout_every,
-        should_stop,
-        recipe,
-    )
-    run = DenseStage(model, stream, settings, around, tokenizer)
-    with run.training(), run.balance.watching():
-        run.go(resume)
-    language = run.record.language if run.record else None
-    return TrainingResult(run.step, {}, None, language, around.folder.path / MODEL)
+    stage = DenseStage(model, stream, settings, RunFolder(out), options or RunOptions(), tokenizer)
+    with stage.training(), stage.balance.watching():
+        stage.run()
+    language = stage.record.language if stage.record else None
+    return TrainingResult(stage.step, {}, None, language, stage.folder.path / MODEL)
 
 
 class DenseStage(LanguageStage):
@@ -90,7 +70,8 @@ class DenseStage(LanguageStage):
         model: PreTrainedModel,
         stream: TokenStream,
         settings: DenseSettings,
-        around: Surroundings,
+        folder: RunFolder,
+        options: RunOptions,
         tokenizer: Any = None,
     ) -> None:
         if is_attached(model):
@@ -98,7 +79,7 @@ class DenseStage(LanguageStage):
                 f"{type(model).__name__} is attached; the dense stage trains it without indexers: dsa.detach(model) "
                 "first, or train_sparse"
             )
-        super().__init__(model, None, stream, settings, around, tokenizer)
+        super().__init__(model, None, stream, settings, folder, options, tokenizer)
         self.balance = ExpertBalance(model, settings.expert_bias_rate, self.processes)
 
     def train_step(self, first: int, count: int) -> StepRecord:
@@ -122,7 +103,7 @@ class DenseStage(LanguageStage):
             return language_losses(self.model, read_window(self.model, window, None), window)[0]
 
         with self.precision():
-            loss = self.whole(read)
+            loss = self.run_pass(read)
         (loss * share).backward()
         return loss.detach() * share
 
@@ -143,12 +124,12 @@ class DenseStage(LanguageStage):
         super().load_state(tensors)
         self.balance.load(tensors.get(EXPERTS, {}))
 
-    def give_back(self) -> None:
-        """What learns stands in the model."""
+    def sync_model(self) -> None:
+        """Nothing to copy: the model's own parameters are trained."""
 
-    def savings(self) -> list[str]:
-        found = self.checkpointing_savings()
-        return [*found, sequence_savings(self.settings, "rest of them" if found else "activations")]
+    def memory_hints(self) -> list[str]:
+        found = self.checkpointing_hints()
+        return [*found, shorter_sequence_hint(self.settings, "rest of them" if found else "activations")]
 
     def collect(self, finished: bool) -> dict[str, dict[str, torch.Tensor]]:
         assert self.sharded is not None

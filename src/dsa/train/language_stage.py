@@ -15,13 +15,14 @@ from transformers import PreTrainedModel
 from dsa.config import DSAConfig
 from dsa.runs.files import replace_folder
 from dsa.train.adam import load_state, state_of
-from dsa.train.chosen import Chosen
 from dsa.train.data import TokenStream, Windows, seeded
 from dsa.train.language import predicted
-from dsa.train.loop import NotFiniteError, Stage, Surroundings, expected_state_bytes
-from dsa.train.schedule import default_decay, default_warmup, factor_at
+from dsa.train.loop import NotFiniteError, Stage, expected_state_bytes
+from dsa.train.options import RunOptions
 from dsa.train.settings import BETAS, DenseSettings, SparseSettings
 from dsa.train.sharding import gathered
+from dsa.train.state import RunFolder
+from dsa.train.trainable import TrainableParameters
 
 MODEL = "model"
 
@@ -34,7 +35,8 @@ class LanguageStage(Stage):
         config: What it is attached with, if it is.
         stream: The training tokens.
         settings: What to do.
-        around: Everything else.
+        folder: Where the run writes.
+        options: How it is run.
         tokenizer: Saved with the model.
     """
 
@@ -46,22 +48,22 @@ class LanguageStage(Stage):
         config: DSAConfig | None,
         stream: TokenStream,
         settings: SparseSettings | DenseSettings,
-        around: Surroundings,
+        folder: RunFolder,
+        options: RunOptions,
         tokenizer: Any = None,
     ) -> None:
         windows = Windows(stream, settings.seq_len, settings.seed, boundaries=settings.boundaries)
-        super().__init__(model, config, windows, settings.steps, settings.sequences, around)
-        self.settings = settings
+        super().__init__(model, config, windows, settings, folder, options)
         self.tokenizer = tokenizer
-        self.chosen = Chosen(model, settings)
-        self.chosen.follow(self.shard)
+        self.trainable = TrainableParameters(model, settings)
+        self.trainable.follow(self.shard)
         self.optimizer = torch.optim.AdamW(
-            self.chosen.parameters.values(), lr=settings.peak_lr, betas=BETAS, weight_decay=0.0
+            self.trainable.parameters.values(), lr=settings.peak_lr, betas=BETAS, weight_decay=0.0
         )
 
     @contextmanager
     def training(self) -> Iterator[None]:
-        """The model is one that learns while the context is open, and afterwards as it was before."""
+        """Puts the model into training mode while the context is open, and afterwards back."""
         model, settings = self.model, self.settings
         was_training, recomputes = model.training, model.is_activation_checkpointing
         if settings.gradient_checkpointing:
@@ -73,7 +75,7 @@ class LanguageStage(Stage):
             if settings.gradient_checkpointing and not recomputes:
                 model.activation_checkpointing_disable()
             model.train(was_training)
-            self.chosen.unfreeze()
+            self.trainable.unfreeze()
 
     def begin_step(self, first: int) -> float:
         """What a sum over the predictions of one process is multiplied with, for the mean over all of a step's.
@@ -99,7 +101,7 @@ class LanguageStage(Stage):
 
     def update_model(self) -> None:
         """One step of the optimizer with the gradients of all processes."""
-        parameters = self.chosen.parameters.values()
+        parameters = self.trainable.parameters.values()
         # FSDP has averaged those of a sharded model.
         if self.sharded is None:
             self.processes.mean_(each.grad for each in parameters if each.grad is not None)
@@ -112,10 +114,7 @@ class LanguageStage(Stage):
 
     def lr_now(self, peak: float) -> float:
         """Learning rate in the middle of the running step."""
-        settings = self.settings
-        warmup = default_warmup(settings.steps) if settings.warmup_steps is None else settings.warmup_steps
-        decay = settings.decay_steps or default_decay(settings.schedule, settings.steps, warmup)
-        return peak * factor_at(self.step + 0.5, settings.schedule, settings.steps, warmup, decay)
+        return self.settings.scheduled(peak, self.step + 0.5)
 
     def check_finite(self, language: float) -> None:
         """Ends training where the loss is NaN or infinite."""
@@ -125,28 +124,28 @@ class LanguageStage(Stage):
     def stop(self, reason: str) -> None:
         """Raises `NotFiniteError` with a reason."""
         raise NotFiniteError(
-            f"training stopped in step {self.step + 1}: {reason}. The checkpoint in {self.around.folder.path} is from "
-            "before it"
+            f"training stopped in step {self.step + 1}: {reason}. The checkpoint in {self.folder.path} is from before "
+            "it"
         )
 
     def parts(self) -> set[str]:
         return {MODEL}
 
     def state(self) -> dict[str, dict[str, torch.Tensor]]:
-        return {MODEL: state_of(dict(self.chosen.parameters), self.optimizer, keep=self.processes.is_main)}
+        return {MODEL: state_of(dict(self.trainable.parameters), self.optimizer, keep=self.processes.is_main)}
 
     def load_state(self, tensors: dict[str, dict[str, torch.Tensor]]) -> None:
-        load_state(dict(self.chosen.parameters), self.optimizer, tensors[MODEL], "the model")
+        load_state(dict(self.trainable.parameters), self.optimizer, tensors[MODEL], "the model")
 
     def expected_bytes(self) -> int:
-        return expected_state_bytes({MODEL: dict(self.chosen.parameters)})
+        return expected_state_bytes({MODEL: dict(self.trainable.parameters)})
 
     def trained_megabytes(self) -> float:
-        """Size of the weights that learn."""
-        return sum(each.numel() * each.itemsize for each in self.chosen.parameters.values()) / 1e6
+        """Size of the trainable weights."""
+        return sum(each.numel() * each.itemsize for each in self.trainable.parameters.values()) / 1e6
 
-    def checkpointing_savings(self) -> list[str]:
-        """What computing activations twice saves, where it is not done yet."""
+    def checkpointing_hints(self) -> list[str]:
+        """The hint to compute activations twice, where it is not done yet."""
         if self.settings.gradient_checkpointing:
             return []
         layers = self.model.config.get_text_config().num_hidden_layers
@@ -164,4 +163,4 @@ class LanguageStage(Stage):
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(path)
 
-        replace_folder(self.around.folder.path / MODEL, save)
+        replace_folder(self.folder.path / MODEL, save)

@@ -22,7 +22,7 @@ from dsa.modules.indexer import Indexer, IndexInputs, Rope
 from dsa.ops import indexer_loss
 from dsa.train.adam import load_state, state_of
 from dsa.train.processes import Processes
-from dsa.train.settings import BETAS, WarmupSettings
+from dsa.train.settings import BETAS, SparseSettings, WarmupSettings
 from dsa.train.start import fit_indexer
 
 TOKENS_AT_ONCE = 8192
@@ -38,7 +38,7 @@ class LayerTrainer:
         layer: Layer number.
         indexer: The model's indexer; unchanged until `write_back`.
         config: What the model is attached with.
-        settings: Resolved settings.
+        settings: Those of the stage.
         processes: With which the gradients are averaged; `None` for this one alone.
     """
 
@@ -47,7 +47,7 @@ class LayerTrainer:
         layer: int,
         indexer: Indexer,
         config: DSAConfig,
-        settings: WarmupSettings,
+        settings: WarmupSettings | SparseSettings,
         processes: Processes | None = None,
     ) -> None:
         self.layer = layer
@@ -60,7 +60,7 @@ class LayerTrainer:
         device = next(iter(self.parameters.values())).device
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(),
-            lr=settings.lr,
+            lr=settings.indexer_lr,
             betas=BETAS,
             weight_decay=0.0,
             fused=device.type == "cuda",
@@ -109,7 +109,7 @@ class LayerTrainer:
         activations = torch.stack([part.sum(dtype=torch.float32) for part in parts]).sum()
         total = torch.zeros((), device=hidden.device)
         for update, rows in enumerate(queries):
-            lr = self.settings.lr_at(step + (update + 0.5) / len(queries))
+            lr = self.settings.scheduled(self.settings.indexer_lr, step + (update + 0.5) / len(queries))
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             total += self._update(call, hidden, rows, query_of)
@@ -232,9 +232,9 @@ def index_some(
         Queries `[B, Q, Hi, Di]`, keys `[B, S, Di]`, weights `[B, Q, Hi]`.
     """
     sequences = torch.arange(len(rows), device=rows.device)[:, None]
-    chosen = None if rope is None else (_rows_of(rope[0], rows), _rows_of(rope[1], rows))
+    angles = None if rope is None else (_rows_of(rope[0], rows), _rows_of(rope[1], rows))
     asking = None if query_latent is None else query_latent[sequences, rows].float()
-    query, weight = indexer.queries(hidden[sequences, rows].float(), chosen, asking)
+    query, weight = indexer.queries(hidden[sequences, rows].float(), angles, asking)
     return IndexInputs(query, _keys(indexer, hidden, rope), weight)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,9 +20,9 @@ from dsa.config import DSAConfig
 from dsa.models.checkpoint import describe_base_model
 from dsa.runs.files import write_atomically
 from dsa.train.data import Windows
-from dsa.train.holdout import Holdout
-from dsa.train.processes import Processes
-from dsa.train.progress import HoldoutRecord, Reporter, StepRecord
+from dsa.train.options import RunOptions
+from dsa.train.progress import HoldoutRecord, StepRecord
+from dsa.train.settings import DenseSettings, SparseSettings, StageSettings, WarmupSettings
 from dsa.train.sharding import Sharded
 from dsa.train.state import RECIPE, RunFolder, TrainingState, differences, state_bytes
 
@@ -52,37 +52,6 @@ class TrainingResult:
     model: Path | None = None
 
 
-@dataclass
-class Surroundings:
-    """What a run is given besides model, data and settings.
-
-    Args:
-        folder: Where it writes.
-        reporter: Told how it goes.
-        processes: Those that share its sequences.
-        checkpoint_every: Steps between checkpoints.
-        holdout: Held-out text, measured before the first and after the last step.
-        holdout_every: Steps between measurements in between.
-        should_stop: Asked after every step.
-        recipe: What the user asked for, kept beside the results as `run.yaml`.
-    """
-
-    folder: RunFolder
-    reporter: Reporter = field(default_factory=Reporter)
-    processes: Processes = field(default_factory=Processes)
-    checkpoint_every: int = 50
-    holdout: Holdout | None = None
-    holdout_every: int | None = None
-    should_stop: Callable[[], bool] = lambda: False
-    recipe: str | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("checkpoint_every", "holdout_every"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-
-
 class Stage(ABC):
     """One run of one stage.
 
@@ -90,9 +59,9 @@ class Stage(ABC):
         model: The model.
         config: What it is attached with; `None` for a stage that trains models without indexers.
         windows: What it reads.
-        steps: How many steps it has.
-        sequences: Sequences per step, over all processes.
-        around: Everything else.
+        settings: What to do.
+        folder: Where it writes.
+        options: How it is run.
     """
 
     name: str
@@ -102,11 +71,11 @@ class Stage(ABC):
         model: PreTrainedModel,
         config: DSAConfig | None,
         windows: Windows,
-        steps: int,
-        sequences: int,
-        around: Surroundings,
+        settings: WarmupSettings | SparseSettings | DenseSettings,
+        folder: RunFolder,
+        options: RunOptions,
     ) -> None:
-        size = around.processes.size
+        size, sequences = options.processes.size, settings.sequences
         if sequences % size:
             raise ValueError(
                 f"sequences={sequences} per step cannot be shared by {size} processes; use a multiple of {size}"
@@ -114,10 +83,12 @@ class Stage(ABC):
         self.model = model
         self.config = config
         self.windows = windows
-        self.steps = steps
+        self.settings = settings
+        self.steps = settings.steps
         self.sequences = sequences
-        self.around = around
-        self.processes = around.processes
+        self.folder = folder
+        self.options = options
+        self.processes = options.processes
         self.step = 0
         self.seconds = 0.0
         self.record: StepRecord | None = None
@@ -132,9 +103,9 @@ class Stage(ABC):
             assert self.processes.device is not None
             self.sharded = Sharded(self.model, self.processes.device)
 
-    def whole(self, function: Callable[[], Result]) -> Result:
+    def run_pass(self, function: Callable[[], Result]) -> Result:
         """Runs a function that calls the model."""
-        return function() if self.sharded is None else self.sharded.whole(function)
+        return function() if self.sharded is None else self.sharded.run_pass(function)
 
     @abstractmethod
     def train_step(self, first: int, count: int) -> StepRecord:
@@ -160,8 +131,8 @@ class Stage(ABC):
         """Takes what `state` returned; `ValueError` where it does not fit."""
 
     @abstractmethod
-    def give_back(self) -> None:
-        """Puts the weights learnt into the model."""
+    def sync_model(self) -> None:
+        """Copies weights that are trained outside the model into it."""
 
     def collect(self, finished: bool) -> dict[str, dict[str, torch.Tensor]]:
         """What `publish` writes of a sharded model, by folder and name; called by all processes together."""
@@ -189,42 +160,42 @@ class Stage(ABC):
         """What decides the losses and belongs to the stage: its settings."""
 
     @abstractmethod
-    def savings(self) -> list[str]:
-        """Settings that lower the memory needed, each with by how much."""
+    def memory_hints(self) -> list[str]:
+        """Options that need less memory, each with how much less."""
 
-    def go(self, resume: bool) -> None:
+    def run(self) -> None:
         """Runs the steps that are left.
 
         Raises:
             MemoryError: The device ran out of memory; the message says which settings lower what is needed.
         """
         try:
-            self._go(resume)
+            self._run()
         except (MemoryError, RuntimeError) as error:
             if not isinstance(error, MemoryError) and not any(words in str(error).lower() for words in OUT_OF_MEMORY):
                 raise
             reason = [*str(error).strip().splitlines(), "no reason given"][0]
             raise MemoryError(
-                f"{self.model.device} ran out of memory in step {self.step + 1} ({reason}). What lowers it: "
-                f"{'; '.join(self._savings())}"
+                f"{self.model.device} ran out of memory in step {self.step + 1} ({reason}). What needs less: "
+                f"{'; '.join(self._all_memory_hints())}"
             ) from error
 
-    def _savings(self) -> list[str]:
-        found = self.savings()
+    def _all_memory_hints(self) -> list[str]:
+        found = self.memory_hints()
         if self.processes.size > 1 and self.sharded is None:
             found.append(f"--shard leaves each of the {self.processes.size} processes its share of the model's weights")
         if self.sharded is not None:
             found.append("more processes leave each a smaller share of the model's weights")
         return found
 
-    def _go(self, resume: bool) -> None:
-        around, folder = self.around, self.around.folder
-        if resume:
+    def _run(self) -> None:
+        options, folder = self.options, self.folder
+        if options.resume:
             self._resume()
         else:
             self.processes.on_main(self._open_new)
             self._checkpoint()
-        around.reporter.begin(self.step, self.steps, self.layers())
+        options.reporter.begin(self.step, self.steps, self.layers())
         if self.step == 0:
             self._measure()
         stopping = False
@@ -236,12 +207,12 @@ class Stage(ABC):
             self.step += 1
             self.seconds += time.perf_counter() - began
             self.processes.on_main(lambda: folder.log(folder.log_file, record.to_dict()))  # noqa: B023
-            around.reporter.step(record)
-            stopping = self.processes.any(around.should_stop())
+            options.reporter.step(record)
+            stopping = self.processes.any(options.should_stop())
             last = self.step == self.steps
-            if last or (around.holdout_every is not None and self.step % around.holdout_every == 0):
+            if last or (options.holdout_every is not None and self.step % options.holdout_every == 0):
                 self._measure()
-            if stopping or last or self.step % around.checkpoint_every == 0:
+            if stopping or last or self.step % options.checkpoint_every == 0:
                 self._checkpoint(finished=stopping or last)
 
     def seconds_since(self, began: float) -> float:
@@ -249,42 +220,42 @@ class Stage(ABC):
         return self.seconds + time.perf_counter() - began
 
     def _open_new(self) -> None:
-        self.around.folder.open_new()
-        self.around.folder.check_space(self.expected_bytes())
-        if self.around.recipe is not None:
-            write_atomically(self.around.folder.path / RECIPE, self.around.recipe.encode())
+        self.folder.open_new()
+        self.folder.check_space(self.expected_bytes())
+        if self.options.recipe is not None:
+            write_atomically(self.folder.path / RECIPE, self.options.recipe.encode())
 
     def _measure(self) -> None:
-        holdout = self.around.holdout
+        holdout = self.options.holdout
         if holdout is None:
             return
-        self.give_back()
+        self.sync_model()
 
         def read() -> HoldoutRecord:
-            return self.whole(lambda: holdout.measure(self.model, self.config, self.step))
+            return self.run_pass(lambda: holdout.measure(self.model, self.config, self.step))
 
         # No process of a sharded model can read alone.
         read_by_all = None if self.sharded is None else read()
 
         def measure() -> None:
             record = read_by_all or read()
-            self.around.folder.log(self.around.folder.holdout_file, record.to_dict())
-            self.around.reporter.holdout(record)
+            self.folder.log(self.folder.holdout_file, record.to_dict())
+            self.options.reporter.holdout(record)
 
         self.processes.on_main(measure)
 
     def _checkpoint(self, finished: bool = False) -> None:
         """The state first: the results can always be made again from it."""
-        self.give_back()
+        self.sync_model()
         # Not kept: of a sharded model the weights are gathered next, and both need not be in memory.
         self._save(None if self.sharded is None else self.state())
         self._publish(finished)
 
     def _save(self, gathered: dict[str, dict[str, torch.Tensor]] | None) -> None:
         def write() -> None:
-            self.around.folder.check_space(self.expected_bytes(), copies=1)
+            self.folder.check_space(self.expected_bytes(), copies=1)
             tensors = self.state() if gathered is None else gathered
-            self.around.folder.save(TrainingState(self.step, self.seconds, self._identity(), tensors))
+            self.folder.save(TrainingState(self.step, self.seconds, self._identity(), tensors))
 
         self.processes.on_main(write)
 
@@ -293,7 +264,7 @@ class Stage(ABC):
         self.processes.on_main(lambda: self.publish(finished, weights))
 
     def _resume(self) -> None:
-        folder = self.around.folder
+        folder = self.folder
         state = folder.load()
         changed = list(differences(state.identity, self._identity()))
         if changed:
@@ -309,7 +280,7 @@ class Stage(ABC):
             )
         self.load_state(state.tensors)
         self.step, self.seconds = state.step, state.seconds
-        self.give_back()
+        self.sync_model()
 
         def clean() -> None:
             folder.clean()
@@ -338,13 +309,13 @@ class Stage(ABC):
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
 
 
-def sequence_savings(settings: Any, where: str = "activations") -> str:
-    """What a shorter sequence saves."""
-    return f"--seq-len {settings.seq_len // 2} halves the {where}"
+def shorter_sequence_hint(settings: StageSettings, what: str = "activations") -> str:
+    """The hint to read shorter sequences."""
+    return f"--seq-len {settings.seq_len // 2} halves the {what}"
 
 
-def narrower_weights(model: PreTrainedModel) -> list[str]:
-    """What narrower weights of a frozen model save."""
+def narrower_weights_hints(model: PreTrainedModel) -> list[str]:
+    """The hint to keep the weights of a frozen model in fewer bits, where they are in fp32."""
     if model.dtype != torch.float32:
         return []
     size = sum(each.numel() * each.itemsize for each in model.parameters())

@@ -43,13 +43,13 @@ class Sharded:
         for layer in layers:
             fully_shard(layer, mesh=mesh, ignored_params=whole)
         inside = {id(parameter) for layer in layers for parameter in layer.parameters()}
-        self.beside_layers = [name for name, each in model.named_parameters() if id(each) not in inside]
+        self.outside_layers = [name for name, each in model.named_parameters() if id(each) not in inside]
         """Names of the parameters that belong to no layer."""
         # Given up after a pass too: one without gradients would otherwise leave weights that the next update outdates.
         self._pass: nn.Module = _Pass(model)
         fully_shard(self._pass, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
 
-    def whole(self, function: Callable[[], Result]) -> Result:
+    def run_pass(self, function: Callable[[], Result]) -> Result:
         """Runs a function that calls the model or parts of it; what it returns may be the root of a backward pass.
 
         Outside of it the parameters that do not belong to a layer are shares.

@@ -1,6 +1,6 @@
 """Sparse stage: the model reads with its selection on, and learns to live with it.
 
-Two losses, which never mix (arXiv 2512.02556, section 2): the chosen parameters of the model learn from language
+Two losses, which never mix (arXiv 2512.02556, section 2): the trainable parameters of the model learn from language
 modelling; the indexers learn from the divergence between attention and index scores over what was selected. The
 indexers learn while the forward pass goes by, from detached tensors, in copies that stand outside the model; the
 selection has no gradient. So no gradient of either loss has a way to the other's parameters.
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,18 +23,16 @@ from dsa.models.checkpoint import describe_base_model, save_indexers
 from dsa.models.context import AttentionCall, DSAContext
 from dsa.runs.files import replace_folder
 from dsa.train.data import TokenStream, Window, seeded
-from dsa.train.holdout import Holdout
 from dsa.train.language import language_losses, read_window
 from dsa.train.language_stage import MODEL, LanguageStage
 from dsa.train.layer import LayerTrainer, draw_queries
 from dsa.train.loop import (
-    Surroundings,
     TrainingResult,
     expected_state_bytes,
-    narrower_weights,
-    sequence_savings,
+    narrower_weights_hints,
+    shorter_sequence_hint,
 )
-from dsa.train.processes import Processes
+from dsa.train.options import RunOptions
 from dsa.train.progress import Reporter, StepRecord
 from dsa.train.settings import SparseSettings
 from dsa.train.sharding import gathered
@@ -50,21 +47,14 @@ def train_sparse(
     stream: TokenStream,
     out: str | Path,
     settings: SparseSettings,
+    options: RunOptions | None = None,
     *,
     tokenizer: Any = None,
     merge: bool = False,
-    checkpoint_every: int = 50,
-    resume: bool = False,
-    reporter: Reporter | None = None,
-    should_stop: Callable[[], bool] = lambda: False,
-    processes: Processes | None = None,
-    holdout: Holdout | None = None,
-    holdout_every: int | None = None,
-    recipe: str | None = None,
 ) -> TrainingResult:
     """Trains an attached model with its selection on, on the model's device.
 
-    `out` gets, beside what `train_indexers` writes: `adapter`, a PEFT adapter, at every checkpoint of a run with
+    `out` gets what `train_indexers` writes, and `adapter`, a PEFT adapter, at every checkpoint of a run with
     `lora`; or `model`, which `from_pretrained` loads sparse, at the end. The model keeps what it learnt; adapters stay
     in it unless they are merged.
 
@@ -73,35 +63,26 @@ def train_sparse(
         stream: The training tokens.
         out: Folder of the run.
         settings: What to do.
+        options: How it is run; `None` means the defaults of `RunOptions`.
         tokenizer: Saved with the model.
         merge: Write `model` for a run with `lora` too, with the adapters merged into the weights.
-        checkpoint_every, resume, reporter, should_stop, processes, holdout, holdout_every, recipe: As
-            `train_indexers`.
 
     Raises:
         ValueError, NotFiniteError, OSError: As `train_indexers`.
         ImportError: Adapters need the package `peft`.
     """
-    around = Surroundings(
-        RunFolder(out),
-        reporter or Reporter(),
-        processes or Processes(),
-        checkpoint_every,
-        holdout,
-        holdout_every,
-        should_stop,
-        recipe,
+    stage = SparseStage(
+        model, stream, settings, RunFolder(out), options or RunOptions(), tokenizer=tokenizer, merge=merge
     )
-    run = SparseStage(model, stream, settings, around, tokenizer, merge)
-    with run.training():
-        run.go(resume)
-    record = run.record
+    with stage.training():
+        stage.run()
+    record = stage.record
     return TrainingResult(
-        run.step,
+        stage.step,
         record.kl if record else {},
-        around.folder.indexers_file,
+        stage.folder.indexers_file,
         record.language if record else None,
-        run.result_folder(),
+        stage.result_folder(),
     )
 
 
@@ -117,21 +98,21 @@ class SparseStage(LanguageStage):
         model: PreTrainedModel,
         stream: TokenStream,
         settings: SparseSettings,
-        around: Surroundings,
+        folder: RunFolder,
+        options: RunOptions,
+        *,
         tokenizer: Any = None,
         merge: bool = False,
     ) -> None:
         indexers = trainable_indexers(model)
         config = config_of(model)
-        self.indexer_settings = settings.indexer_settings()
         self.merge = merge
         self.base_model_now: dict[str, Any] | None = None
-        super().__init__(model, config, stream, settings, around, tokenizer)
+        super().__init__(model, config, stream, settings, folder, options, tokenizer)
         self.trainers = {
-            layer: LayerTrainer(layer, indexer, config, self.indexer_settings, self.processes)
-            for layer, indexer in indexers.items()
+            layer: LayerTrainer(layer, indexer, config, settings, self.processes) for layer, indexer in indexers.items()
         }
-        self.dense_weights = self.chosen.clone() if settings.distill else {}
+        self.dense_weights = self.trainable.clone() if settings.distill else {}
         self.dense_head: dict[str, torch.Tensor] = {}
 
     def train_step(self, first: int, count: int) -> StepRecord:
@@ -162,7 +143,7 @@ class SparseStage(LanguageStage):
     ) -> torch.Tensor:
         """Adds one sequence's gradients everywhere; its losses times `share`, fp32 `[2]`."""
         dense = self._read_dense(window)
-        learning = _IndexersLearn(self.trainers, self._draw(window, number), layer_share, kl, self.around.reporter)
+        learning = _IndexersLearn(self.trainers, self._draw(window, number), layer_share, kl, self.options.reporter)
 
         def read() -> torch.Tensor:
             output = read_window(self.model, window, DSAContext(observer=learning))
@@ -177,7 +158,7 @@ class SparseStage(LanguageStage):
             return torch.stack(losses)
 
         with self.precision():
-            language, distillation = self.whole(read)
+            language, distillation = self.run_pass(read)
         ((language + self.settings.distill * distillation) * share).backward()
         return torch.stack((language, distillation)).detach() * share
 
@@ -188,12 +169,12 @@ class SparseStage(LanguageStage):
             return None
         if self.sharded is not None:
             # The head is needed while the model that learns is put together, and parts cannot be gathered then.
-            names = [name for name in self.sharded.beside_layers if name in self.dense_weights]
+            names = [name for name in self.sharded.outside_layers if name in self.dense_weights]
             self.dense_head = {name: gathered(self.dense_weights[name]) for name in names}
         self.model.eval()
         try:
-            with self.chosen.replaced_by(self.dense_weights), self.precision():
-                return self.whole(lambda: read_window(self.model, window, DSAContext(mode="dense")))
+            with self.trainable.replaced_by(self.dense_weights), self.precision():
+                return self.run_pass(lambda: read_window(self.model, window, DSAContext(mode="dense")))
         finally:
             self.model.train()
 
@@ -202,13 +183,13 @@ class SparseStage(LanguageStage):
 
         # Autocast knows a weight that it has cast by its parameter, and would not see that the values are others.
         values = self.dense_weights if self.sharded is None else self.dense_head
-        with self.chosen.replaced_by(values), self.precision(keep_casts=False):
+        with self.trainable.replaced_by(values), self.precision(keep_casts=False):
             return head_logits(self.model, dense, hidden, ids)[0]
 
     def _draw(self, window: Window, number: int) -> torch.Tensor:
         """Queries `[1, Q]` that the indexers learn from."""
         tokens = self.settings.seq_len
-        wanted = self.settings.index_queries
+        wanted = self.settings.queries_per_update
         if wanted is None or wanted >= tokens:
             return torch.arange(tokens, device=self.model.device)[None]
         generator = seeded(self.settings.seed, number, 0)
@@ -219,7 +200,7 @@ class SparseStage(LanguageStage):
         for trainer in self.trainers.values():
             trainer.update(self.lr_now(self.settings.indexer_lr))
         # The next step selects with what was just learnt.
-        self.give_back()
+        self.sync_model()
 
     def _check_finite(self, language: float, kl: dict[int, float]) -> None:
         for layer, value in kl.items():
@@ -247,21 +228,21 @@ class SparseStage(LanguageStage):
         super().load_state(tensors)
         load_layer_states(self.trainers, tensors)
 
-    def give_back(self) -> None:
+    def sync_model(self) -> None:
         for trainer in self.trainers.values():
             trainer.write_back()
 
-    def savings(self) -> list[str]:
+    def memory_hints(self) -> list[str]:
         settings = self.settings
-        trained, found = self.trained_megabytes(), self.checkpointing_savings()
-        found.append(sequence_savings(settings, "rest of them" if found else "activations"))
+        trained, found = self.trained_megabytes(), self.checkpointing_hints()
+        found.append(shorter_sequence_hint(settings, "rest of them" if found else "activations"))
         if settings.lora is None:
             found.append(f"--lora 16 takes nearly all of the {3 * trained:,.0f} MB of gradients and moments away")
         else:
-            found += narrower_weights(self.model)
+            found += narrower_weights_hints(self.model)
         if settings.distill:
             found.append(f"no --distill takes {trained:,.0f} MB and the dense pass away")
-        if settings.index_queries is None:
+        if settings.queries_per_update is None:
             found.append("--queries-per-update 1024 limits what the indexers' loss holds")
         return found
 
@@ -271,38 +252,38 @@ class SparseStage(LanguageStage):
 
     def result_folder(self) -> Path:
         """Where the model, or its adapter, is written."""
-        return self.around.folder.path / (MODEL if self._writes_model() else ADAPTER)
+        return self.folder.path / (MODEL if self._writes_model() else ADAPTER)
 
     def collect(self, finished: bool) -> dict[str, dict[str, torch.Tensor]]:
         assert self.sharded is not None
         keep = self.processes.is_main
         self.base_model_now = describe_base_model(self.model)
         weights: dict[str, dict[str, torch.Tensor]] = {}
-        if self.chosen.adapter is not None:
-            adapter = {name: gathered(each.detach()) for name, each in self.chosen.parameters.items()}
+        if self.trainable.adapter is not None:
+            adapter = {name: gathered(each.detach()) for name, each in self.trainable.parameters.items()}
             # As PEFT names what stands in a model of its own.
             weights[ADAPTER] = {f"base_model.model.{name}": each.cpu() for name, each in adapter.items()}
         if finished and self._writes_model():
             whole = self.sharded.state_dict(keep)
-            weights[MODEL] = self.chosen.merged(whole) if keep else {}
+            weights[MODEL] = self.trainable.merged(whole) if keep else {}
         return weights
 
     def _writes_model(self) -> bool:
         return self.settings.lora is None or self.merge
 
     def publish(self, finished: bool, weights: dict[str, dict[str, torch.Tensor]]) -> None:
-        folder = self.around.folder
+        folder = self.folder
         save_indexers(self.model, folder.indexers_file, base_model=self.base_model_now)
-        if self.chosen.adapter is not None:
+        if self.trainable.adapter is not None:
             # No embedding is trained; PEFT would ask the Hub for the base model's vocabulary to find out.
             save_adapter = partial(
-                self.chosen.adapter.save_pretrained, save_embedding_layers=False, state_dict=weights.get(ADAPTER)
+                self.trainable.adapter.save_pretrained, save_embedding_layers=False, state_dict=weights.get(ADAPTER)
             )
             replace_folder(folder.path / ADAPTER, save_adapter)
         if not finished or not self._writes_model():
             return
         if self.sharded is None:
-            self.chosen.merge()
+            self.trainable.merge()
         self.save_model(weights.get(MODEL))
 
 

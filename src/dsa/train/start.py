@@ -219,10 +219,10 @@ def _newton_step(fit: _Fit, term: Tensor) -> float:
     """How much of a term lowers the loss most; 0 where it promises next to nothing."""
     step, spread = 0.0, None
     for _ in range(NEWTON_STEPS):
-        chosen = fit.softmax(fit.scores + step * term)
-        mean = (chosen * term).sum(dim=-1, keepdim=True)
-        slope = ((fit.target - chosen) * term).sum(dim=-1).mean()
-        curvature = (chosen * (term - mean).square()).sum(dim=-1).mean()
+        predicted = fit.softmax(fit.scores + step * term)
+        mean = (predicted * term).sum(dim=-1, keepdim=True)
+        slope = ((fit.target - predicted) * term).sum(dim=-1).mean()
+        curvature = (predicted * (term - mean).square()).sum(dim=-1).mean()
         if spread is None:
             if float(slope.square()) < 2 * LEAST_GAIN * float(curvature) or float(curvature) == 0:
                 return 0.0

@@ -22,20 +22,18 @@ from dsa.models.context import AttentionCall, DSAContext
 from dsa.modules.indexer import Indexer
 from dsa.train.chunked import chunked
 from dsa.train.data import TokenStream, Window, Windows, seeded
-from dsa.train.holdout import Holdout
 from dsa.train.language import read_window
 from dsa.train.layer import LayerTrainer, draw_queries
 from dsa.train.loop import (
     NotFiniteError,
     Stage,
-    Surroundings,
     TrainingResult,
     expected_state_bytes,
-    narrower_weights,
-    sequence_savings,
+    narrower_weights_hints,
+    shorter_sequence_hint,
 )
-from dsa.train.processes import Processes
-from dsa.train.progress import Reporter, StepRecord
+from dsa.train.options import RunOptions
+from dsa.train.progress import StepRecord
 from dsa.train.settings import WarmupSettings
 from dsa.train.state import RunFolder
 
@@ -51,15 +49,7 @@ def train_indexers(
     stream: TokenStream,
     out: str | Path,
     settings: WarmupSettings,
-    *,
-    checkpoint_every: int = 50,
-    resume: bool = False,
-    reporter: Reporter | None = None,
-    should_stop: Callable[[], bool] = lambda: False,
-    processes: Processes | None = None,
-    holdout: Holdout | None = None,
-    holdout_every: int | None = None,
-    recipe: str | None = None,
+    options: RunOptions | None = None,
 ) -> TrainingResult:
     """Trains the indexers of an attached model, on the model's device.
 
@@ -72,16 +62,7 @@ def train_indexers(
         stream: The training tokens.
         out: Folder of the run: the indexers, the state to resume from, and a log.
         settings: What to do.
-        checkpoint_every: Steps between checkpoints; there is one at the beginning and one at the end too.
-        resume: Continue the run in `out`.
-        reporter: Told how it goes.
-        should_stop: Asked after every step; if it says yes a checkpoint is written and the run ends.
-        processes: Those that share the work (`start_processes`); by default this one does it alone. All of them call
-            this function with equal arguments. Where they shard, the model's weights may lie on the CPU; they go to
-            the device in shares, and stay in shares.
-        holdout: Text to measure before the first and after the last step.
-        holdout_every: Steps between measurements in between; `None` means none.
-        recipe: Kept in the folder as `run.yaml`.
+        options: How it is run; `None` means the defaults of `RunOptions`.
 
     Raises:
         ValueError: The model is not attached or has no indexer, a setting or the data does not fit, the state is
@@ -89,24 +70,14 @@ def train_indexers(
         NotFiniteError: A loss or an activation became NaN or infinite; the message names layer and step.
         OSError: `out` is taken, or a file cannot be written; the last checkpoint is intact.
     """
-    around = Surroundings(
-        RunFolder(out),
-        reporter or Reporter(),
-        processes or Processes(),
-        checkpoint_every,
-        holdout,
-        holdout_every,
-        should_stop,
-        recipe,
-    )
-    run = Warmup(model, stream, settings, around)
+    stage = Warmup(model, stream, settings, RunFolder(out), options or RunOptions())
     was_training = model.training
     model.eval()
     try:
-        run.go(resume)
+        stage.run()
     finally:
         model.train(was_training)
-    return TrainingResult(run.step, run.record.kl if run.record else {}, around.folder.indexers_file)
+    return TrainingResult(stage.step, stage.record.kl if stage.record else {}, stage.folder.indexers_file)
 
 
 class Warmup(Stage):
@@ -114,27 +85,32 @@ class Warmup(Stage):
 
     name = "warmup"
     config: DSAConfig
+    settings: WarmupSettings
 
     def __init__(
-        self, model: PreTrainedModel, stream: TokenStream, settings: WarmupSettings, around: Surroundings
+        self,
+        model: PreTrainedModel,
+        stream: TokenStream,
+        settings: WarmupSettings,
+        folder: RunFolder,
+        options: RunOptions,
     ) -> None:
         indexers = trainable_indexers(model)
         config = config_of(model)
-        self.settings = settings.resolved(config, list(indexers))
-        assert self.settings.queries_per_update is not None
+        settings = settings.resolved(config, list(indexers))
+        assert settings.queries_per_update is not None
         windows = Windows(
             stream,
             settings.seq_len,
             settings.seed,
             boundaries=settings.boundaries,
             first=max(settings.first_query(config, layer) for layer in indexers),
-            at_least=self.settings.queries_per_update,
+            at_least=settings.queries_per_update,
         )
-        super().__init__(model, config, windows, settings.steps, settings.sequences, around)
+        super().__init__(model, config, windows, settings, folder, options)
         self.shard()
         self.trainers = {
-            layer: LayerTrainer(layer, indexer, config, self.settings, self.processes)
-            for layer, indexer in indexers.items()
+            layer: LayerTrainer(layer, indexer, config, settings, self.processes) for layer, indexer in indexers.items()
         }
 
     def train_step(self, first: int, count: int) -> StepRecord:
@@ -157,13 +133,13 @@ class Warmup(Stage):
             if self.settings.start == "fitted" and self.step == 0:
                 self.trainers[call.layer].fit(call, queries[first], query_of)
             figures[call.layer] = self.trainers[call.layer].train(call, queries[first], self.step, query_of)
-            self.around.reporter.layer()
+            self.options.reporter.layer()
 
         if self.settings.seq_len <= WHOLE:
-            self.whole(lambda: read_window(self.model, window, DSAContext(mode="dense", observer=observe)))
+            self.run_pass(lambda: read_window(self.model, window, DSAContext(mode="dense", observer=observe)))
             return figures
         with chunked(self.model, CHUNK, observe):
-            self.whole(lambda: read_window(self.model, window, DSAContext(mode="dense")))
+            self.run_pass(lambda: read_window(self.model, window, DSAContext(mode="dense")))
         return figures
 
     def _draw(self, window: Window, number: int, first: int) -> torch.Tensor:
@@ -197,7 +173,7 @@ class Warmup(Stage):
                     "and the text, or load the model with dtype=float32"
                 )
             raise NotFiniteError(
-                f"training stopped in step {self.step + 1}: {reason}. The checkpoint in {self.around.folder.path} is "
+                f"training stopped in step {self.step + 1}: {reason}. The checkpoint in {self.folder.path} is "
                 "from before it"
             )
         return {layer: loss for layer, (loss, _) in zip(figures, losses)}
@@ -217,15 +193,15 @@ class Warmup(Stage):
     def load_state(self, tensors: dict[str, dict[str, torch.Tensor]]) -> None:
         load_layer_states(self.trainers, tensors)
 
-    def give_back(self) -> None:
+    def sync_model(self) -> None:
         for trainer in self.trainers.values():
             trainer.write_back()
 
     def publish(self, finished: bool, weights: dict[str, dict[str, torch.Tensor]]) -> None:
-        save_indexers(self.model, self.around.folder.indexers_file, base_model=self.base_model)
+        save_indexers(self.model, self.folder.indexers_file, base_model=self.base_model)
 
-    def savings(self) -> list[str]:
-        return [sequence_savings(self.settings), *narrower_weights(self.model)]
+    def memory_hints(self) -> list[str]:
+        return [shorter_sequence_hint(self.settings), *narrower_weights_hints(self.model)]
 
     def expected_bytes(self) -> int:
         return expected_state_bytes({f"{n}": dict(trainer.parameters) for n, trainer in self.trainers.items()})

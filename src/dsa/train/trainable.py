@@ -21,12 +21,12 @@ INDEXER = ".indexer."
 ADAPTER = ".lora_"
 
 
-class Chosen:
-    """The parameters that learn; every other one of the model, its indexers' too, is frozen.
+class TrainableParameters:
+    """The parameters that learn. All others of the model are frozen, those of its indexers too.
 
     Args:
         model: The model; adapters are put into it.
-        settings: Say what to choose.
+        settings: Say which.
 
     Raises:
         ImportError: Adapters need the package `peft`.
@@ -70,7 +70,7 @@ class Chosen:
         """The model has these values while the context is open.
 
         Args:
-            values: All or some of the parameters: as they lie in the model at that time, in parts or whole.
+            values: All or some of the parameters, sharded or whole as they are in the model at that time.
         """
         parameters = {name: self.model.get_parameter(name) for name in values}
         own = {name: parameter.data for name, parameter in parameters.items()}
@@ -91,14 +91,14 @@ class Chosen:
                     parameter.data = own[name]
 
     def unfreeze(self) -> None:
-        """Lets every parameter want gradients as it did before; adapters stay."""
+        """Gives every parameter the `requires_grad` that it had before; adapters stay."""
         for name, parameter in self.model.named_parameters():
             parameter.grad = None
             if name in self._before:
                 parameter.requires_grad_(self._before[name])
 
     def merged(self, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The whole weights of a model with adapters as `merge` would leave them; what was given is used up."""
+        """The weights of a model with adapters as `merge` would leave them. Changes what it is given."""
         for name in [each for each in weights if each.endswith(".base_layer.weight")]:
             place = name.removesuffix(".base_layer.weight")
             module: Any = self.model.get_submodule(place)
@@ -109,7 +109,7 @@ class Chosen:
         return {name.replace(".base_layer.", "."): each for name, each in weights.items() if ADAPTER not in name}
 
     def merge(self) -> None:
-        """Adds the adapters to the weights beside them and takes them out."""
+        """Adds the adapters to the weights that they belong to, and removes them."""
         if self.adapter is not None:
             self.adapter.merge_and_unload()
             self.adapter = None
