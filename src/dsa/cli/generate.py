@@ -136,26 +136,23 @@ def read_prompt(prompt: str | None, file: Path | None, pages: str | None) -> tup
     """What is read, from wherever it comes, and what follows it.
 
     Raises:
-        ValueError: No prompt, an empty one, or stdin that is not UTF-8.
+        ValueError: No prompt, an empty one, or text that cannot be read.
         OSError: The file cannot be read.
     """
-    from dsa.documents import SourceDocument, read_source
+    from dsa.documents import SourceDocument, read_source, read_stdin
+    from dsa.text import checked
 
-    if file is not None and str(file) != "-":
-        with notes(), Steps() as steps:
-            return read_source(file, progress=steps, pages=pages), prompt
+    prompt = None if prompt is None else checked(prompt, "prompt:")
+    if file is not None or (prompt is None and not (sys.stdin and sys.stdin.isatty())):
+        with notes(), Steps() as reading:
+            if file is not None and str(file) != "-":
+                return read_source(file, progress=reading, pages=pages), prompt
+            return read_stdin(progress=reading, pages=pages), prompt
     if pages is not None:
         raise ValueError("pages: there is no PDF to take pages of; add --file FILE, or leave --pages out")
-    if file is not None or (prompt is None and not sys.stdin.isatty()):
-        try:
-            text, name = sys.stdin.read(), "stdin"
-        except UnicodeDecodeError as error:
-            raise ValueError(f"stdin is not UTF-8 text ({error.reason}); convert it first") from error
-    else:
-        text, name, prompt = prompt or "", "the prompt", None
-    if not text.strip():
+    if prompt is None or not prompt.strip():
         raise ValueError("the prompt is empty: give --prompt TEXT, --file FILE, or pipe text in")
-    return SourceDocument(text, name), prompt
+    return SourceDocument(prompt, "the prompt"), None
 
 
 def say(answer: Iterable[str]) -> str:

@@ -88,9 +88,11 @@ def check_question(ask: str | None, prompt: str | None, file: Path | None) -> No
     Raises:
         ValueError: The question is empty, there is no file, or a prompt besides.
     """
+    from dsa.text import checked
+
     if ask is None:
         return
-    if not ask.strip():
+    if not checked(ask, "ask:").strip():
         raise ValueError("ask: the question is empty; give --ask TEXT, or leave it out to continue the file")
     if file is None:
         raise ValueError("ask: there is no document to ask about; add --file FILE, or give the question as --prompt")

@@ -1,6 +1,6 @@
 """Documents that users bring: PDF, HTML, Markdown and plain text as one value, with the pages kept."""
 
-from dsa.documents.reading import read_source
+from dsa.documents.reading import read_source, read_stdin
 from dsa.documents.source import Page, SourceDocument
 
-__all__ = ["Page", "SourceDocument", "read_source"]
+__all__ = ["Page", "SourceDocument", "read_source", "read_stdin"]

@@ -1,15 +1,16 @@
-"""`read_source`: which format a file has, and its text."""
+"""`read_source` and `read_stdin`: which format a document has, and its text."""
 
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 from dsa.documents.encoding import decode_html
 from dsa.documents.html import html_text
 from dsa.documents.pdf import Progress, read_pdf
 from dsa.documents.source import SourceDocument
-from dsa.text import decode_text, read_bytes
+from dsa.text import MOST_BYTES, bounded, decode_text, read_bytes
 
 EXPECTED = "a PDF, HTML, Markdown or UTF-8 text file"
 
@@ -18,6 +19,9 @@ _SUFFIXES = {".pdf": _PDF, ".html": _HTML, ".htm": _HTML, ".xhtml": _HTML, ".txt
 _PDF_MAGIC = b"%PDF-"
 # Readers of PDF look for its beginning so far into a file.
 _PDF_WITHIN = 1024
+# Pictures make a PDF large; the tree of an HTML page takes many times its length.
+_MOST_OF_PDF = 512 << 20
+_MOST_OF_HTML = 16 << 20
 _OTHERS = {
     b"PK\x03\x04": "a zip archive, as .docx, .odt and .epub are",
     b"\xd0\xcf\x11\xe0": "an old Office document",
@@ -28,8 +32,6 @@ _OTHERS = {
     b"\xff\xd8\xff": "a JPEG picture",
 }
 _HTML_BEGINS = re.compile(rb"(?:<\?xml[^>]*>\s*)?(?:<!--.*?-->\s*)*<(?:!doctype\s+html|html|head|body)\b", re.I | re.S)
-# Logs and typescripts hold some control characters; what holds so many is no text.
-_MOST_CONTROLS = 0.02
 
 
 def read_source(
@@ -48,14 +50,37 @@ def read_source(
 
     Raises:
         OSError: No such file, a directory, or no permission.
-        ValueError: The file is empty, encrypted, corrupt, holds no text, or something else than its name says; or it
-            has no such pages.
+        ValueError: The file is empty, encrypted, corrupt, holds no text, or something else than its name says; it is
+            larger than what is read of its kind, or a device; or it has no such pages.
     """
-    raw = read_bytes(path, argument, EXPECTED)
-    name = str(path)
+    raw = read_bytes(path, argument, EXPECTED, _MOST_OF_PDF if _begins_as_pdf(path) else MOST_BYTES)
+    return _read(raw, str(path), argument, _SUFFIXES.get(Path(path).suffix.lower()), progress, pages)
+
+
+def read_stdin(
+    argument: str = "stdin", *, progress: Progress | None = None, pages: str | None = None
+) -> SourceDocument:
+    """Reads the document that is piped in, of any format that `read_source` reads; arguments as there.
+
+    Raises:
+        ValueError: As in `read_source`, or there is no standard input.
+    """
+    if sys.stdin is None or sys.stdin.closed:
+        raise ValueError(f"{argument}: standard input is closed; pipe text in, or name a file")
+    try:
+        raw = bounded(sys.stdin.buffer, argument, _MOST_OF_PDF)
+    except OSError as error:
+        raise ValueError(
+            f"{argument}: standard input cannot be read ({error.strerror or error}); name a file"
+        ) from error
+    return _read(raw, "stdin", argument, None, progress, pages)
+
+
+def _read(
+    raw: bytes, name: str, argument: str, named: str | None, progress: Progress | None, pages: str | None
+) -> SourceDocument:
     if not raw.strip():
         raise ValueError(f"{argument}: {name} is empty; expected {EXPECTED}")
-    named = _SUFFIXES.get(Path(path).suffix.lower())
     held = _held(raw, named)
     _check_name(raw, name, named, held, argument)
     if held == _PDF:
@@ -63,6 +88,7 @@ def read_source(
     if pages is not None:
         raise ValueError(f"pages: {name} is no PDF and has no pages to choose from; leave --pages out")
     if _HTML in (named, held) and named != _TEXT:
+        _check_size(raw, _MOST_OF_HTML, "HTML", name, argument)
         text = html_text(decode_html(raw, name, argument), name)
         if not text:
             raise ValueError(
@@ -70,14 +96,28 @@ def read_source(
                 "browser as text first"
             )
         return SourceDocument(text, name)
-    text = decode_text(raw, name, argument)
-    controls = sum(character < " " and character not in "\t\n\r\f" for character in text)
-    if controls > _MOST_CONTROLS * len(text):
+    _check_size(raw, MOST_BYTES, "text", name, argument)
+    return SourceDocument(decode_text(raw, name, argument), name)
+
+
+def _begins_as_pdf(path: str | Path) -> bool:
+    """Whether a file is a PDF; a pipe cannot be looked into without taking from it."""
+    file = Path(path).expanduser()
+    if not file.is_file():
+        return False
+    try:
+        with file.open("rb") as opened:
+            return _PDF_MAGIC in opened.read(_PDF_WITHIN)
+    except OSError:
+        return False
+
+
+def _check_size(raw: bytes, most: int, kind: str, name: str, argument: str) -> None:
+    if len(raw) > most:
         raise ValueError(
-            f"{argument}: {name} holds {controls:,} control characters among {len(text):,}: no plain text; expected "
-            f"{EXPECTED}"
+            f"{argument}: {name} holds {len(raw) / 2**20:,.0f} MiB of {kind}; {most >> 20} MiB is the most that is "
+            "read: split it, or take the part that is wanted"
         )
-    return SourceDocument(text, name)
 
 
 def _held(raw: bytes, named: str | None) -> str | None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dsa.text import read_text
+from dsa.text import MOST_BYTES, checked, read_text
 from dsa.train.extras import needed
 
 HUB = "hub:"
@@ -18,6 +18,8 @@ JSON_LINES = (".jsonl", ".ndjson")
 PARQUET = ".parquet"
 DEFAULT_COLUMN = "text"
 DEFAULT_SPLIT = "train"
+# A text to train on is one document, held as a whole.
+_MOST_OF_TEXT = 4 << 30
 
 
 def documents(source: str, column: str = DEFAULT_COLUMN) -> Iterator[str]:
@@ -40,7 +42,7 @@ def documents(source: str, column: str = DEFAULT_COLUMN) -> Iterator[str]:
         return _json_lines(path, column)
     if path.suffix == PARQUET:
         return _parquet(path, column)
-    return iter([read_text(path, "data")])
+    return iter([read_text(path, "data", _MOST_OF_TEXT)])
 
 
 def is_remote(source: str) -> bool:
@@ -50,7 +52,13 @@ def is_remote(source: str) -> bool:
 
 def _json_lines(path: Path, column: str) -> Iterator[str]:
     with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
+        # A file without line ends, such as a device, ends at the bound of one row.
+        for number, line in enumerate(iter(lambda: file.readline(MOST_BYTES + 1), b""), start=1):
+            if len(line) > MOST_BYTES:
+                raise ValueError(
+                    f"data: line {number} of {path} is longer than {MOST_BYTES >> 20} MiB, the most of one row "
+                    "that is read; split its text over several rows"
+                )
             if not line.strip():
                 continue
             try:
@@ -60,7 +68,7 @@ def _json_lines(path: Path, column: str) -> Iterator[str]:
                     f"data: line {number} of {path} is not UTF-8 (byte {error.start} is 0x{line[error.start]:02x}); "
                     "convert the file first, e.g. with iconv"
                 ) from error
-            except json.JSONDecodeError as error:
+            except (json.JSONDecodeError, RecursionError) as error:
                 raise ValueError(
                     f"data: line {number} of {path} is not JSON ({error}); expected one object a line, such as "
                     f'{{"{column}": "..."}}'
@@ -121,7 +129,10 @@ def _text_of(row: Any, column: str, place: str) -> str:
             f"data: column {column!r} of {place} holds {type(text).__name__}, expected text; choose another with "
             "--column"
         )
-    return text
+    try:
+        return checked(text, f"data: column {column!r} of {place}")
+    except ValueError as error:
+        raise _WrongRow(str(error)) from None
 
 
 def _unreadable() -> tuple[type[Exception], ...]:
