@@ -1,7 +1,7 @@
 """The attention function of attached models, and the hooks that feed it.
 
 transformers calls `dsa_attention` for every attention layer of an attached model. A layer with an indexer has a
-hook in front that computes the index tensors from the hidden states, stores the index keys in the cache and adds
+pre-hook that computes the index tensors from the hidden states, stores the index keys in the cache and adds
 both to the call as the keyword argument `dsa_index`; other layers arrive without it and run dense.
 
 Shapes: `B` batch, `T` query tokens, `S` key tokens, `H`/`G` query / KV heads, `D`/`Dv` head dims of keys / values,
@@ -21,7 +21,7 @@ from transformers.cache_utils import EncoderDecoderCache
 
 from dsa.models.context import DSAContext
 from dsa.models.families import Family
-from dsa.models.layer import LayerAttention, LayerIndex, LayerPlan, attend
+from dsa.models.layer import LayerAttention, LayerIndex, LayerPlan, attend, blocks_of
 from dsa.models.masks import split_mask, visible_ranges
 from dsa.modules.cache import IndexedLayer, StaticIndexedLayer, indexed_layer, stored_form
 from dsa.modules.indexer import Indexer
@@ -79,7 +79,8 @@ def dsa_attention(
     attention = LayerAttention(query, key, value, start, end, kept, scale, softcap, s_aux)
     if dsa_index is None:
         return attention.dense(), None
-    return attend(attention, dsa_index, context), None
+    blocks = list(attend(dsa_index.plan, keys, blocks_of(attention, dsa_index, context), context))
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1), None
 
 
 def before_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -169,9 +170,11 @@ def before_decoder(module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[
             "with DSAContext(observer=...)"
         )
     _check_positions(module, args, kwargs)
-    if kwargs.get("dsa_context") is None:
-        kwargs = {**kwargs, "dsa_context": DSAContext()}
-    return args, kwargs
+    context = kwargs.get("dsa_context")
+    if context is None:
+        context = DSAContext()
+    context.may_run_again = torch.is_grad_enabled()
+    return args, {**kwargs, "dsa_context": context}
 
 
 def _check_positions(decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

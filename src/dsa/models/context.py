@@ -79,6 +79,10 @@ class DSAContext:
         select: Replaces the indexer's selection: given the call (its `indices` are then `None`), returns the
             indices to attend to. Baselines (window, oracle) are measured through it.
         indices: Selection by layer, for layers that share another's.
+        may_run_again: Whether a layer of this pass may run again, as gradient checkpointing does it: selections are
+            then kept as long as the context, else until their last reader has run. The hook on the decoder sets it to
+            whether gradients are enabled there. Inside a checkpointed layer they may be disabled at first, and the
+            layer runs again all the same (`use_reentrant=True`).
     """
 
     mode: Literal["sparse", "dense"] = "sparse"
@@ -86,10 +90,11 @@ class DSAContext:
     every_layer: bool = field(default=False, kw_only=True)
     select: Callable[[AttentionCall], torch.Tensor] | None = None
     indices: dict[int, torch.Tensor] = field(default_factory=dict)
+    may_run_again: bool = field(default=True, init=False)
     _last: dict[str, tuple[Any, Any]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def once(self, what: str, made_from: Any, make: Callable[[], Result]) -> Result:
-        """`make()`, or what it gave to the layer before if that asked with the very same object `made_from`.
+        """`make()`, or what it returned to the layer before if that passed the very same object `made_from`.
 
         Layers are handed one object for all of them: the angles, the mask. What follows from it is computed once.
         """

@@ -1,15 +1,16 @@
-"""What one attached layer does with its queries: select, attend to the selection, or attend to everything.
+"""What one sparse layer does with its queries: select, attend to the selection, or attend to everything.
 
-Where the queries come from differs, from a hook on a model's own attention (`dsa.models.attention`) or from multi-head
-latent attention (`dsa.models.latent`); from here on they are treated alike.
+The queries come from a hook on a model's own attention (`dsa.models.attention`) or from multi-head latent attention
+(`dsa.models.latent`). From here on they are treated alike.
 
-Shapes: `B` batch, `T` query tokens, `S` key tokens, `H`/`G` query / KV heads, `D`/`Dv` head dims of keys / values,
-`K` top-k.
+Shapes: `B` batch, `T` query tokens, `t` of them in a block, `S` key tokens, `H`/`G` query / KV heads, `D`/`Dv` head
+dims of keys / values, `K` top-k.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -27,7 +28,7 @@ QUERIES_AT_A_TIME = 4096
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What attaching decided for one full-attention layer."""
+    """The budget of one full-attention layer, or whose selection it reuses."""
 
     layer: int
     config: DSAConfig
@@ -70,7 +71,7 @@ class LayerPlan:
 
 @dataclass
 class LayerIndex:
-    """What the hook hands to the attention function of one layer; the tensors only where they will be used."""
+    """What a layer's indexer made for its queries; the tensors only where they will be used."""
 
     plan: LayerPlan
     hidden_states: torch.Tensor
@@ -81,71 +82,82 @@ class LayerIndex:
     query_latent: torch.Tensor | None = None
 
 
-def attend(attention: LayerAttention, index: LayerIndex, context: DSAContext) -> torch.Tensor:
+Block = tuple["LayerAttention", LayerIndex]
+"""Some queries of a layer with all that is needed to serve them."""
+
+
+def attend(plan: LayerPlan, keys: int, blocks: Iterable[Block], context: DSAContext) -> Iterator[torch.Tensor]:
     """The attention of one layer in one forward: dense, over the context's choice or over the indexer's selection.
 
-    Returns:
-        `[B, T, H, Dv]`.
+    Args:
+        plan: Of the layer.
+        keys: `S`.
+        blocks: The layer's queries in order, `t` of them at a time. A block is taken when the one before it is done.
+            Observers and gradients need all queries in one block.
+        context: Of the forward. The selection of a layer that others share is kept in it.
+
+    Yields:
+        `[B, t, H, Dv]` for each block.
     """
-    plan = index.plan
-    call = _observed_call(attention, index) if context.observer or context.select else None
-    if plan.runs_dense(attention.key.shape[1], context):
-        out = attention.dense()
-    elif context.select is not None:
-        assert call is not None
-        call.indices = context.select(call)
-        out = attention.sparse(call.indices)
-    else:
-        out = _sparse_layer(attention, index, context, call)
-    if call is not None and context.observer is not None and (index.query is not None or context.every_layer):
-        context.observer(call)
-    return out
+    dense = plan.runs_dense(keys, context)
+    source = None if dense or context.select is not None else plan.source
+    shared = None if source is None else context.indices[source]
+    selections, done = [], 0
+    for attention, index in blocks:
+        call = _observed_call(attention, index) if context.observer or context.select else None
+        if dense:
+            out = attention.dense()
+        else:
+            if context.select is not None:
+                assert call is not None
+                indices = context.select(call)
+            elif shared is not None:
+                indices = shared[:, done : done + attention.query.shape[1]]
+            else:
+                indices = _select(attention, index)
+                if plan.is_shared:
+                    selections.append(indices)
+            if call is not None:
+                call.indices = indices
+            out = attention.sparse(indices)
+        done += attention.query.shape[1]
+        if call is not None and context.observer is not None and (index.query is not None or context.every_layer):
+            context.observer(call)
+        yield out
+    if selections:
+        context.indices[plan.layer] = selections[0] if len(selections) == 1 else torch.cat(selections, dim=1)
+    if source is not None and plan.is_last_reader and not context.may_run_again:
+        del context.indices[source]
 
 
-def _sparse_layer(
-    attention: LayerAttention, index: LayerIndex, context: DSAContext, call: AttentionCall | None
-) -> torch.Tensor:
-    """Selects and attends, a block of queries at a time unless the whole selection is wanted."""
+def blocks_of(attention: LayerAttention, index: LayerIndex, context: DSAContext) -> Iterator[Block]:
+    """A layer's queries for `attend`: `QUERIES_AT_A_TIME` of them, or all where the whole selection is wanted."""
     plan, tokens = index.plan, attention.query.shape[1]
-    if plan.source is not None:
-        out = attention.sparse(context.indices[plan.source])
-        if call is not None:
-            call.indices = context.indices[plan.source]
-        if plan.is_last_reader and not torch.is_grad_enabled():
-            # With gradients, checkpointing may run this layer again.
-            del context.indices[plan.source]
-        return out
-    if call is not None or plan.is_shared or torch.is_grad_enabled() or tokens <= QUERIES_AT_A_TIME:
-        indices = select(attention, index, index.query, index.weight)
-        if plan.is_shared:
-            context.indices[plan.layer] = indices
-        if call is not None:
-            call.indices = indices
-        return attention.sparse(indices)
+    observed = context.observer is not None or context.select is not None
+    whole = observed or torch.is_grad_enabled() or plan.is_shared or plan.source is not None
+    if whole or tokens <= QUERIES_AT_A_TIME or plan.runs_dense(attention.key.shape[1], context):
+        yield attention, index
+        return
     assert index.query is not None
     assert index.weight is not None
-    blocks = []
     for begin in range(0, tokens, QUERIES_AT_A_TIME):
         stop = begin + QUERIES_AT_A_TIME
-        rows = attention.rows(begin, stop)
-        indices = select(rows, index, index.query[:, begin:stop], index.weight[:, begin:stop])
-        blocks.append(rows.sparse(indices))
-    return torch.cat(blocks, dim=1)
+        # Without an observer nobody looks at the hidden states and angles of a block.
+        query, weight = index.query[:, begin:stop], index.weight[:, begin:stop]
+        yield attention.rows(begin, stop), replace(index, query=query, weight=weight)
 
 
-def select(
-    attention: LayerAttention, index: LayerIndex, query: torch.Tensor | None, weight: torch.Tensor | None
-) -> torch.Tensor:
-    """Selection int32 `[B, T, K]` of the queries of `attention`; positions with padding in them become -1."""
+def _select(attention: LayerAttention, index: LayerIndex) -> torch.Tensor:
+    """Selection int32 `[B, t, K]` for the queries of one block; positions with padding in them become -1."""
     plan = index.plan
+    assert index.query is not None
     assert index.key is not None
-    assert query is not None
-    assert weight is not None
+    assert index.weight is not None
     # The selection has no gradient, and `index_topk` passes none.
     indices = index_topk(
-        query,
+        index.query,
         _without_holes(index.key, attention.kept),
-        weight,
+        index.weight,
         plan.top_k,
         sinks=plan.config.sinks,
         local=plan.local,
@@ -190,10 +202,7 @@ class LayerAttention:
         """`key_start, key_end` int32 `[B, T]`, the default written out."""
         if self.start is not None and self.end is not None:
             return self.start, self.end
-        batch, tokens, keys = self.query.shape[0], self.query.shape[1], self.key.shape[1]
-        positions = torch.arange(keys - tokens + 1, keys + 1, dtype=torch.int32, device=self.query.device)
-        end = positions.expand(batch, -1)
-        return torch.zeros_like(end), end
+        return causal_ranges(self.query, self.key.shape[1])
 
     def rows(self, begin: int, stop: int) -> LayerAttention:
         """The same for the queries `begin` to `stop`."""
@@ -268,6 +277,13 @@ class LayerAttention:
             indices = torch.where(visible, positions, -1)
             blocks.append(self.rows(begin, stop).sparse(indices))
         return torch.cat(blocks, dim=1)
+
+
+def causal_ranges(tokens: torch.Tensor, keys: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`key_start, key_end` int32 `[B, T]` of `tokens` `[B, T, ...]`, the last `T` of `keys`, each seeing all before."""
+    batch, count = tokens.shape[:2]
+    end = torch.arange(keys - count + 1, keys + 1, dtype=torch.int32, device=tokens.device).expand(batch, -1)
+    return torch.zeros_like(end), end
 
 
 def _observed_call(attention: LayerAttention, index: LayerIndex) -> AttentionCall:

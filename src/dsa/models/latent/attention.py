@@ -13,6 +13,7 @@ of values, `L` latent dims, `Lq` those of the query latent, `R` rotated dims, `H
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from transformers.cache_utils import Cache
 
 from dsa.models.context import DSAContext
 from dsa.models.families import LatentLayout, RopeLayout
-from dsa.models.layer import LayerAttention, LayerIndex, LayerPlan, attend, select
+from dsa.models.layer import Block, LayerAttention, LayerIndex, LayerPlan, attend, causal_ranges
 from dsa.models.masks import split_mask
 from dsa.modules.cache import IndexKeys, stored_form
 from dsa.modules.latents import CacheDtype, LatentLayer, latent_layer
@@ -37,7 +38,7 @@ QUERY_BYTES = 64 << 20
 
 
 class LatentAttention(nn.Module):
-    """Stands in the place of a model's attention module, and has its submodules under their names.
+    """Replaces a model's attention module, and has its submodules under their names.
 
     Args:
         original: The module whose submodules it computes with.
@@ -47,7 +48,7 @@ class LatentAttention(nn.Module):
     """
 
     # The original's own, under its names: projections, norms, and the indexer, which shared layers do not have. Models
-    # without a query latent have `q_proj` in the place of the next three.
+    # without a query latent have `q_proj` instead of the next three.
     q_proj: Any
     q_a_proj: Any
     q_a_layernorm: Any
@@ -84,7 +85,7 @@ class LatentAttention(nn.Module):
         dsa_context: DSAContext | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None] | tuple[torch.Tensor, None, None]:
-        """As the module in whose place it stands; `[B, T, hidden_size]`, and no weights.
+        """As the module that it replaces; `[B, T, hidden_size]`, and no weights.
 
         The third value, where a family has one, is the selection handed to the next layer; here it is in the context.
 
@@ -133,40 +134,26 @@ class LatentAttention(nn.Module):
         whole = context.observer is not None or torch.is_grad_enabled()
         block = tokens if whole else max(1, QUERY_BYTES // per_token)
         if block < tokens and start is None:
-            end = torch.arange(keys - tokens + 1, keys + 1, dtype=torch.int32, device=rows.device)
-            end = end.expand(hidden_states.shape[0], -1)
-            start = torch.zeros_like(end)
+            start, end = causal_ranges(hidden_states, keys)
         up_key, up_value = self._up_projections()
-        outputs, selections = [], []
-        for begin in range(0, tokens, block):
-            here = slice(begin, begin + block)
-            hidden, turn = hidden_states[:, here], _rows_of(rope, here)
-            latent = self.query_latent(hidden)
-            index = LayerIndex(plan, hidden, turn, key=index_key, query_latent=latent)
-            if self.indexer is not None and (not dense or context.observer is not None):
-                index.query, index.weight = self._index_queries(hidden, latent, turn)
-            query = self._queries(hidden, latent, turn, up_key)
-            first, last = (None, None) if start is None or end is None else (start[:, here], end[:, here])
-            attention = LayerAttention(query, key, value, first, last, kept, self.scaling, None, None)
-            if observed:
-                mixed = attend(attention, index, context)
-            elif dense:
-                mixed = attention.dense()
-            elif plan.source is not None:
-                mixed = attention.sparse(context.indices[plan.source][:, here])
-            else:
-                chosen = select(attention, index, index.query, index.weight)
-                mixed = attention.sparse(chosen)
-                if plan.is_shared:
-                    selections.append(chosen)
+
+        def blocks() -> Iterator[Block]:
+            for begin in range(0, tokens, block):
+                here = slice(begin, begin + block)
+                hidden, turn = hidden_states[:, here], _rows_of(rope, here)
+                latent = self.query_latent(hidden)
+                index = LayerIndex(plan, hidden, turn, key=index_key, query_latent=latent)
+                if self.indexer is not None and (not dense or context.observer is not None):
+                    index.query, index.weight = self._index_queries(hidden, latent, turn)
+                query = self._queries(hidden, latent, turn, up_key)
+                first, last = (None, None) if start is None or end is None else (start[:, here], end[:, here])
+                yield LayerAttention(query, key, value, first, last, kept, self.scaling, None, None), index
+
+        outputs = []
+        for mixed in attend(plan, keys, blocks(), context):
             if packed:
                 mixed = without_gradient(mixed, mixed)
             outputs.append(self.o_proj(torch.einsum("bthl,hvl->bthv", mixed, up_value).flatten(2)))
-        if selections:
-            context.indices[plan.layer] = selections[0] if len(selections) == 1 else torch.cat(selections, dim=1)
-        if not (dense or observed or torch.is_grad_enabled()) and plan.source is not None and plan.is_last_reader:
-            # With gradients, checkpointing may run this layer again.
-            del context.indices[plan.source]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
     def _rows(self, hidden_states: torch.Tensor, rope: Rope) -> torch.Tensor:
@@ -231,7 +218,7 @@ class LatentAttention(nn.Module):
 
 
 def rotate_first(x: torch.Tensor, rope: Rope, layout: RopeLayout) -> torch.Tensor:
-    """Applies RoPE to the first dims of `x`; pairs that lay side by side come out half-split, as transformers has it.
+    """Applies RoPE to the first dims of `x`; neighbouring pairs come out half-split, as transformers has it.
 
     Args:
         x: `[..., D]`.
