@@ -69,9 +69,11 @@ struct State {
         for (int64_t h = 0; h < shape.heads; ++h) {
             const float origin = finite_or_zero(top[h]);
             float sum = total[h];
+            // Where something is seen the sum is at least 1; where nothing is, what was mixed is zero, whatever the sink.
+            const bool seen = sum != 0.0f;
             static_cast<float*>(lse.data)[b * lse.stride[0] + t * lse.stride[1] + h * lse.stride[2]] = logf(sum) + origin;
             if (sink.data) sum += expf(element(sink, h * sink.stride[0]) - origin);
-            const F32 divisor = broadcast(sum == 0.0f ? 1.0f : sum);
+            const F32 divisor = broadcast(seen ? sum : 1.0f);
             float* row = mixed + h * shape.padded_value_dim;
             for (int64_t i = 0; i < shape.padded_value_dim; i += kWidth) store(row + i, load(row + i) / divisor);
             store_row(out, b * out.stride[0] + t * out.stride[1] + h * out.stride[2], out.size[3], row);

@@ -37,12 +37,15 @@ struct Plan {
 // Writes one row of the result from what all its keys left.
 void finish_row(const Shape& shape, int64_t b, int64_t t, int64_t head, float top, float total, const float* sum) {
     const dsa_dense_attention_args& args = *shape.args;
-    *place<float>(args.lse, b, t, head) = total == 0.0f ? -INFINITY : (top + log2f(total)) * kLn2;
-    if (args.sink_logits.data) {
+    // Where something is seen the sum is at least 1. Where nothing is, the sink's exponential would stand alone: it may be
+    // subnormal, and the reciprocal of that is infinite.
+    const bool seen = total != 0.0f;
+    *place<float>(args.lse, b, t, head) = seen ? (top + log2f(total)) * kLn2 : -INFINITY;
+    if (seen && args.sink_logits.data) {
         const float sink = static_cast<const float*>(args.sink_logits.data)[head * args.sink_logits.stride[0]];
-        total += exp2f(sink * kLog2E - (top == -INFINITY ? 0.0f : top));
+        total += exp2f(sink * kLog2E - top);
     }
-    write_row(args.out, b, t, head, sum, broadcast(1.0f / (total == 0.0f ? 1.0f : total)));
+    write_row(args.out, b, t, head, sum, broadcast(seen ? 1.0f / total : 0.0f));
 }
 
 // A tile's buffers within one worker's scratch memory.
@@ -72,7 +75,7 @@ void add_visible_values(const Tile& tile, const float* weights, int64_t low, int
 
 // One strip of queries against one packed block of keys, [block, block + count).
 void attend_strip(const Shape& shape, const Tile& tile, int64_t row, int64_t block, int64_t count, bool finite,
-                  float cap) {
+                  float softcap) {
     int64_t low[kStripRows], high[kStripRows], lowest = count, highest = 0;
     for (int i = 0; i < kStripRows; ++i) {
         low[i] = smaller(larger<int64_t>(tile.first[row + i] - block, 0), count);
@@ -96,7 +99,7 @@ void attend_strip(const Shape& shape, const Tile& tile, int64_t row, int64_t blo
             memset(scores + begin, 0, static_cast<size_t>(end - begin) * 4);
             continue;
         }
-        if (cap != 0.0f) cap_scores(scores + begin, end - begin, cap);
+        if (softcap != 0.0f) cap_scores(scores + begin, end - begin, softcap);
         for (int64_t j = begin; j < low[i]; ++j) scores[j] = -INFINITY;
         for (int64_t j = high[i]; j < end; ++j) scores[j] = -INFINITY;
         shrink[i] = weigh(scores + begin, end - begin, tile.top + row + i, tile.total + row + i);
@@ -132,8 +135,7 @@ void attend_tile(const Shape& shape, const Tile& tile, int64_t b, int64_t group,
     last = smaller(last, to);
     memset(tile.sum, 0, static_cast<size_t>(padded * tile.sum_step) * 4);
     if (first >= last) return;
-    const float cap = args.softcap * kLog2E;
-    const float factor = args.softcap ? args.scale / args.softcap : args.scale * kLog2E;
+    const float factor = score_factor(args);
     pack_query_strips(args.q, b, group, shape.shared, t0 * shape.shared, rows, factor, tile.q);
     for (int64_t block = first; block < last; block += tile.block_keys) {
         const int64_t count = smaller(tile.block_keys, last - block);
@@ -148,7 +150,7 @@ void attend_tile(const Shape& shape, const Tile& tile, int64_t b, int64_t group,
                                tile.values);
         });
         for (int64_t row = 0; row < padded; row += kStripRows)
-            attend_strip(shape, tile, row, block, count, finite, cap);
+            attend_strip(shape, tile, row, block, count, finite, args.softcap);
     }
 }
 
@@ -203,7 +205,7 @@ void stream_item(const Shape& shape, const Plan& plan, int64_t b, int64_t chunk,
     first = larger(first, chunk * plan.chunk_keys);
     last = smaller(last, (chunk + 1) * plan.chunk_keys);
     if (first < last) {
-        const float factor = args.softcap ? args.scale / args.softcap : args.scale * kLog2E;
+        const float factor = score_factor(args);
         with_type(args.q.dtype, [&](auto* type) {
             for (int64_t head = 0; head < heads; ++head) {
                 const auto* from = place<std::remove_pointer_t<decltype(type)>>(args.q, b, 0, head);
@@ -214,7 +216,7 @@ void stream_item(const Shape& shape, const Plan& plan, int64_t b, int64_t chunk,
         with_type(args.k.dtype, [&](auto* key) {
             with_type(args.v.dtype, [&](auto* value) {
                 stream_keys<std::remove_pointer_t<decltype(key)>, std::remove_pointer_t<decltype(value)>>(
-                    shape, b, first, last, q, scores, args.softcap * kLog2E, part);
+                    shape, b, first, last, q, scores, args.softcap, part);
             });
         });
     }

@@ -17,14 +17,13 @@ struct Backward {
     const dsa_dense_attention_backward_args& args;
     Shape shape;
     int64_t dim_step, value_step;      // distance between rows of sums
-    float factor, cap;                 // on q . k, and the softcap, both for powers of two
+    float factor, softcap;             // on q . k
     int64_t query_rows;                // of one KV head: tokens x query heads that share it
 
     explicit Backward(const dsa_dense_attention_backward_args& a)
         : args(a), shape(a.forward), dim_step(round_up(shape.dim, kPanel)),
           value_step(round_up(shape.value_dim, kPanel)),
-          factor(a.forward.softcap ? a.forward.scale / a.forward.softcap : a.forward.scale * kLog2E),
-          cap(a.forward.softcap * kLog2E), query_rows(shape.tokens * shape.shared) {}
+          factor(score_factor(a.forward)), softcap(a.forward.softcap), query_rows(shape.tokens * shape.shared) {}
 
     // Rows of a tile, so that it fits the cache and many threads find work.
     int64_t tile_rows(int64_t rows) const {
@@ -53,14 +52,15 @@ struct Backward {
     // From scores to weights and gradients of the scores, both sides given; `scores` may hold the weights after.
     DSA_INLINE void differentiate(F32 score, F32 grad, F32 normaliser, F32 mean, F32* weight, F32* grad_score) const {
         F32 slope = broadcast(1.0f);
-        if (cap != 0.0f) {
-            score = tanh(score);
+        if (softcap != 0.0f) {
+            score = tanh(score / broadcast(softcap));
             slope = slope - score * score;
-            score = score * broadcast(cap);
+            score = score * broadcast(softcap * kLog2E);
         }
-        *weight = exp2_of_negative(score - normaliser);
+        // No probability is above 1. Of scores that are large the normaliser has lost the places that say so.
+        *weight = exp2_of_negative(min(zero(), score - normaliser));
         *grad_score = *weight * (grad - mean);
-        if (cap != 0.0f) *grad_score *= slope;
+        if (softcap != 0.0f) *grad_score *= slope;
     }
 };
 

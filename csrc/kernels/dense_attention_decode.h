@@ -108,8 +108,10 @@ DSA_INLINE float weigh(float* DSA_RESTRICT scores, int64_t count, float* top, fl
     return shrink;
 }
 
-DSA_INLINE void cap_scores(float* scores, int64_t count, float cap) {
-    for (int64_t j = 0; j < count; j += kWidth) store(scores + j, broadcast(cap) * tanh(load(scores + j)));
+// From scores as they are to capped ones in powers of two.
+DSA_INLINE void cap_scores(float* scores, int64_t count, float softcap) {
+    const F32 divisor = broadcast(softcap), cap = broadcast(softcap * kLog2E);
+    for (int64_t j = 0; j < count; j += kWidth) store(scores + j, cap * tanh(load(scores + j) / divisor));
 }
 
 // Asks for the rows of a cache that are read soon, in the order in which they lie in memory if that is token by token.
@@ -143,7 +145,7 @@ class Ahead {
 // Adds the keys [first, last) of batch row b to `part`, whose rows are the H heads. `scores` holds H x kStreamKeys.
 template <class Key, class Value>
 void stream_keys(const Shape& shape, int64_t b, int64_t first, int64_t last, const float* q, float* scores,
-                 float cap, const Partial& part) {
+                 float softcap, const Partial& part) {
     const dsa_tensor &k = shape.args->k, &v = shape.args->v;
     const int64_t dim = shape.dim, value_dim = shape.value_dim, shared = shape.shared;
     Ahead<Key> next_keys(k, b, first, last);
@@ -175,7 +177,7 @@ void stream_keys(const Shape& shape, int64_t b, int64_t first, int64_t last, con
         const int64_t padded = round_up(count, kWidth);
         for (int64_t head = 0; head < shape.heads; ++head) {
             float* row = scores + head * kStreamKeys;
-            if (cap != 0.0f) cap_scores(row, padded, cap);
+            if (softcap != 0.0f) cap_scores(row, padded, softcap);
             for (int64_t j = count; j < padded; ++j) row[j] = -INFINITY;
             const float shrink = weigh(row, padded, part.top + head, part.total + head);
             float* sum = part.sum + head * part.sum_step;

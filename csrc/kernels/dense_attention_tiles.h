@@ -183,6 +183,12 @@ struct Shape {
     }
 };
 
+// What queries are multiplied by when they are packed. Scores are in powers of two, but for a softcap: it is divided by
+// afterwards, because its quotient with the scale may leave fp32 where scores and softcap do not.
+DSA_INLINE float score_factor(const dsa_dense_attention_args& args) {
+    return args.softcap != 0.0f ? args.scale : args.scale * kLog2E;
+}
+
 template <class T>
 DSA_INLINE T* place(const dsa_tensor& tensor, int64_t i, int64_t j, int64_t k = 0) {
     return static_cast<T*>(tensor.data) + i * tensor.stride[0] + j * tensor.stride[1] + k * tensor.stride[2];

@@ -326,8 +326,8 @@ void Visible::merge(Block& block) const {
     float masses[kWidth];
     store(masses, mass);
     for (int lane = 0; lane < kWidth; ++lane) {
-        // NaN is not zero and reaches the loss.
-        if (block.counted[lane] && masses[lane] != 0.0f) continue;
+        // NaN is not below anything and reaches the loss.
+        if (block.counted[lane] && !(masses[lane] < kLeastMass)) continue;
         block.counted[lane] = false;
         block.lanes[lane] = {0, 0, 0, 0};
         block.all_begin = kNever;

@@ -215,7 +215,7 @@ void Selected::take(int64_t b, int64_t t, Query& query, const Room& room) const 
         masses += target;
     }
     const float mass = reduce_add(masses);
-    if (mass == 0.0f) return;
+    if (mass < kLeastMass) return;
     query.counted = true;
 
     read_row(w, b * w.stride[0] + t * w.stride[1], room.coefficient);

@@ -11,6 +11,9 @@ namespace dsa::DSA_ISA {
 namespace {
 
 constexpr float kLowest = -FLT_MAX;
+// A query counts if the tokens that it compares hold this much of its heads' attention. Of less, shares that matter would be
+// subnormal and lose their digits.
+constexpr float kLeastMass = FLT_MIN / FLT_EPSILON;
 
 // kVectors x kColumns sums in registers. How many columns go with how many vectors: as many as the registers hold.
 template <int kVectors>

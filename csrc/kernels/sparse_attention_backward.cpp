@@ -106,7 +106,8 @@ DSA_INLINE float differentiate(const Problem& p, int count, float normal, float*
             score = cap * ratio;
             store(slopes + i, one - ratio * ratio);
         }
-        store(weights + i, exp(score - origin));
+        // No probability is above 1. Of scores that are large `normal` has lost the places that say so.
+        store(weights + i, exp(min(zero(), score - origin)));
     }
     for (int i = count; i < padded; ++i) weights[i] = grads[i] = 0.0f;
     for (int i = 0; i < padded; i += kWidth) mean_lanes = fma(load(weights + i), load(grads + i), mean_lanes);

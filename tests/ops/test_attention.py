@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dsa.ops import dense_attention, sparse_attention
 from dsa.testing import oracles
-from dsa.testing.cases import CASES, IMPLEMENTATIONS, Case, Inputs, make_inputs
+from dsa.testing.cases import CASES, EDGES, IMPLEMENTATIONS, Case, Inputs, make_inputs
 from dsa.testing.tolerance import assert_within_yardstick
 
 BY_NAME = {case.name: case for case in CASES}
@@ -226,6 +226,26 @@ def test_unseen_keys_never_matter(operation: str, impl: str) -> None:
     actual[:, others].sum().backward()
     expected[:, others].sum().backward()
     torch.testing.assert_close(dirty[0].grad[:, others], clean[0].grad[:, others])
+
+
+@pytest.mark.parametrize("sink", [*EDGES, 1e30, -1e30, -torch.inf, torch.inf, torch.nan])
+def test_nothing_that_is_seen_gives_zeros_whatever_the_sink(sink: float, operation: str, impl: str) -> None:
+    """The exponential of a sink of -100 is subnormal in fp32, and the reciprocal of that infinite."""
+    generator = torch.Generator().manual_seed(2)
+    q, k, v = (torch.randn(1, 1, 1, 16, generator=generator).requires_grad_() for _ in range(3))
+    logits = torch.tensor([sink], requires_grad=True)
+    if operation == "dense_attention":
+        nothing = torch.tensor([[0]])
+        out, lse = dense_attention(q, k, v, sink_logits=logits, key_end=nothing, impl=impl)
+    else:
+        nothing = torch.tensor([[[-1, -1]]])
+        out, lse = sparse_attention(q, k, v, nothing, sink_logits=logits, impl=impl)
+    assert (out == 0).all()
+    assert lse.item() == -torch.inf
+    # The gradient of a sink that is NaN or infinite is no number, and may reach others as 0 * NaN.
+    if abs(sink) < torch.inf:
+        out.sum().backward()
+        assert all((x.grad == 0).all() for x in (q, k, v, logits))
 
 
 def test_padding_never_reads_row_zero() -> None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_LARGEST_FP32 = torch.finfo(torch.float32).max
+_LARGEST_FACTOR = 2e38
+"""Kernels compute in powers of two: a factor times log2(e) has to stay within fp32."""
+
+_SMALLEST_SOFTCAP = torch.finfo(torch.float32).tiny
 
 
 def describe(value: object) -> str:
@@ -65,17 +68,25 @@ def check_scale(op: str, name: str, value: float | None, default: float) -> floa
         return default
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{op}: {name} must be a number or None, got {describe(value)}; pass a Python float")
-    if not abs(value) <= _LARGEST_FP32:
+    if not abs(value) <= _LARGEST_FACTOR:
         raise ValueError(
-            f"{op}: {name} must be finite in fp32, got {value}; leave it out for the default {default:.6g}"
+            f"{op}: {name} must be finite and at most {_LARGEST_FACTOR:g} in size, got {value}; leave it out for the "
+            f"default {default:.6g}"
         )
     return float(value)
 
 
 def check_softcap(op: str, softcap: float | None) -> None:
-    """Checks that a softcap, where given, is finite and positive."""
-    if softcap is not None and check_scale(op, "softcap", softcap, 1.0) <= 0:
+    """Checks that a softcap, where given, is finite, positive, and no subnormal number of fp32."""
+    if softcap is None:
+        return
+    if check_scale(op, "softcap", softcap, 1.0) <= 0:
         raise ValueError(f"{op}: softcap must be positive, got {softcap}; pass None for no softcap")
+    if softcap < _SMALLEST_SOFTCAP:
+        raise ValueError(
+            f"{op}: softcap must be at least {_SMALLEST_SOFTCAP:.3g}, the smallest normal number of fp32, "
+            f"got {softcap}; raise it"
+        )
 
 
 def check_attention(

@@ -31,6 +31,9 @@ Content = Literal["random", "tied", "poisoned"]
 """`tied`: small whole numbers, so that many scores are equal and every sum is exact. `poisoned`: some NaN and
 infinite entries."""
 
+EDGES = (-100.0, 100.0, -88.0, 88.0, -104.0, 0.0)
+"""Sink logits whose exponentials are subnormal in fp32, overflow, or nearly do."""
+
 
 def causal(batch: int, tokens: int, keys: int) -> Ranges:
     """The defaults."""
@@ -116,6 +119,7 @@ class Case:
         strided: Whether tensors are views into larger, differently ordered ones.
         softcap: On the attention scores.
         sink: Whether there are sink logits.
+        sink_values: What they are, head by head from the first on again; random ones where there are none.
     """
 
     name: str
@@ -138,6 +142,7 @@ class Case:
     strided: bool = False
     softcap: float | None = None
     sink: bool = False
+    sink_values: tuple[float, ...] = ()
 
 
 CASES = (
@@ -185,6 +190,18 @@ CASES = (
     Case("fp64", dtype=torch.float64),
     Case("softcap", softcap=1.5),
     Case("sink_logits", sink=True, ranges=left_padded),
+    Case("sinks_at_the_edges", sink=True, sink_values=EDGES, ranges=scattered, tokens=23, keys=47),
+    Case(
+        "sinks_at_the_edges_decode",
+        tokens=1,
+        keys=53,
+        sink=True,
+        sink_values=EDGES,
+        ranges=scattered,
+        head_dim=16,
+        value_dim=16,
+    ),
+    Case("nothing_but_sinks", sink=True, sink_values=EDGES, ranges=nothing, tokens=5),
     Case("softcap_and_sink_logits", softcap=2.0, sink=True, groups=1, sinks=2, local=3),
 )
 
@@ -227,7 +244,7 @@ def make_inputs(case: Case, device: torch.device | str = "cpu") -> Inputs:
         q=tensor(batch, tokens, case.heads, case.head_dim),
         k=tensor(batch, keys, case.groups, case.head_dim, dtype=key_dtype),
         v=tensor(batch, keys, case.groups, case.value_dim, dtype=key_dtype),
-        sink_logits=torch.randn(case.heads, generator=generator).to(device, case.dtype) if case.sink else None,
+        sink_logits=_sinks(case, generator).to(device, case.dtype) if case.sink else None,
         q_index=tensor(batch, tokens, case.index_heads, case.index_dim),
         k_index=tensor(batch, keys, case.index_dim),
         w_index=tensor(batch, tokens, case.index_heads),
@@ -236,6 +253,12 @@ def make_inputs(case: Case, device: torch.device | str = "cpu") -> Inputs:
         query_mask=(torch.rand(batch, tokens, generator=generator) < 0.7).to(device),
         indices=places.masked_fill(unused, -1).to(device),
     )
+
+
+def _sinks(case: Case, generator: torch.Generator) -> Tensor:
+    if not case.sink_values:
+        return torch.randn(case.heads, generator=generator)
+    return torch.tensor([case.sink_values[head % len(case.sink_values)] for head in range(case.heads)])
 
 
 def _fill(sizes: tuple[int, ...], case: Case, generator: torch.Generator) -> Tensor:

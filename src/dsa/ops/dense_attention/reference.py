@@ -48,10 +48,12 @@ class DenseAttention(torch.autograd.Function):
                 total = weights.sum(dim=-1)
                 top = top.squeeze(-1)
                 lse[place] = total.log() + top
+                # What was mixed of nothing is zero, whatever the sink: its exponential alone may be anything.
+                nothing = total == 0
                 if sink_logits is not None:
                     total = total + (sink_logits[group_heads].to(wide) - top).exp()
                 mixed = _matmul(weights, values[block.batch, block.columns, group])
-                out[place] = (mixed / total.masked_fill(total == 0, 1.0).unsqueeze(-1)).to(out.dtype)
+                out[place] = (mixed / total.masked_fill(nothing, 1.0).unsqueeze(-1)).to(out.dtype)
         ctx.save_for_backward(q, k, v, sink_logits, lse)
         ctx.options = options
         ctx.mark_non_differentiable(lse)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dsa.ops.blocks import compute_dtype, full_precision, rows_per_block
+from dsa.ops.indexer_loss.mass import least_mass
 from dsa.ops.ranges import VisibleRanges, fill_hidden
 from dsa.ops.selected import gather_tokens, scatter_tokens, scores_per_group
 
@@ -186,9 +187,10 @@ def _add_divergence(target: Tensor, scores: Tensor, counted: Tensor, sums: Sums)
         The gradient of the sum of divergences by the scores, `softmax(scores) - target`, `[..., n, s]`.
     """
     mass = target.sum(dim=-1, keepdim=True)
-    # Mass that underflowed to zero leaves nothing to compare; NaN is not zero and reaches the loss.
-    counted = counted & (mass.squeeze(-1) != 0)
-    target = target / mass.masked_fill(mass == 0, 1.0)
+    # Hardly any mass leaves nothing to compare; NaN is not below anything and reaches the loss.
+    little = mass < least_mass(mass.dtype)
+    counted = counted & ~little.squeeze(-1)
+    target = target / mass.masked_fill(little, 1.0)
     predicted = torch.log_softmax(scores, dim=-1)
     divergence = (torch.xlogy(target, target) - target * predicted).sum(dim=-1)
     sums.loss += divergence.masked_fill(~counted, 0.0).sum()

@@ -19,6 +19,7 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dsa.ops.indexer_loss.mass import least_mass
 from dsa.ops.indexer_loss.triton_dense import attention_totals, divergence, index_totals
 from dsa.ops.indexer_loss.triton_selected import selected_divergence, selected_totals
 from dsa.ops.ranges import VisibleRanges, ranges_for_kernels
@@ -240,6 +241,7 @@ def _main_sizes(constants: Constants) -> dict[str, Any]:
 def _count(masses: Tensor) -> tuple[Tensor, Tensor]:
     """Mass of each query summed over its heads `[B, T]`, and one over the number of queries that have any."""
     mass = masses.sum(dim=1)
+    mass = mass.masked_fill(mass < least_mass(mass.dtype), 0.0)
     # NaN is not zero: it reaches the loss.
     return mass, 1.0 / (mass != 0).sum().clamp_min(1).float()
 

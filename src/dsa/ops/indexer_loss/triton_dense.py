@@ -112,7 +112,8 @@ def attention_totals(
     if HAS_SINK:
         total += tl.exp2(tl.load(sink_logits + head).to(tl.float32) * LOG2_E - shift)
     log_total = finite_or_zero(tl.log2(total) + shift)
-    mass = kept_total * tl.exp2(shift - log_total)
+    # Without scores above -infinity the denominator is the sink's term alone, whose reciprocal may be infinite.
+    mass = tl.where(kept_total == 0.0, 0.0, kept_total * tl.exp2(shift - log_total))
     mine = (batch * HEADS + head) * tokens + row
     tl.store(log_totals + mine, log_total, mask=real)
     tl.store(masses + mine, tl.where(to_kept > from_kept, mass, 0.0), mask=real)

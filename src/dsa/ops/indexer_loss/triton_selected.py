@@ -117,7 +117,8 @@ def selected_totals(
         sink = tl.load(sink_logits + head, mask=real_head, other=float("-inf")).to(tl.float32)
         total += tl.exp2(sink * LOG2_E - shift)
     log_total = finite_or_zero(tl.log2(total) + shift)
-    mass = kept_total * tl.exp2(shift - log_total)
+    # Without scores above -infinity the denominator is the sink's term alone, whose reciprocal may be infinite.
+    mass = tl.where(kept_total == 0.0, 0.0, kept_total * tl.exp2(shift - log_total))
     mine = (batch * HEADS + head) * tokens + token
     tl.store(log_totals + mine, log_total, mask=real_head)
     tl.store(masses + mine, tl.where(compares > 0, mass, 0.0), mask=real_head)

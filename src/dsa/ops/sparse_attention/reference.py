@@ -161,10 +161,12 @@ def _attend(
     total = weights.sum(dim=-1)
     top = top.squeeze(-1)
     lse = total.log() + top
+    # What was mixed of nothing is zero, whatever the sink: its exponential alone may be anything.
+    nothing = total == 0
     if sink_logits is not None:
         total = total + (sink_logits.to(q.dtype) - top).exp()
     mixed = mix_per_group(weights, values)
-    return mixed / total.masked_fill(total == 0, 1.0).unsqueeze(-1), lse
+    return mixed / total.masked_fill(nothing, 1.0).unsqueeze(-1), lse
 
 
 def _gather(

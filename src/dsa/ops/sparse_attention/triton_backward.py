@@ -168,7 +168,9 @@ def attend_backward(
                 scores = tanh(scores)
                 slope = 1.0 - scores * scores
                 scores *= softcap * LOG2_E
-            weights = tl.exp2(tl.where(valid[None, :], scores, float("-inf")) - log_total[:, None])
+            exponents = tl.where(valid[None, :], scores, float("-inf")) - log_total[:, None]
+            # No probability is above 1. Of scores that are large `log_total` has lost the places that say so.
+            weights = tl.exp2(tl.where(exponents > 0.0, 0.0, exponents))
             if WITH_KEYS:
                 grad_scores = weights * (grad_scores - mean[:, None] * scale) * slope
         grad_scores = grad_scores.to(DTYPE)

@@ -162,12 +162,14 @@ def attend(
 
     shift = finite_or_zero(top)
     log_total = tl.log2(total) + shift
+    # Of nothing but a sink, the sum may be subnormal, and its reciprocal infinite.
+    nothing = total == 0.0
     if HAS_SINK and SPLITS == 1:
         sink = tl.load(sink_logits + head, mask=real_head, other=float("-inf")).to(tl.float32)
         total += tl.exp2(sink * LOG2_E - shift)
     if SPLITS == 1:
         log_total *= LN_2
-    inverse = 1.0 / tl.where(total == 0.0, 1.0, total)
+    inverse = 1.0 / tl.where(nothing, 1.0, total)
     out_row = (split * rows + row).to(tl.int64) * HEADS + head
     tl.store(lse + out_row, log_total, mask=real_head)
     for i in tl.static_range(len(V_WIDTHS)):
@@ -201,12 +203,14 @@ def merge_splits(
     weight = tl.exp2(log - shift)
     total = tl.sum(weight, axis=0)
     log_total = (tl.log2(total) + shift) * LN_2
+    # Of nothing but a sink, the sum may be subnormal, and its reciprocal infinite.
+    nothing = total == 0.0
     if HAS_SINK:
         sink = tl.load(sink_logits + row % HEADS).to(tl.float32)
         total += tl.exp2(sink * LOG2_E - shift)
     mask = (split < SPLITS)[:, None] & (column < V_SIZE)[None, :]
     part = tl.load(parts + part_row[:, None] * V_SIZE + column[None, :], mask=mask, other=0.0)
-    mixed = tl.sum(part * weight[:, None], axis=0) / tl.where(total == 0.0, 1.0, total)
+    mixed = tl.sum(part * weight[:, None], axis=0) / tl.where(nothing, 1.0, total)
     tl.store(out + row * V_SIZE + column, mixed.to(out.dtype.element_ty), mask=column < V_SIZE)
     if tl.program_id(1) == 0:
         tl.store(lse + row, log_total)

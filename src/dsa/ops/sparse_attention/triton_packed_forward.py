@@ -191,12 +191,14 @@ def attend_packed(
 
     shift = finite_or_zero(top)
     log_total = tl.log2(total) + shift
+    # Of nothing but a sink, the sum may be subnormal, and its reciprocal infinite.
+    nothing = total == 0.0
     if HAS_SINK and SPLITS == 1:
         sink = tl.load(sink_logits + head, mask=real_head, other=float("-inf")).to(tl.float32)
         total += tl.exp2(sink * LOG2_E - shift)
     if SPLITS == 1:
         log_total *= LN_2
-    inverse = 1.0 / tl.where(total == 0.0, 1.0, total)
+    inverse = 1.0 / tl.where(nothing, 1.0, total)
     out_row = (split * rows + row).to(tl.int64) * HEADS + head
     tl.store(lse + out_row, log_total, mask=real_head)
     for i in tl.static_range(len(WIDTHS)):

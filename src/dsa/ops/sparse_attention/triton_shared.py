@@ -203,10 +203,12 @@ def attend_union(
         tl.store(flags + block, 1)
     shift = finite_or_zero(top)
     log_total = (tl.log2(total) + shift) * LN_2
+    # Of nothing but a sink, the sum may be subnormal, and its reciprocal infinite.
+    nothing = total == 0.0
     if HAS_SINK:
         sink = tl.load(sink_logits + head, mask=real, other=float("-inf")).to(tl.float32)
         total += tl.exp2(sink * LOG2_E - shift)
-    inverse = 1.0 / tl.where(total == 0.0, 1.0, total)
+    inverse = 1.0 / tl.where(nothing, 1.0, total)
     out_row = (batch * tokens + token) * HEADS + head
     tl.store(lse + out_row, log_total, mask=real)
     for i in tl.static_range(len(V_WIDTHS)):
