@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: install demo bench docs kernels test test-kernels test-kernels-aarch64 lint types clean
+.PHONY: install demo bench docs fuzz kernels test test-kernels test-kernels-aarch64 lint types clean
 
 install: $(VENV)/.installed
 
@@ -66,6 +66,11 @@ test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest --ignore tests/ops/triton
 	@# The interpreter of Triton has to be chosen before anything imports triton: a process of its own.
 	if $(BIN)/python -c 'import triton' 2>/dev/null; then $(BIN)/python -m pytest tests/ops/triton; fi
+
+# Ten minutes of random calls of the operations, for every night; `make test` runs half a minute of them.
+fuzz: $(VENV)/.installed-dev
+	$(BIN)/python -m dsa.testing.fuzz --minutes 9
+	if $(BIN)/python -c 'import triton' 2>/dev/null; then $(BIN)/python -m dsa.testing.fuzz --minutes 1 --impl triton; fi
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -51,6 +51,10 @@ KERNEL_PLACES = {
     "cli/info.py",
     "testing/cases.py",
     "testing/counting.py",
+    "testing/fuzz/__main__.py",
+    "testing/fuzz/draw.py",
+    "testing/fuzz/indexing.py",
+    "testing/fuzz/run.py",
 }
 """Files outside `ops` that may say "native": each means the compiled kernels, and nothing else may be called so."""
 
