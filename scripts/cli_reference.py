@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes docs/reference/cli.md from what `dsa --help` and `dsa COMMAND --help` say.
+"""Writes docs/reference/cli.md and a page for each command from what `dsa --help` and `dsa COMMAND --help` say.
 
 python scripts/cli_reference.py            # after a change of a command's help or options
 python scripts/cli_reference.py --check    # is it current? a test asks the same
@@ -20,18 +20,21 @@ from rich.text import Text
 
 from dsa.cli.main import app
 
-PAGE = Path(__file__).parent.parent / "docs" / "reference" / "cli.md"
+REFERENCE = Path(__file__).parent.parent / "docs" / "reference"
 
-HEAD = "<!-- Written by scripts/cli_reference.py: change the help in src/dsa/cli, then run it. -->\n\n# Commands"
+HEAD = "<!-- Written by scripts/cli_reference.py: change the help in src/dsa/cli, then run it. -->"
 
 
-def page() -> str:
-    """The whole page."""
+def pages() -> dict[Path, str]:
+    """Every page by its place: the list of the commands, and one page a command."""
     root = typer.main.get_command(app)
-    parts = [HEAD, *_prose(root.help), _prose_line(root.epilog)]
-    for name, command in root.commands.items():  # type: ignore[attr-defined]
-        parts += _command(f"dsa {name}", command, 2)
-    return "\n\n".join(parts) + "\n"
+    commands: dict[str, Any] = root.commands  # type: ignore[attr-defined]
+    rows = [f"| [dsa {name}](cli/{name}.md) | {next(_prose(command.help))} |" for name, command in commands.items()]
+    listed = "\n".join(["| | |", "|---|---|", *rows])
+    written = {REFERENCE / "cli.md": [HEAD, "# Commands", *_prose(root.help), listed, _prose_line(root.epilog)]}
+    for name, command in commands.items():
+        written[REFERENCE / "cli" / f"{name}.md"] = [HEAD, *_command(f"dsa {name}", command, 1)]
+    return {place: "\n\n".join(parts) + "\n" for place, parts in written.items()}
 
 
 def _command(path: str, command: Any, level: int) -> Iterator[str]:
@@ -100,15 +103,22 @@ def _prose_line(text: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="only say whether the page is current")
+    parser.add_argument("--check", action="store_true", help="only say whether the pages are current")
     given = parser.parse_args()
-    written = page()
-    if not given.check:
-        PAGE.write_text(written)
-    elif not PAGE.exists() or PAGE.read_text() != written:
-        raise SystemExit(
-            "docs/reference/cli.md is not what the commands' help says: run python scripts/cli_reference.py"
-        )
+    written = pages()
+    places = [REFERENCE / "cli.md", *(REFERENCE / "cli").glob("*.md")]
+    on_disk = {file: file.read_text() for file in places if file.exists()}
+    if given.check:
+        if on_disk != written:
+            raise SystemExit(
+                "docs/reference/cli is not what the commands' help says: run python scripts/cli_reference.py"
+            )
+        return
+    for file in on_disk.keys() - written.keys():
+        file.unlink()
+    (REFERENCE / "cli").mkdir(exist_ok=True)
+    for file, text in written.items():
+        file.write_text(text)
 
 
 if __name__ == "__main__":
