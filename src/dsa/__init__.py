@@ -1,7 +1,8 @@
 """DeepSeek Sparse Attention for any Hugging Face model.
 
-`import dsa` costs next to nothing: torch and transformers are imported when something of theirs is asked for. It
-also makes sure that, whenever transformers' Auto classes are imported, they know the models that `dsa` saves.
+`import dsa` costs next to nothing and changes nothing for the program that imports it: torch and transformers are
+imported when something of theirs is asked for. It also sees to it that transformers' Auto classes, whenever they are
+imported, find the models that `dsa` saves.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return list(__all__)
 
 
-_auto_classes.register_when_imported()
+_auto_classes.find_when_looked_up()

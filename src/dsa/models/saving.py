@@ -1,15 +1,15 @@
 """Saving attached models so that plain `AutoModelForCausalLM.from_pretrained` loads them.
 
-Every family gets a configuration class and a model class of its own (`dsa_llama`, ...), registered with
-transformers. A live model changes to that class when it is attached and back when it is detached; loading builds
-the class directly, indexers included. The saved folder also carries a stub for processes that did not import dsa:
-there `trust_remote_code=True` imports it.
+Every family has a configuration class and a model class of its own (`dsa_llama`, ...), made and registered with
+transformers when one is first asked for (`dsa._auto_classes` says by whom). A live model changes to that class when it
+is attached and back when it is detached; loading builds the class directly, indexers included. The saved folder also
+carries a stub for processes that did not import dsa: there `trust_remote_code=True` imports it.
 """
 
 from __future__ import annotations
 
-from functools import cache
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from dsa.config import DSAConfig
@@ -20,19 +20,41 @@ if TYPE_CHECKING:
 
 STUB_MODULE = "modeling_dsa"
 
+_config_classes: dict[str, type[PreTrainedConfig]] = {}
+_model_classes: dict[str, type[PreTrainedModel]] = {}
+_making = Lock()
+"""Two threads that load models must not make two classes of one name: transformers looks models up by class."""
 
-@cache
+
 def dsa_config_class(model_type: str) -> type[PreTrainedConfig]:
     """The configuration class `dsa_<model_type>` of a family."""
-    base = ATTACHABLE[model_type].config_class()
-    return type(f"DSA{base.__name__}", (base,), {"model_type": f"dsa_{model_type}", "__module__": __name__})
+    if model_type not in _config_classes:
+        base = ATTACHABLE[model_type].config_class()
+        with _making:
+            if model_type not in _config_classes:
+                attributes = {"model_type": f"dsa_{model_type}", "__module__": __name__}
+                made = type(f"DSA{base.__name__}", (base,), attributes)
+                _register_config(model_type, base, made)
+                _config_classes[model_type] = made
+    return _config_classes[model_type]
 
 
-@cache
 def dsa_model_class(model_type: str) -> type[PreTrainedModel]:
     """The model class of a family that carries its indexers."""
-    family = ATTACHABLE[model_type]
-    base = family.model_class()
+    if model_type not in _model_classes:
+        config_class, base = dsa_config_class(model_type), ATTACHABLE[model_type].model_class()
+        with _making:
+            if model_type not in _model_classes:
+                made = _make_model_class(ATTACHABLE[model_type], base, config_class)
+                _register_model(model_type, made)
+                _model_classes[model_type] = made
+    return _model_classes[model_type]
+
+
+def _make_model_class(
+    family: Family, base: type[PreTrainedModel], config_class: type[PreTrainedConfig]
+) -> type[PreTrainedModel]:
+    model_type = family.model_type
 
     def __init__(self: PreTrainedModel, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         from dsa.models.installing import install
@@ -67,7 +89,7 @@ def dsa_model_class(model_type: str) -> type[PreTrainedModel]:
             "__init__": __init__,
             "save_pretrained": save_pretrained,
             "from_pretrained": classmethod(from_pretrained),
-            "config_class": dsa_config_class(model_type),
+            "config_class": config_class,
             "__module__": __name__,
             "__doc__": f"{base.__name__} with an indexer on every sparse layer.",
         },
@@ -84,27 +106,34 @@ def __getattr__(name: str) -> type:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def register_configs() -> None:
-    """Registers every family's configuration with `AutoConfig`."""
+def _register_config(model_type: str, base: type[PreTrainedConfig], made: type[PreTrainedConfig]) -> None:
+    """Registers a configuration class with `AutoConfig`, and its tokenizer with `AutoTokenizer`: the family's."""
+    from transformers.models.auto import tokenization_auto
     from transformers.models.auto.configuration_auto import AutoConfig
 
-    for model_type in ATTACHABLE:
-        AutoConfig.register(f"dsa_{model_type}", dsa_config_class(model_type), exist_ok=True)
+    AutoConfig.register(made.model_type, made, exist_ok=True)
+    by_type, by_class = tokenization_auto.TOKENIZER_MAPPING_NAMES, tokenization_auto.TOKENIZER_MAPPING
+    if model_type in by_type:
+        by_type[made.model_type] = by_type[model_type]
+    if base in by_class:
+        by_class.register(made, by_class[base], exist_ok=True)
+    if model_type in tokenization_auto.MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS:
+        tokenization_auto.MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS.add(made.model_type)
 
 
-def register_models() -> None:
-    """Registers every family's model with `AutoModelForCausalLM`, and what transformers keys by model type."""
+def _register_model(model_type: str, made: type[PreTrainedModel]) -> None:
+    """Registers a model class with `AutoModelForCausalLM`, and how transformers renames the family's weights."""
     from transformers.conversion_mapping import (
         get_checkpoint_conversion_mapping,
         register_checkpoint_conversion_mapping,
     )
     from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-    for model_type in ATTACHABLE:
-        AutoModelForCausalLM.register(dsa_config_class(model_type), dsa_model_class(model_type), exist_ok=True)
-        conversion = get_checkpoint_conversion_mapping(model_type)
-        if conversion is not None:
-            register_checkpoint_conversion_mapping(f"dsa_{model_type}", conversion, overwrite=True)
+    assert made.config_class is not None
+    AutoModelForCausalLM.register(made.config_class, made, exist_ok=True)
+    conversion = get_checkpoint_conversion_mapping(model_type)
+    if conversion is not None:
+        register_checkpoint_conversion_mapping(f"dsa_{model_type}", conversion, overwrite=True)
 
 
 def become_savable(model: PreTrainedModel, config: DSAConfig) -> None:
