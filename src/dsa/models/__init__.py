@@ -1,7 +1,7 @@
 """Sparse attention on Hugging Face models: attach, detach, indexer checkpoints, saving and loading.
 
-Names are looked up lazily: registering the configuration classes (`dsa.models.saving`) happens in the middle of
-importing transformers, when most of it cannot be imported yet.
+Names are looked up lazily: transformers asks `dsa.models.saving` for a configuration class, and for that no model code
+is needed.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from torch import nn
 from dsa.runs.progress import Progress
 
 if TYPE_CHECKING:
-    # Only for types: this module is imported while transformers itself is (see `dsa._auto_classes`).
+    # Only for types: `AutoConfig` comes here for a configuration class (see `dsa._auto_classes`).
     from transformers import PreTrainedModel
 
 LOGITS_AT_ONCE = 1 << 24

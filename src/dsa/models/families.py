@@ -20,7 +20,7 @@ from dsa.models.decoder import decoder_of
 from dsa.ops.index_projection import Rope, rope_tables
 
 if TYPE_CHECKING:
-    # Only for types: this module is imported while transformers itself is (see `dsa._auto_classes`).
+    # Only for types: `AutoConfig` comes here for a configuration class (see `dsa._auto_classes`).
     from transformers import PreTrainedConfig, PreTrainedModel
 
 RopeLayout = Literal["half", "interleaved"]
