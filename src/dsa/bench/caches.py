@@ -29,12 +29,12 @@ def filled_cache(model: Any, tokens: int, *, sparse: bool, reserved: int = 0) ->
         reserved: Room behind the tokens, in dsa's layers.
     """
     config = model.config.get_text_config()
-    native = born_with_dsa(config)
+    born = born_with_dsa(config)
     generator = torch.Generator().manual_seed(tokens)
     key, value = (torch.randn(1, heads, tokens, dim, generator=generator) for heads, dim in _shapes(config))
     cache = DynamicCache(config=model.config)
     if not sparse:
-        index_keys = torch.randn(1, tokens, config.index_head_dim, generator=generator) if native else None
+        index_keys = torch.randn(1, tokens, config.index_head_dim, generator=generator) if born else None
         for layer in range(config.num_hidden_layers):
             cache.update(key, value, layer)
             if index_keys is not None:
@@ -47,7 +47,7 @@ def filled_cache(model: Any, tokens: int, *, sparse: bool, reserved: int = 0) ->
         has_indexer = own.has_indexer(row.layer)
         index_dtype = own.index_dtype if has_indexer else None
         stored: Any
-        if native or family_of(model).latent is not None:
+        if born or family_of(model).latent is not None:
             stored = latent_layer(cache, row.layer, config.kv_lora_rank, index_dtype)
         else:
             stored = indexed_layer(cache, row.layer, index_dtype)

@@ -167,7 +167,7 @@ def _prompt_lengths(pair: Pair, settings: Settings) -> tuple[int, ...]:
         ValueError: A length that the user named is one of those.
     """
     lengths = settings.lengths_or(PROMPT_LENGTHS, (96,))
-    if not pair.native:
+    if not pair.born_with_dsa:
         return lengths
     config = pair.plain.model.config
     if settings.lengths is None:
@@ -182,7 +182,7 @@ def _prompt_lengths(pair: Pair, settings: Settings) -> tuple[int, ...]:
 
 def _asked(pair: Pair, target: float | None) -> float | None:
     """What is asked of models with full attention; of a model born with DSA nothing is, its shape says too much."""
-    return None if pair.native else target
+    return None if pair.born_with_dsa else target
 
 
 def _prompt_row(
@@ -207,7 +207,7 @@ def _prompt_row(
         "SDPA: transformers, attn_implementation sdpa, its own dynamic cache, the prompt at once. DSA: as `dsa "
         f"generate` reads, chunks of {PREFILL_CHUNK:,} into a reserved cache. Last logits only.",
         TURNS,
-        *([MASKED] if pair.native else []),
+        *([MASKED] if pair.born_with_dsa else []),
     ]
     return row
 
@@ -236,7 +236,7 @@ def decode(settings: Settings, progress: Progress, status: Status) -> Iterator[R
         row.notes = [
             "The caches are filled with standard normal keys, values and index keys, equal in all layers.",
             TURNS,
-            *([MASKED] if pair.native else []),
+            *([MASKED] if pair.born_with_dsa else []),
         ]
         yield row
     if len(lengths) > 1:

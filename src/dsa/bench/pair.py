@@ -51,7 +51,7 @@ class Pair:
     shape: dict[str, Any]
 
     @property
-    def native(self) -> bool:
+    def born_with_dsa(self) -> bool:
         """Whether the model was born with DSA."""
         return born_with_dsa(self.plain.model.config)
 
@@ -72,15 +72,15 @@ def load_pair(settings: Settings, status: Status) -> Pair:
     """
     plain = load_model(settings.model, device="cpu", status=status)
     sparse = load_model(settings.model, device="cpu", status=status)
-    native = born_with_dsa(plain.model.config)
+    born = born_with_dsa(plain.model.config)
     status("Comparing with the plain model and with the reference")
     ids = long_ids(sparse.tokenizer, CHECK_TOKENS if not settings.quick else 2 * QUICK_BUDGET["top_k"])
     everything = max(ids.shape[1], 512)
     attach_indexers(sparse, None, top_k=everything, dense_shortcut=False)
-    with _reading(plain.model, everything) if native else nullcontext():
+    with _reading(plain.model, everything) if born else nullcontext():
         expected = plain.model(ids).logits
     said = [check_close("logits with all selected", sparse.model(ids).logits, expected, LOGIT_ERROR)]
-    if native:
+    if born:
         own = plain.model.config.index_topk
         budget = {"top_k": min(own, QUICK_BUDGET["top_k"]) if settings.quick else own}
         _read_few(plain.model, budget["top_k"])
@@ -89,7 +89,7 @@ def load_pair(settings: Settings, status: Status) -> Pair:
     report, _ = attach_indexers(sparse, None, dense_shortcut=True, **budget)
     more = long_ids(sparse.tokenizer, 2 * report.config.top_k)
     said.append(check_selections(sparse.model, more, None))
-    if native and fits(masked_prefill_bytes(plain.model.config, more.shape[1])):
+    if born and fits(masked_prefill_bytes(plain.model.config, more.shape[1])):
         said.append(_same_choices(sparse.model, plain.model, more))
     config = plain.model.config.get_text_config()
     shape = {
@@ -99,7 +99,7 @@ def load_pair(settings: Settings, status: Status) -> Pair:
         "dense_layers": report.count("dense"),
         "heads": config.num_attention_heads,
         "kv_heads": config.num_key_value_heads,
-        "born_with_dsa": native,
+        "born_with_dsa": born,
         **{name: getattr(report.config, name) for name in ("top_k", "index_heads", "index_head_dim", "sinks", "local")},
     }
     return Pair(sparse, plain, said, shape)

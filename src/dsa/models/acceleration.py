@@ -1,4 +1,4 @@
-"""Running a model born with DSA truly sparse, and restoring it."""
+"""Running a model born with DSA sparse, and restoring it."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class _Accelerated:
 
 
 def accelerate(model: PreTrainedModel, *, cache: CacheDtype | str = "full", **overrides: Any) -> AccelerateReport:
-    """Makes a model born with DSA (DeepSeek-V3.2, GLM-5) compute what it computes, truly sparse, in place.
+    """Makes a model born with DSA (DeepSeek-V3.2, GLM-5) really sparse, in place; it computes what it did before.
 
     transformers scores all pairs of tokens at once and masks dense attention. Here the model's own indexers select
     through `index_topk`, attention reads the selected rows of the latent cache and nothing else, and the cache holds

@@ -73,7 +73,7 @@ def attach(
 
 
 def default_config(model: PreTrainedModel) -> DSAConfig:
-    """What `attach` gives a model for which nothing is said.
+    """The configuration that `attach` uses when it is given none.
 
     Models with multi-head latent attention get DeepSeek-V3.2's sizes, and nothing is always selected: what is trained
     is then what plain transformers runs as `DeepseekV32ForCausalLM`. All others get `DSAConfig()`.

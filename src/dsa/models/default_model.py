@@ -31,7 +31,7 @@ CONVERSION_VERSION = 1
 MANIFEST = "dsa-conversion.json"
 
 Status = Callable[[str], None]
-"""Told in a few words, before it begins, what will take a while."""
+"""Called with a few words before a step that takes a while."""
 
 
 def cache_dir() -> Path:

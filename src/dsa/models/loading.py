@@ -60,7 +60,7 @@ def load_model(
         dtype: Of the weights. `None` means fp32 on a CPU, where narrower matrix products are slower without
             AMX or AVX512-BF16, and the checkpoint's own dtype elsewhere; `"auto"` means that one everywhere.
         device: `None` means CUDA where there is one, else the CPU.
-        status: Told what takes long: converting the default model, or reading a checkpoint.
+        status: Called with what takes long: converting the default model, or reading a checkpoint.
         rope_scaling: For texts longer than the model's positions, as `dsa.models.rope.parse_scaling` returns it; or
             what chooses it, see `dsa.models.extension.chosen_scaling`.
         place: Put the weights on the device; otherwise they stay on the CPU, for callers that move them in parts.
@@ -149,7 +149,7 @@ def _check_causal(name: str, source: str | Path) -> PreTrainedConfig:
 def _read_weights(
     name: str, source: str | Path, dtype: torch.dtype | Literal["auto"] | None, config: PreTrainedConfig, given: bool
 ) -> Any:
-    """The model; with `given`, made by this very configuration instead of the one next to the weights."""
+    """The model; with `given`, made from this configuration instead of the one next to the weights."""
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 

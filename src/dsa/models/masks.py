@@ -1,4 +1,4 @@
-"""What each query may see, as a range of positions in place of a mask.
+"""What each query may see, as a range of positions instead of a mask.
 
 transformers asks the attention implementation for its mask once per forward. Ours is `[B, 1, T, 2]` int32, the
 first visible key and one past the last, for every mask whose rows are ranges: causal, left- or right-padded,
@@ -124,7 +124,7 @@ def _ranges_of_function(
 def split_mask(
     mask: torch.Tensor | None, tokens: int, keys: int
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """Ranges and holes from the mask that an attention function is handed.
+    """Ranges and holes from the mask that an attention function receives.
 
     Args:
         mask: What `visible_ranges` returned, or a user's own `[B, 1, T, S]` mask: boolean (`True` is visible)

@@ -19,7 +19,7 @@ KEEPS_LENGTH = ("yarn", "llama3")
 """Those that need to know how many positions the model was trained on."""
 
 OFF = "off"
-"""What a user says in place of a scaling to have none."""
+"""The value that means no scaling."""
 
 RopeScaling = dict[str, Any]
 

@@ -31,7 +31,7 @@ def sparse_report_of(model: PreTrainedModel) -> AttachReport:
 def attach_indexers(
     loaded: LoadedModel, indexers: str | Path | None = None, *, cache: str | None = None, **overrides: Any
 ) -> tuple[AttachReport, str | None]:
-    """Attaches a loaded model with the indexers that are meant when a user names none, too.
+    """Attaches a loaded model; without `indexers`, with those that belong to it.
 
     Models born with DSA are accelerated with their own.
 
@@ -115,13 +115,13 @@ def sparse_while(
 
 
 def _refuse_other_indexers(loaded: LoadedModel, indexers: str | Path | None) -> None:
-    """Raises `ValueError` where indexers are named for a model born with DSA."""
+    """Raises `ValueError` for indexers that are given for a model born with DSA."""
     if indexers is not None:
         raise ValueError(f"indexers: {loaded.name} has indexers of its own; leave them out")
 
 
 def _refuse_cache(loaded: LoadedModel, cache: str | None) -> None:
-    """Raises `ValueError` where a kind of cache is named that only models born with DSA have."""
+    """Raises `ValueError` for a kind of cache that only models born with DSA have."""
     if cache not in (None, "full"):
         raise ValueError(
             f"cache: {loaded.name} was not born with DSA, and only the latents of such models are kept as {cache!r}; "

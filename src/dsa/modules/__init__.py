@@ -1,4 +1,4 @@
-"""Building blocks that models are given: the indexer, and the cache that keeps its keys beside K and V."""
+"""Building blocks that attaching adds to models: the indexer, and the cache that keeps its keys next to K and V."""
 
 from dsa.modules.indexer import Indexer
 

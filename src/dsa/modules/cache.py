@@ -55,7 +55,7 @@ class TokenBuffer:
         return self.storage.narrow(1, 0, self.length)
 
     def make_room(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, reserve: int = 0) -> int:
-        """Room for tokens behind those there, to be written to `storage`; the capacity is at least `reserve`.
+        """Room for tokens after those there, to be written to `storage`; the capacity is at least `reserve`.
 
         Args:
             shape: `[B, T, ...]` of the new tokens.
@@ -80,7 +80,7 @@ class TokenBuffer:
         return begin
 
     def append_heads(self, states: torch.Tensor, reserve: int = 0) -> torch.Tensor:
-        """Writes `[B, G, T, D]` behind what is there; returns all tokens, `[B, G, S, D]`, as a view."""
+        """Writes `[B, G, T, D]` after what is there; returns all tokens, `[B, G, S, D]`, as a view."""
         batch, heads, tokens, dim = states.shape
         begin = self.make_room((batch, tokens, heads, dim), states.dtype, states.device, reserve)
         assert self.storage is not None
@@ -271,7 +271,7 @@ class StaticIndexedLayer(StaticLayer):
         self.is_initialized = True
 
     def append_index(self, index_keys: torch.Tensor) -> int:
-        """Writes index keys `[B, T, Di]` behind those there, before `update`; returns `C`, as many as there are."""
+        """Writes index keys `[B, T, Di]` after those there, before `update`; returns `C`, as many as there are."""
         batch, tokens, dim = index_keys.shape
         if self.index_data is None:
             dtype = _QUANTIZED.get(self.index_dtype, torch.float32)

@@ -97,9 +97,9 @@ class Indexer(nn.Module):
         return weights
 
     def plain_weights(self) -> IndexWeights | None:
-        """The weights, for `index_projection` to compute with; `None` where that would pass over something.
+        """The weights, for `index_projection` to compute with; `None` where that would skip something.
 
-        Such as a hook on one of the projections, a bias, or a module put in the place of one (an adapter).
+        Such as a hook on one of the projections, a bias, or a module that replaces one (an adapter).
         """
         query, key, head, norm = self.wq, self.wk, self.weights_proj, self.k_norm
         if type(norm) is not nn.LayerNorm or _is_watched(norm):

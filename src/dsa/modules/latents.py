@@ -1,7 +1,7 @@
-"""The cache layer of multi-head latent attention: one row a token for all heads, and its index keys beside it.
+"""The cache layer of multi-head latent attention: one row a token for all heads, and its index keys next to it.
 
 Keys and values of every head are linear maps of the row, so the row is all that is kept: the latent (512 dims in
-DeepSeek-V3.2), which is also what the absorbed form of attention takes for values, and behind it the shared key dims
+DeepSeek-V3.2), which is also what the absorbed form of attention takes for values, and after it the shared key dims
 that carry RoPE (64). As numbers they take 2,304 bytes a token in fp32 and 1,152 in bf16, as FP8 rows 656.
 
 Shapes: `B` batch, `T` new tokens, `S` cached tokens, `L` latent dims, `R` rotated dims.

@@ -1,4 +1,4 @@
-"""A trained model with latent attention, written as the DeepSeek-V3.2 that it has become.
+"""A trained model with latent attention, written as a DeepSeek-V3.2.
 
 DeepSeek-V3 with a lightning indexer on every layer is DeepSeek-V3.2: the weights have the same names, and plain
 transformers loads them as `DeepseekV32ForCausalLM`, without this package.
@@ -23,7 +23,7 @@ EXPORTABLE = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "youtu")
 """Families whose decoder layers are DeepSeek-V3.2's, but for what `_check_model` looks at."""
 
 NOT_TAKEN_OVER = frozenset({"layer_types", "architectures", "transformers_version", "auto_map", "rope_interleave"})
-"""Fields that say what kind of model it is, which is another one now."""
+"""Fields that name the kind of model, which is now DeepSeek-V3.2."""
 
 
 def export_deepseek_v32(
