@@ -109,13 +109,13 @@ def test_no_pages(tmp_path: Path) -> None:
         read_source(tmp_path / "a.pdf")
 
 
-def test_without_pypdf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_pypdfium2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = write_pdf(tmp_path / "a.pdf", "Some words.")
     real = builtins.__import__
 
     def missing(name: str, *rest: Any, **more: Any) -> Any:
-        if name.partition(".")[0] == "pypdf":
-            raise ImportError("No module named 'pypdf'")
+        if name.partition(".")[0] == "pypdfium2":
+            raise ImportError("No module named 'pypdfium2'")
         return real(name, *rest, **more)
 
     monkeypatch.setattr(builtins, "__import__", missing)
