@@ -246,15 +246,6 @@ CHECKS = (circles, unranked, climbing, relative_imports, many_parameters, long_b
 OPEN: set[Problem] = {
     Problem("circle", "dsa.bench.memory -> dsa.bench.prefill"),
     Problem("circle", "dsa.bench.prefill -> dsa.bench.memory"),
-    Problem("climbs", "dsa.cost.source -> dsa.models.checkpoint"),
-    Problem("climbs", "dsa.cost.source -> dsa.models.quiet"),
-    Problem("native", "cost/published.py"),
-    Problem("native", "cost/reading.py"),
-    Problem("native", "cost/report.py"),
-    Problem("native", "cost/shape.py"),
-    Problem("native", "cost/source.py"),
-    Problem("parameters", "cli/calibrate.py:calibrate"),
-    Problem("parameters", "cli/cost.py:cost"),
     Problem("parameters", "cli/eval.py:evaluate"),
     Problem("parameters", "eval/tasks.py:run_tasks"),
 }

@@ -29,7 +29,7 @@ class Settings:
         steps: How often.
         rate: How fast, by default as
             `steps` says.
-        schedule: `"even"`, or anything else.
+        schedule: `"even"`, or anything else but `"steps"`.
         again: Do it again.
         boundaries: Stop at the boundaries.
         names: No option changes them.
@@ -128,7 +128,7 @@ def test_help() -> None:
     assert "How fast, by default as --steps says." in text
     assert "--width COLUMNS How wide. [default: 8]" in text
     assert "even|odd" in text
-    assert "`even`, or anything else. [default: even]" in text
+    assert "`even`, or anything else but `steps`. [default: even]" in text
     assert "no-again" not in text
     assert "--no-boundaries" in text
     assert "Not what the command says" not in text

@@ -22,7 +22,7 @@ def test_a_row_has_the_bytes_that_the_cache_writes(latent: int, rope: int) -> No
 def test_deepseek() -> None:
     """As in the table of docs/born-with-dsa.md: 656 bytes a token and layer, and 132 of an index key."""
     shape = shape_from(PRESETS["DeepSeek-V3.2"], "it")
-    config = config_for(shape, shape.native, index_dtype="fp8")
+    config = config_for(shape, shape.trained_dsa, index_dtype="fp8")
     held = memory(shape, config, 131_072, Storage(fp8_rows=True))
     assert (held.keys_and_values, held.index_keys) == (131_072 * 61 * 656, 131_072 * 61 * 132)
     assert memory(shape, config, 131_072).keys_and_values == 131_072 * 61 * 1152

@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 
 from dsa import DSAConfig, LayerConfig
+from dsa.cli.cost import saved_config
 from dsa.cost import config_for, decode_work, model_report, read_model, total
 from dsa.cost.plot import draw_costs, lengths_for
 from dsa.cost.report import variants_of
 
-SHAPE, SHIPPED = read_model("default")
+SHAPE, SHIPPED = read_model("default", saved_config)
 
 
 def test_whose_dsa_is_counted() -> None:

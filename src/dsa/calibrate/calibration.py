@@ -49,7 +49,7 @@ none sharing 1.0 times."""
 FORBIDDEN = 1e6
 """Harm of falling short of the attention mass asked for: no cost outweighs it."""
 
-Tell = Callable[[str], None]
+Report = Callable[[str], None]
 
 
 def calibrate(
@@ -60,7 +60,7 @@ def calibrate(
     indexers: str | Path | None = None,
     verify: Sequence[Document] = (),
     progress: Progress = silent,
-    tell: Tell = lambda message: None,
+    report: Report = lambda message: None,
 ) -> Calibration:
     """Finds how much each layer has to read, and leaves the model attached that way, ready to be saved.
 
@@ -71,7 +71,7 @@ def calibrate(
         indexers: As in `dsa.attach`; `None` takes those of an attached model or those shipped with the default one.
         verify: Texts to judge the result on; the calibration texts by default.
         progress: Shows the steps.
-        tell: Told, in a sentence, how long the rest will take and what was found.
+        report: Is given sentences: how long the rest will take, and what was found.
 
     Raises:
         ValueError: Nothing to measure on, texts or budgets that do not fit, indexers that are untrained or calibrated
@@ -86,12 +86,12 @@ def calibrate(
     texts = [_text(loaded, document, settings.tokens, "data") for document in documents]
     others = [_text(loaded, document, settings.tokens, "verify") for document in verify]
     model = loaded.model
-    with sparse_while(loaded, indexers) as (report, source):
-        run = _Run(loaded, settings, report, source, texts, others, progress, tell)
-        result = run.go()
+    with sparse_while(loaded, indexers) as (attached, source):
+        calibrator = _Calibrator(loaded, settings, attached, source, texts, others, progress, report)
+        result = calibrator.run()
     if is_attached(model):
         detach(model)
-    put_on(model, run.passes.taken, top_k=result.config.top_k, layers=result.config.layers)
+    put_on(model, calibrator.passes.taken, top_k=result.config.top_k, layers=result.config.layers)
     result.seconds = time.perf_counter() - began
     return result
 
@@ -112,26 +112,26 @@ def _text(loaded: LoadedModel, document: Document, tokens: int | None, argument:
     return Text(document.name, ids)
 
 
-class _Run:
+class _Calibrator:
     """One calibration."""
 
     def __init__(
         self,
         loaded: LoadedModel,
         settings: CalibrationSettings,
-        report: AttachReport,
+        attached: AttachReport,
         source: str | None,
         texts: list[Text],
         others: list[Text],
         progress: Progress,
-        tell: Tell,
+        report: Report,
     ) -> None:
         self.loaded, self.model, self.settings, self.source = loaded, loaded.model, settings, source
-        self.texts, self.others, self.tell = texts, others, tell
-        self.config = report.config
-        self.full = [row.layer for row in report.layers if row.kind != "sliding"]
-        self.layers = [row.layer for row in report.layers if row.kind == "sparse"]
-        _check_report(report, settings)
+        self.texts, self.others, self.report = texts, others, report
+        self.config = attached.config
+        self.full = [row.layer for row in attached.layers if row.kind != "sliding"]
+        self.layers = [row.layer for row in attached.layers if row.kind == "sparse"]
+        _check_report(attached, settings)
         shortest = min(text.tokens for text in texts)
         self.budgets = resolve_budgets(settings, self.config, self.layers, shortest)
         self.curves = Curves.empty(self.layers, self.budgets)
@@ -141,7 +141,7 @@ class _Run:
         self.probes: list[Probe] = []
         self.passes = Passes(self.model, take_off(self.model), self.full, progress)
 
-    def go(self) -> Calibration:
+    def run(self) -> Calibration:
         for number, text in enumerate(self.texts):
             self._measure(text, number)
         problem = self._problem()
@@ -195,7 +195,7 @@ class _Run:
             rounds = math.ceil(math.log2(len(self.budgets) + 1))
             passes["uniform"] = rounds * sum(text.tokens for text in judged) / self.texts[0].tokens
         left = seconds * sum(passes.values())
-        self.tell(f"A pass over the model takes {_duration(seconds)}; about {_duration(left)} to go")
+        self.report(f"A pass over the model takes {_duration(seconds)}; about {_duration(left)} to go")
 
     # What is chosen.
 
@@ -288,7 +288,7 @@ class _Run:
             cost = self._cost(config)
             self.probes.append(Probe(cost.tokens_read, cost.operations, predicted[number], ratio.ratio))
             share = cost.operations / self._cost(None).operations
-            self.tell(f"Proposal {len(found)}: {share:.0%} of the dense cost, perplexity ratio {ratio.ratio:.4f}")
+            self.report(f"Proposal {len(found)}: {share:.0%} of the dense cost, perplexity ratio {ratio.ratio:.4f}")
             return ratio.ratio <= target
 
         number = first_true(reaches, len(rungs), guess)

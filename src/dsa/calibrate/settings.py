@@ -17,22 +17,22 @@ QUARTERS = (4, 5, 6, 7)
 
 @dataclass(frozen=True)
 class CalibrationSettings:
-    """What to reach and what may be done for it.
+    """What to reach and what may be done for it. One of `mass` and `perplexity_ratio` is given.
 
     Args:
-        mass: Share of its attention that every sparse layer must keep.
-        perplexity_ratio: Perplexity to reach, over the dense model's. One of the two is given.
-        tokens: Positions of each text; `None` takes 8,192, or all of a shorter one.
+        mass: Target: the share of its attention that every sparse layer keeps, e.g. 0.98.
+        perplexity_ratio: Target: perplexity over that of the dense model, e.g. 1.005.
+        tokens: Positions of each text, the second half counts; by default 8192, or all of a shorter one.
         budgets: Values of `K` to choose from; `None` takes four per doubling, from just above what is always read
             to a quarter of the shortest text.
-        max_dense: How many layers may keep full attention, those without an indexer among them.
+        max_dense: Layers that may keep full attention, those without an indexer included.
         may_share: Whether layers may read an earlier layer's selection.
-        min_shared: Share of the full-attention layers that must, at least.
+        min_shared: Share of the layers that must do so, e.g. 0.34.
         effects: Whether each layer's effect on the predictions is measured. `False` trusts the attention mass
             alone to tell which layers need more: faster, and less sparing.
-        minimise: What is kept low: `"operations"` of attention and indexers, `"bytes"` that decoding reads, or
-            `"tokens"` read. The last sees no use in sharing, so only `min_shared` layers do.
-        compare_uniform: Whether to look for the one budget for all layers that reaches the same.
+        minimise: What to keep low: `"operations"` of attention and indexers, `"bytes"` that decoding reads, or
+            `"tokens"` read. Sharing saves no tokens, so with the last only `min_shared` layers share.
+        compare_uniform: Find the one K for all layers that is as good, too.
 
     Raises:
         ValueError: A value is out of range, or not exactly one target is given.

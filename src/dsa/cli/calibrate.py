@@ -2,88 +2,82 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dsa.calibrate.settings import CalibrationSettings
 from dsa.cli import options
-from dsa.cli.commands import ListCommand
+from dsa.cli.commands import ListCommand, add_command, build
 from dsa.cli.console import Steps, err, notes, out
 
 if TYPE_CHECKING:
     from dsa.calibrate.result import Calibration
+    from dsa.models.loading import LoadedModel
+
+ORDER = (
+    *("model", "data", "mass", "perplexity_ratio", "out_path", "save_model", "indexers", "verify", "tokens", "top_k"),
+    *("max_dense", "share", "min_shared", "minimise", "quick", "compare_uniform"),
+)
+"""The order of the options in the help."""
 
 
 def register(app: typer.Typer) -> None:
     """Adds the command."""
-    app.command(
-        "calibrate", cls=ListCommand, short_help="Find how much each layer has to read, by quality on your text."
-    )(calibrate)
+    add_command(
+        app,
+        "calibrate",
+        calibrate,
+        short_help="Find how much each layer has to read, by quality on your text.",
+        cls=ListCommand,
+        settings=[CalibrationSettings],
+        omit=("budgets", "may_share", "effects"),
+        panels={"": ORDER},
+    )
 
 
-def calibrate(
-    model: options.Model,
+@dataclass(frozen=True, kw_only=True)
+class CalibrateOptions:
+    """What is read, and where the result goes; the rest are `CalibrationSettings`."""
+
+    model: options.Model
     data: Annotated[
         list[Path],
         typer.Option(metavar="FILES...", help="UTF-8 texts to measure on, each read by itself.", show_default=False),
-    ],
-    mass: Annotated[
-        float | None,
-        typer.Option(metavar="X", help="Target: the share of its attention that every sparse layer keeps, e.g. 0.98."),
-    ] = None,
-    perplexity_ratio: Annotated[
-        float | None,
-        typer.Option(metavar="X", help="Target: perplexity over that of the dense model, e.g. 1.005."),
-    ] = None,
+    ]
     out_path: Annotated[
         Path | None,
         typer.Option("--out", metavar="DIR", help="Folder for the indexers with what was found, for --indexers."),
-    ] = None,
+    ] = None
     save_model: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Folder for the whole model with indexers, for `from_pretrained`."),
-    ] = None,
-    indexers: options.Indexers = None,
+    ] = None
+    indexers: options.Indexers = None
     verify: Annotated[
         list[Path] | None,
         typer.Option(metavar="FILE", help="Judge the result on this text, not on the data. May be repeated."),
-    ] = None,
-    tokens: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N", help="Positions of each text, the second half counts; by default 8192, or all of a shorter one"
-        ),
-    ] = None,
+    ] = None
     top_k: Annotated[
         str | None,
         typer.Option(
             "--top-k", metavar="LIST", help="Values of K to choose from: `256,512,1024`; by default four per doubling"
         ),
-    ] = None,
-    max_dense: Annotated[
-        int, typer.Option(metavar="N", help="Layers that may keep full attention, those without an indexer included.")
-    ] = 3,
-    share: Annotated[bool, typer.Option(help="Layers may read what an earlier layer selected.")] = True,
-    min_shared: Annotated[
-        float, typer.Option(metavar="X", help="Share of the layers that must do so, e.g. 0.34.")
-    ] = 0.0,
-    minimise: Annotated[
-        Literal["operations", "bytes", "tokens"],
-        typer.Option(help="What to keep low: operations of attention and indexers, bytes of decoding, or tokens read."),
-    ] = "operations",
+    ] = None
+    share: Annotated[bool, typer.Option(help="Layers may read what an earlier layer selected.")] = True
     quick: Annotated[
         bool,
         typer.Option("--quick", help="Let attention mass alone tell which layers need more: no pass for each layer."),
-    ] = False,
-    compare_uniform: Annotated[
-        bool, typer.Option("--compare-uniform", help="Find the one K for all layers that is as good, too.")
-    ] = False,
-    rope_scaling: options.RopeScaling = None,
-    json: options.Json = None,
-    threads: options.Threads = None,
-    device: options.Device = None,
-) -> None:
+    ] = False
+    rope_scaling: options.RopeScaling = None
+    json: options.Json = None
+    threads: options.Threads = None
+    device: options.Device = None
+
+
+def calibrate(ctx: typer.Context, options: CalibrateOptions) -> None:
     """Find how much each layer has to read: its own K, full attention, or what an earlier layer selected.
 
     Measures on your text what every layer's selection keeps and, for a perplexity target, what each layer does to the
@@ -97,62 +91,55 @@ def calibrate(
       dsa calibrate default --data a.txt --verify b.txt --perplexity-ratio 1.01
       dsa generate default --indexers tuned --file thesis.txt
     """
-    from dsa.calibrate.settings import CalibrationSettings
-
-    settings = CalibrationSettings(
-        mass=mass,
-        perplexity_ratio=perplexity_ratio,
-        tokens=tokens,
-        budgets=parse_budgets(top_k),
-        max_dense=max_dense,
-        may_share=share,
-        min_shared=min_shared,
-        effects=not quick,
-        minimise=minimise,
-        compare_uniform=compare_uniform,
-    )
+    asked = {"budgets": parse_budgets(options.top_k), "may_share": options.share, "effects": not options.quick}
+    settings = build(CalibrationSettings, {**ctx.params, **asked})
     from dsa.runs.files import check_writable, write_json
     from dsa.runs.inputs import read_document
 
-    if json is not None:
-        check_writable(json)
-    check_new(out_path)
-    documents = [read_document(path, "data") for path in data]
-    others = [read_document(path, "verify") for path in verify or []]
+    if options.json is not None:
+        check_writable(options.json)
+    check_new(options.out_path)
+    documents = [read_document(path, "data") for path in options.data]
+    others = [read_document(path, "verify") for path in options.verify or []]
     import torch
 
     from dsa.calibrate.calibration import calibrate as run
     from dsa.models.extension import scaling_wanted
     from dsa.models.loading import load_model
 
-    if threads is not None:
-        torch.set_num_threads(threads)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
     with notes(), Steps() as steps:
-        scaling = scaling_wanted(rope_scaling, indexers)
-        loaded = load_model(model, device=device, status=steps.status, rope_scaling=scaling)
+        scaling = scaling_wanted(options.rope_scaling, options.indexers)
+        loaded = load_model(options.model, device=options.device, status=steps.status, rope_scaling=scaling)
         found = run(
             loaded,
             documents,
             settings,
-            indexers=indexers,
+            indexers=options.indexers,
             verify=others,
             progress=steps,
-            tell=lambda message: err.print(message, markup=False, soft_wrap=True),
+            report=lambda message: err.print(message, markup=False, soft_wrap=True),
         )
-    if json is not None:
-        write_json(json, found.to_json())
+    if options.json is not None:
+        write_json(options.json, found.to_json())
     show(found)
-    if out_path is not None:
+    save(loaded, options)
+
+
+def save(loaded: LoadedModel, options: CalibrateOptions) -> None:
+    """Writes the indexers and the model where they were asked for, and prints what was written."""
+    if options.out_path is not None:
         from dsa.models import save_indexers
 
-        out.print(f"Indexers written to {save_indexers(loaded.model, out_path)}", markup=False, soft_wrap=True)
-    if save_model is not None:
-        loaded.model.save_pretrained(save_model)
-        loaded.tokenizer.save_pretrained(save_model)
-        out.print(f"Model written to {save_model}", markup=False, soft_wrap=True)
-    if json is not None:
-        out.print(f"Figures written to {json}", markup=False, soft_wrap=True)
-    if out_path is None and save_model is None:
+        out.print(f"Indexers written to {save_indexers(loaded.model, options.out_path)}", markup=False, soft_wrap=True)
+    if options.save_model is not None:
+        loaded.model.save_pretrained(options.save_model)
+        loaded.tokenizer.save_pretrained(options.save_model)
+        out.print(f"Model written to {options.save_model}", markup=False, soft_wrap=True)
+    if options.json is not None:
+        out.print(f"Figures written to {options.json}", markup=False, soft_wrap=True)
+    if options.out_path is None and options.save_model is None:
         out.print("Nothing was saved: --out DIR or --save-model DIR keeps what was found.")
 
 

@@ -60,6 +60,7 @@ def add_command(
     short_help: str,
     cls: type[TyperCommand] | None = None,
     settings: Sequence[type] = (),
+    omit: Sequence[str] = (),
     panels: Mapping[str, Sequence[str]] | None = None,
     metavars: Mapping[str, str] | None = None,
 ) -> None:
@@ -75,6 +76,7 @@ def add_command(
         settings: More dataclasses whose fields become options. Where several have a field of the same name, the first
             one counts, and those that `function` takes come first. `function` finds the values in `ctx.params` and
             makes what it needs with `build`.
+        omit: Names of fields of `settings` that are no options.
         panels: Titles of the help's panels, each with the names of its options in their order. `""` is the panel
             without a title. Options that are not named keep their panel, and come after those that are.
         metavars: Placeholders of values, by name, where the usual one of the type does not say enough.
@@ -93,7 +95,8 @@ def add_command(
             parameters[each.name] = each
     for kind in settings:
         for each in parameters_of(kind, metavars or {}):
-            parameters.setdefault(each.name, each)
+            if each.name not in omit:
+                parameters.setdefault(each.name, each)
     parameters = arranged(parameters, panels or {})
 
     @functools.wraps(function)
@@ -159,8 +162,8 @@ def field_help(kind: type) -> dict[str, str]:
         section = re.search(r"^Args:\n((?:[ ]{4}.*\n?|\n)+)", inspect.cleandoc(base.__doc__ or ""), re.MULTILINE)
         for entry in re.split(r"^[ ]{4}(?=\w)", section[1] if section else "", flags=re.MULTILINE)[1:]:
             name, _, text = entry.partition(": ")
-            text = re.sub(r'`"([^`]*)"`', r"`\1`", " ".join(text.split()))
-            found[name] = re.sub(r"`(\w+)`", lambda word: flag(word[1]) if word[1] in names else word[0], text)
+            text = re.sub(r"`(\w+)`", lambda word: flag(word[1]) if word[1] in names else word[0], text)
+            found[name] = re.sub(r'`"([^`]*)"`', r"`\1`", " ".join(text.split()))
     return found
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from dsa.cli import options
+from dsa.cli.commands import add_command, flag
 from dsa.cli.console import note, out
 
 if TYPE_CHECKING:
@@ -16,67 +19,76 @@ if TYPE_CHECKING:
 
 DECODED = 256
 
+OF_A_MODEL = (
+    *("share", "indexers", "plot", "price", "measured", "prefill_speed", "decode_speed", "index_heads"),
+    *("index_head_dim", "index_dtype", "cache"),
+)
+"""Options that mean nothing without --model."""
+
 
 def register(app: typer.Typer) -> None:
     """Adds the command."""
-    app.command("cost", short_help="Count what a model computes over a document, dense and sparse.")(cost)
+    add_command(app, "cost", cost, short_help="Count what a model computes over a document, dense and sparse.")
 
 
-def cost(
+@dataclass(frozen=True, kw_only=True)
+class CostOptions:
+    """What is counted, and how."""
+
     tokens: Annotated[
         int | None, typer.Option(metavar="N", help="Length of the document or prompt.", show_default=False)
-    ] = None,
+    ] = None
     top_k: Annotated[
         int | None,
         typer.Option("--top-k", metavar="K", help="Tokens each query reads; by default the model's own, or 2048."),
-    ] = None,
+    ] = None
     model: Annotated[
         str | None,
         typer.Option(
             metavar="M", help="Preset, config.json, directory, `default` or Hub id; without it only pairs are counted."
         ),
-    ] = None,
-    decoded: Annotated[int, typer.Option(metavar="N", help="Tokens decoded after the prompt.")] = DECODED,
+    ] = None
+    decoded: Annotated[int, typer.Option(metavar="N", help="Tokens decoded after the prompt.")] = DECODED
     share: Annotated[
         int | None, typer.Option(metavar="N", help="Every first of N selecting layers selects for the others.")
-    ] = None,
-    indexers: Annotated[
-        str | None, typer.Option(metavar="PATH", help="Count the DSA saved with these indexers.")
-    ] = None,
-    index_heads: Annotated[int | None, typer.Option(metavar="N", help="Heads of the indexer.")] = None,
-    index_head_dim: Annotated[int | None, typer.Option(metavar="N", help="Size of an indexer's head.")] = None,
+    ] = None
+    indexers: Annotated[str | None, typer.Option(metavar="PATH", help="Count the DSA saved with these indexers.")] = (
+        None
+    )
+    index_heads: Annotated[int | None, typer.Option(metavar="N", help="Heads of the indexer.")] = None
+    index_head_dim: Annotated[int | None, typer.Option(metavar="N", help="Size of an indexer's head.")] = None
     index_dtype: Annotated[
         str | None,
         typer.Option(
             metavar="KIND",
             help="Index keys: `int8`, `fp8` or `fp32`; by default the configuration's, int8 where it has none.",
         ),
-    ] = None,
-    weight_bytes: Annotated[float, typer.Option(metavar="X", help="Bytes of one weight.")] = 2.0,
-    cache_bytes: Annotated[float, typer.Option(metavar="X", help="Bytes of one number of K and V.")] = 2.0,
+    ] = None
+    weight_bytes: Annotated[float, typer.Option(metavar="X", help="Bytes of one weight.")] = 2.0
+    cache_bytes: Annotated[float, typer.Option(metavar="X", help="Bytes of one number of K and V.")] = 2.0
     cache: Annotated[
         str | None,
         typer.Option(metavar="KIND", help="`fp8` counts latents as FP8 rows, 656 bytes a token in DeepSeek's sizes."),
-    ] = None,
-    price: Annotated[float | None, typer.Option(metavar="X", help="Of one device for one hour.")] = None,
+    ] = None
+    price: Annotated[float | None, typer.Option(metavar="X", help="Of one device for one hour.")] = None
     prefill_speed: Annotated[
         str | None, typer.Option(metavar="DENSE,DSA", help="Tokens a second and device, for --price.")
-    ] = None,
-    decode_speed: Annotated[str | None, typer.Option(metavar="DENSE,DSA", help="The same of decoded tokens.")] = None,
+    ] = None
+    decode_speed: Annotated[str | None, typer.Option(metavar="DENSE,DSA", help="The same of decoded tokens.")] = None
     measured: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Speeds from `dsa bench e2e --json FILE` for --price.")
-    ] = None,
+    ] = None
     published: Annotated[
         bool, typer.Option("--published", help="Predict DeepSeek's published cost curve, V3.1 to V3.2.")
-    ] = False,
+    ] = False
     positions: Annotated[
         int, typer.Option(metavar="N", help="With --published: positions that a decoding step computes.")
-    ] = 2,
-    plot: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Draw cost over length: .svg, .png or .pdf.")
-    ] = None,
-    json: options.Json = None,
-) -> None:
+    ] = 2
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw cost over length: .svg, .png or .pdf.")] = None
+    json: options.Json = None
+
+
+def cost(options: CostOptions) -> None:
     """Count what a model computes and moves over a document, dense and with DSA.
 
     Without a model: the pairs of tokens of one head in one layer. Counted causally, as language models read, dense
@@ -98,50 +110,62 @@ def cost(
     from dsa.runs.files import check_writable, write_json
     from dsa.runs.plots import check_plot
 
-    if json is not None:
-        check_writable(json)
-    if plot is not None:
-        check_writable(plot, "plot")
-        check_plot(plot)
-    if published:
-        given = {"model": model, "tokens": tokens, "top_k": top_k, "price": price, "plot": plot}
-        _refuse(given, "does nothing with --published, whose models, lengths and prices are the report's")
-        figures = _published(positions)
-    elif model is None:
-        given = {"share": share, "indexers": indexers, "plot": plot, "price": price, "measured": measured}
-        given.update(prefill_speed=prefill_speed, decode_speed=decode_speed)
-        given.update(index_heads=index_heads, index_head_dim=index_head_dim, index_dtype=index_dtype, cache=cache)
-        _refuse(given, "needs a model: add --model")
-        figures = _pairs(_given("tokens", tokens), _given("top_k", top_k))
+    if options.json is not None:
+        check_writable(options.json)
+    if options.plot is not None:
+        check_writable(options.plot, "plot")
+        check_plot(options.plot)
+    if options.published:
+        _refuse(
+            options,
+            ("model", "tokens", "top_k", "price", "plot"),
+            "does nothing with --published, whose models, lengths and prices are the report's",
+        )
+        figures = _published(options.positions)
+    elif options.model is None:
+        _refuse(options, OF_A_MODEL, "needs a model: add --model")
+        figures = _pairs(_given("tokens", options.tokens), _given("top_k", options.top_k))
     else:
-        from dsa.cost import Storage, config_for, model_report, read_model, saved_config
+        from dsa.cost import Storage, config_for, model_report, read_model
 
-        shape, own = read_model(model)
-        own = own if indexers is None else saved_config(indexers)
+        shape, own = read_model(options.model, saved_config)
+        own = own if options.indexers is None else saved_config(options.indexers)
         config = config_for(
             shape,
             own,
-            top_k=top_k,
-            share=share,
-            index_heads=index_heads,
-            index_head_dim=index_head_dim,
-            index_dtype=index_dtype,
+            top_k=options.top_k,
+            share=options.share,
+            index_heads=options.index_heads,
+            index_head_dim=options.index_head_dim,
+            index_dtype=options.index_dtype,
         )
-        storage = Storage(weight_bytes, cache_bytes, fp8_rows=_fp8_rows(shape, cache))
-        length = _given("tokens", tokens)
-        figures = model_report(shape, config, length, decoded, storage)
-        money = _money(price, prefill_speed, decode_speed, measured, length)
+        storage = Storage(options.weight_bytes, options.cache_bytes, fp8_rows=_fp8_rows(shape, options.cache))
+        length = _given("tokens", options.tokens)
+        figures = model_report(shape, config, length, options.decoded, storage)
+        money = _money(options, length)
         if money is not None:
             figures["money"] = money
         _show_model(shape, config, own, figures)
-        if plot is not None:
+        if options.plot is not None:
             from dsa.cost.plot import draw_costs
 
-            draw_costs(shape, config, length, plot, storage)
-            out.print(f"Drawn: {plot}", markup=False, soft_wrap=True)
-    if json is not None:
-        write_json(json, figures)
-        out.print(f"Figures written to {json}", markup=False, soft_wrap=True)
+            draw_costs(shape, config, length, options.plot, storage)
+            out.print(f"Drawn: {options.plot}", markup=False, soft_wrap=True)
+    if options.json is not None:
+        write_json(options.json, figures)
+        out.print(f"Figures written to {options.json}", markup=False, soft_wrap=True)
+
+
+def saved_config(indexers: str | Path) -> DSAConfig:
+    """The configuration in a file of indexers, as `dsa.attach` takes it.
+
+    Raises:
+        ValueError: Not an indexer file, truncated or corrupt.
+        OSError: Nothing is there.
+    """
+    from dsa.models.checkpoint import read_indexers
+
+    return read_indexers(indexers).config
 
 
 def _fp8_rows(shape: ModelShape, cache: str | None) -> bool:
@@ -159,18 +183,17 @@ def _fp8_rows(shape: ModelShape, cache: str | None) -> bool:
 
 
 def _given(name: str, value: int | None) -> int:
-    option = f"--{name.replace('_', '-')}"
     if value is None:
-        raise ValueError(f"{name}: expected a number of tokens; add {option} N")
+        raise ValueError(f"{name}: expected a number of tokens; add {flag(name)} N")
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
     return value
 
 
-def _refuse(given: dict[str, Any], why: str) -> None:
-    for name, value in given.items():
-        if value is not None:
-            raise ValueError(f"{name}: --{name.replace('_', '-')} {why}")
+def _refuse(options: CostOptions, names: Sequence[str], why: str) -> None:
+    for name in names:
+        if getattr(options, name) is not None:
+            raise ValueError(f"{name}: {flag(name)} {why}")
 
 
 def _pairs(tokens: int, top_k: int) -> dict[str, Any]:
@@ -193,14 +216,16 @@ def _published(positions: int) -> dict[str, Any]:
     return figures
 
 
-def _money(
-    price: float | None, prefill: str | None, decode: str | None, measured: Path | None, tokens: int
-) -> dict[str, Any] | None:
+def _money(options: CostOptions, tokens: int) -> dict[str, Any] | None:
     from dsa.cost.money import Speeds, measured_speeds, parse_speeds, prices
 
-    given = {"prefill_speed": prefill, "decode_speed": decode, "measured": measured}
+    price, measured = options.price, options.measured
     if price is None:
-        _refuse(given, "needs a price: add --price X, of one device for one hour")
+        _refuse(
+            options,
+            ("prefill_speed", "decode_speed", "measured"),
+            "needs a price: add --price X, of one device for one hour",
+        )
         return None
     speeds: dict[str, Speeds] = {}
     lengths = {}
@@ -209,7 +234,7 @@ def _money(
             speeds[phase], lengths[phase] = each.speeds, each.tokens
             if each.tokens != tokens:
                 note(f"{measured} has no {phase} of {tokens:,} tokens; its speeds are those at {each.tokens:,}.")
-    for phase, text in (("prefill", prefill), ("decode", decode)):
+    for phase, text in (("prefill", options.prefill_speed), ("decode", options.decode_speed)):
         if text is not None:
             speeds[phase] = parse_speeds(text, f"{phase}_speed")
             lengths.pop(phase, None)

@@ -12,11 +12,11 @@ from dsa.cost.attention import (
     model_cost,
 )
 from dsa.cost.crossing import crossing_point
+from dsa.cost.model_config import shape_from
 from dsa.cost.pairs import Pairs
-from dsa.cost.reading import shape_from
 from dsa.cost.report import config_for, model_report
 from dsa.cost.shape import ModelShape
-from dsa.cost.source import read_model, saved_config
+from dsa.cost.source import read_model
 from dsa.cost.work import PARTS, Memory, Storage, Work, decode_work, memory, prefill_work, request_work, total
 
 __all__ = [
@@ -43,7 +43,6 @@ __all__ = [
     "prefill_work",
     "read_model",
     "request_work",
-    "saved_config",
     "shape_from",
     "total",
 ]

@@ -1,6 +1,6 @@
 """Sizes of well-known models by name, so that their cost can be asked for without downloading anything.
 
-Each entry holds the fields of the model's own `config.json` that `dsa.cost.reading` needs, under their own names.
+Each entry holds the fields of the model's own `config.json` that `dsa.cost.model_config` needs, under their own names.
 """
 
 from __future__ import annotations

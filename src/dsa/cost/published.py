@@ -13,9 +13,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from dsa.config import DSAConfig
+from dsa.cost.model_config import shape_from
 from dsa.cost.money import price_per_million
 from dsa.cost.presets import PRESETS
-from dsa.cost.reading import shape_from
 from dsa.cost.shape import ModelShape
 from dsa.cost.work import Parts, Storage, decode_work, prompt_token_work
 
@@ -133,7 +133,7 @@ class Curve:
     def at(self, phase: str, position: int) -> Point:
         """The price of the token at a position, which sees as many."""
         dense = self._seconds(self.dense, None, phase, position)
-        dsa = self._seconds(self.sparse, self.sparse.native, phase, position)
+        dsa = self._seconds(self.sparse, self.sparse.trained_dsa, phase, position)
         price = self.assumptions.price
         return Point(phase, position, price_per_million(price, 1 / dense), price_per_million(price, 1 / dsa))
 

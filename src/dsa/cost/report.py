@@ -160,7 +160,7 @@ def assumptions(shape: ModelShape, config: DSAConfig, storage: Storage) -> list[
             f"a cached token takes {kind} of {storage.row(latent):,.0f} bytes a layer, and an {config.index_dtype} "
             f"index key of {key:,} where the layer selects"
         )
-    if shape.native is None:
+    if shape.trained_dsa is None:
         said.append("the indexers' queries come from the layer's hidden states")
     return said
 
@@ -175,7 +175,7 @@ def _model_json(shape: ModelShape, config: DSAConfig) -> dict[str, Any]:
         "parameters": shape.parameters,
         "active_parameters": shape.active_parameters,
         "positions": shape.positions,
-        "trained_with_dsa": shape.native is not None,
+        "trained_with_dsa": shape.trained_dsa is not None,
     }
 
 

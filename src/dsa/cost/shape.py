@@ -198,7 +198,7 @@ class ModelShape:
         tied: Whether these two are one matrix.
         layers: First layer first.
         positions: Longest context that the configuration names, if it does.
-        native: The DSA that the model was trained with, for DeepSeek-V3.2 and GLM-5; `None` for others.
+        trained_dsa: The DSA that the model was trained with, for DeepSeek-V3.2 and GLM-5; `None` for others.
     """
 
     name: str
@@ -208,7 +208,7 @@ class ModelShape:
     tied: bool
     layers: tuple[LayerShape, ...]
     positions: int | None = None
-    native: DSAConfig | None = None
+    trained_dsa: DSAConfig | None = None
 
     @property
     def full_layers(self) -> tuple[int, ...]:

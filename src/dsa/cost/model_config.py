@@ -265,7 +265,7 @@ def shape_from(raw: Mapping[str, Any], name: str) -> ModelShape:
         tied=bool(fields.raw.get("tie_word_embeddings", raw.get("tie_word_embeddings", TIED_UNLESS_SAID))),
         layers=layers,
         positions=fields.maybe("max_position_embeddings") or fields.maybe("n_positions"),
-        native=_native_dsa(fields, count) if family.dsa else None,
+        trained_dsa=_trained_dsa(fields, count) if family.dsa else None,
     )
 
 
@@ -277,7 +277,7 @@ def _checked(fields: Fields, block: FeedForward) -> FeedForward:
     return block
 
 
-def _native_dsa(fields: Fields, layers: int) -> DSAConfig:
+def _trained_dsa(fields: Fields, layers: int) -> DSAConfig:
     """The budget and sharing that the model was trained with; it has no tokens that are always read.
 
     GLM-5's layers are "full" or "shared", which reuse the selection of the full layer before them. Without

@@ -8,9 +8,10 @@ import pytest
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from dsa import DSAConfig, attach
+from dsa.cli.cost import saved_config
 from dsa.cost import read_model, shape_from
 from dsa.cost.presets import PRESETS
-from dsa.models.families import FAMILIES, full_attention_layers
+from dsa.models.families import ATTACHABLE, FAMILIES, full_attention_layers
 from dsa.testing.tiny_models import tiny_model
 
 PUBLISHED = {
@@ -38,11 +39,11 @@ def test_every_preset_has_the_parameters_that_its_makers_publish() -> None:
             assert shape.active_parameters == pytest.approx(active, rel=0.09), name
 
 
-@pytest.mark.parametrize("model_type", sorted(FAMILIES))
+@pytest.mark.parametrize("model_type", sorted(ATTACHABLE))
 def test_every_family_against_a_model(model_type: str, tmp_path: Path) -> None:
     model = tiny_model(model_type)
     model.config.save_pretrained(tmp_path)
-    shape, config = read_model(str(tmp_path))
+    shape, config = read_model(str(tmp_path), saved_config)
     assert config is None
     skipped = ("wpe.weight",)  # GPT-2's positions are added, not multiplied
     weights = {name: weight for name, weight in model.named_parameters() if weight.ndim > 1}
@@ -71,14 +72,14 @@ def test_an_attached_model_brings_its_own_budget(tmp_path: Path) -> None:
     model = tiny_model("llama")
     attach(model, DSAConfig(top_k=12, index_heads=2, index_head_dim=8, sinks=1, local=2, layers={1: {"share": 0}}))
     model.save_pretrained(tmp_path)
-    shape, config = read_model(str(tmp_path))
+    shape, config = read_model(str(tmp_path), saved_config)
     assert shape.model_type == "llama"
     assert config is not None
     assert (config.top_k, config.shared_with(1)) == (12, 0)
 
 
 def test_the_default_model_brings_the_shipped_budget() -> None:
-    shape, config = read_model("default")
+    shape, config = read_model("default", saved_config)
     assert len(shape.layers) == 30
     assert config is not None
     assert config.is_dense(0)
@@ -86,13 +87,15 @@ def test_the_default_model_brings_the_shipped_budget() -> None:
 
 def test_trained_in_selections_and_who_shares_them() -> None:
     raw = PRESETS["GLM-5"]
-    assert shape_from(raw, "GLM").native == DSAConfig(2048, 32, 128, sinks=0, local=0)
+    assert shape_from(raw, "GLM").trained_dsa == DSAConfig(2048, 32, 128, sinks=0, local=0)
     some: dict[str, Any] = {**raw, "num_hidden_layers": 6}
-    periodic = shape_from({**some, "index_topk_freq": 2}, "GLM").native
+    periodic = shape_from({**some, "index_topk_freq": 2}, "GLM").trained_dsa
     assert periodic is not None
     assert [periodic.shared_with(layer) for layer in range(6)] == [None, None, 1, None, 3, None]
-    listed = shape_from({**some, "indexer_types": ["full", "shared", "shared", "full", "shared", "full"]}, "GLM").native
-    lettered = shape_from({**some, "index_topk_pattern": "FSSFSF"}, "GLM").native
+    listed = shape_from(
+        {**some, "indexer_types": ["full", "shared", "shared", "full", "shared", "full"]}, "GLM"
+    ).trained_dsa
+    lettered = shape_from({**some, "index_topk_pattern": "FSSFSF"}, "GLM").trained_dsa
     assert listed == lettered
     assert listed is not None
     assert [listed.shared_with(layer) for layer in range(6)] == [None, 0, 0, None, 3, None]
