@@ -9,7 +9,7 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from dsa import DSAConfig, attach
 from dsa.cli.cost import saved_config
-from dsa.cost import read_model, shape_from
+from dsa.cost import model_config, read_model, shape_from
 from dsa.cost.presets import PRESETS
 from dsa.models.families import ATTACHABLE, FAMILIES, full_attention_layers
 from dsa.testing.tiny_models import tiny_model
@@ -52,6 +52,11 @@ def test_every_family_against_a_model(model_type: str, tmp_path: Path) -> None:
     full = full_attention_layers(model.config)
     assert shape.full_layers == tuple(number for number, is_full in enumerate(full) if is_full)
     assert len(shape.layers) == len(FAMILIES[model_type].attention_layers(model))
+
+
+def test_every_family_can_be_counted() -> None:
+    """A family that `dsa.models` knows has a row in `dsa.cost.model_config` too."""
+    assert set(FAMILIES) <= set(model_config.FAMILIES)
 
 
 def test_experts_in_some_layers(tmp_path: Path) -> None:
