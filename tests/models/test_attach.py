@@ -236,3 +236,9 @@ def test_taken_off_and_put_on_again(model: torch.nn.Module) -> None:
     with pytest.raises(ValueError, match="index_heads is 2 in these indexers, got 3"):
         put_on(model, taken, index_heads=3)
     assert not dsa.is_attached(model)
+
+
+def test_weights_that_nobody_keeps_are_refused(model: torch.nn.Module) -> None:
+    dsa.attach(model, TINY_CONFIG)
+    with pytest.raises(ValueError, match=r"output_attentions: .* call dsa.detach\(model\) first"):
+        model(tiny_tokens(1, 12), output_attentions=True)
