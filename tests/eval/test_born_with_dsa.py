@@ -11,7 +11,7 @@ from dsa.cli.comparison_table import remarks
 from dsa.eval.comparison import contexts, text_losses
 from dsa.eval.evaluation import evaluate
 from dsa.eval.selections import SELECTIONS, window
-from dsa.eval.tasks import run_tasks
+from dsa.eval.tasks import NeedleOptions, run_tasks
 from dsa.models.context import AttentionCall, DSAContext
 from dsa.models.loading import LoadedModel
 from dsa.models.sparse import sparse_report_of
@@ -80,7 +80,7 @@ def test_needles(load: Callable[..., LoadedModel], monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("dsa.eval.tasks.HAYSTACKS", 1)
     loaded = load("deepseek_v32", max_position_embeddings=4096)
     text = Document("It was a quiet day, and nothing much went on. Nobody minded that! " * 40, "a text")
-    found = run_tasks(loaded, [text], ["needles"], tokens=60, lengths=[1600])
+    found = run_tasks(loaded, [text], ["needles"], tokens=60, needles=NeedleOptions([1600]))
     assert [row["reader"] for row in found["needles"]] == ["dsa", *SELECTIONS]
     assert found["needles"][0]["cells"][-1]["asked"] == 10
 

@@ -13,7 +13,7 @@ from dsa.eval.comparison import contexts
 from dsa.eval.layers import suspect_layers
 from dsa.eval.mass import MassObserver
 from dsa.eval.plot import draw_tasks
-from dsa.eval.tasks import parse_kinds, parse_lengths, parse_tasks, run_tasks
+from dsa.eval.tasks import NeedleOptions, parse_kinds, parse_lengths, parse_tasks, run_tasks
 from dsa.models import attach, is_attached
 from dsa.models.context import DSAContext
 from dsa.models.loading import LoadedModel
@@ -107,14 +107,14 @@ def test_needles_and_agreement() -> None:
     attach(model, TINY_CONFIG)
     text = Document("It was a quiet day, and nothing much went on. Nobody minded that! " * 40, "a text")
     loaded = LoadedModel(model, tiny_tokenizer(), "tiny", False)
-    options = {"tokens": 60, "lengths": [1600]}
+    options = {"tokens": 60, "needles": NeedleOptions([1600])}
     runs = [run_tasks(loaded, [text], ["needles", "agreement"], **options) for _ in range(2)]  # type: ignore[arg-type]
     assert [row["reader"] for row in runs[0]["needles"]] == ["dsa", "window", "pattern", "blocks", "oracle", "random"]
     assert runs[0]["agreement"]["dsa"]["continuations"] == 8
     assert runs[0]["needles"] == runs[1]["needles"]
     assert runs[0]["agreement"] == runs[1]["agreement"]
     with pytest.raises(ValueError, match="length must leave room"):
-        run_tasks(loaded, [text], ["needles"], tokens=60, lengths=[100])
+        run_tasks(loaded, [text], ["needles"], tokens=60, needles=NeedleOptions([100]))
 
 
 def test_every_kind_of_needle_is_measured_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,7 +125,7 @@ def test_every_kind_of_needle_is_measured_and_drawn(tmp_path: Path, monkeypatch:
     text = Document("It was a quiet day, and nothing much went on. Nobody minded that! " * 40, "a text")
     loaded = LoadedModel(model, tiny_tokenizer(), "tiny", False)
     kinds = ["multi-key", "multi-value", "variable-tracking"]
-    found = run_tasks(loaded, [text], ["needles"], tokens=60, lengths=[3000], needle_kinds=kinds)
+    found = run_tasks(loaded, [text], ["needles"], tokens=60, needles=NeedleOptions([3000], kinds))
     rows = [row for row in found["needles"] if row["reader"] == "dsa"]
     assert [(row["kind"], row["length"]) for row in rows] == [(kind, 3000) for kind in kinds]
     assert [row["cells"][-1]["asked"] for row in rows] == [10, 30, 30]

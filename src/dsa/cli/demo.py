@@ -2,36 +2,61 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from dsa.cli import options
+from dsa.cli.commands import add_command
 from dsa.cli.console import Steps, notes, out
 
 DEMO_TOP_K = 1024
 
 
-def register(app: typer.Typer) -> None:
-    """Adds the command."""
-    app.command("demo", short_help="Read a document dense, with DSA and with a window, and compare.")(demo)
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """A model, a text, and how the model reads it sparsely; fields as the options of the same names."""
+
+    model: str
+    file: Path | None = None
+    tokens: int | None = None
+    top_k: int | None = None
+    local: int | None = None
+    indexers: str | None = None
+    json: Path | None = None
+    threads: int | None = None
+    device: str | None = None
+    rope_scaling: str | None = None
+    cache: str | None = None
+    index_dtype: str | None = None
 
 
-def demo(
-    model: Annotated[str, typer.Option("--model", metavar="MODEL", help=options.MODEL_HELP)] = "default",
+@dataclass(frozen=True, kw_only=True)
+class DemoOptions:
+    """The options of `dsa demo`."""
+
+    model: Annotated[str, typer.Option("--model", metavar="MODEL", help=options.MODEL_HELP)] = "default"
     file: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="PDF, HTML, Markdown or text to read; by default the Python reference."),
-    ] = None,
-    tokens: options.Tokens = None,
-    top_k: Annotated[int, typer.Option("--top-k", metavar="K", help="Tokens each query reads.")] = DEMO_TOP_K,
-    local: options.Local = None,
-    indexers: options.Indexers = None,
-    json: options.Json = None,
-    threads: options.Threads = None,
-    device: options.Device = None,
-) -> None:
+    ] = None
+    tokens: options.Tokens = None
+    top_k: Annotated[int, typer.Option("--top-k", metavar="K", help="Tokens each query reads.")] = DEMO_TOP_K
+    local: options.Local = None
+    indexers: options.Indexers = None
+    json: options.Json = None
+    threads: options.Threads = None
+    device: options.Device = None
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the command."""
+    add_command(app, "demo", demo, short_help="Read a document dense, with DSA and with a window, and compare.")
+
+
+def demo(given: DemoOptions) -> None:
     """Read a real document with dense attention, with DSA and with a sliding window, and compare.
 
     Prints perplexity, the share of the attention that is kept, time and memory, then a short continuation.
@@ -42,31 +67,18 @@ def demo(
       dsa demo --file thesis.txt --top-k 512
       dsa demo --tokens 4096 --json figures.json
     """
-    compare(model, file, tokens, top_k, local, indexers, json, threads, device)
+    compare(Comparison(**vars(given)))
 
 
-def compare(
-    model: str,
-    file: Path | None,
-    tokens: int | None,
-    top_k: int | None,
-    local: int | None,
-    indexers: str | None,
-    json: Path | None,
-    threads: int | None,
-    device: str | None,
-    rope_scaling: str | None = None,
-    cache: str | None = None,
-    index_dtype: str | None = None,
-) -> None:
+def compare(given: Comparison) -> None:
     """Evaluates, prints the table and writes the JSON. What can be refused is refused before the model loads."""
     from dsa.runs.files import check_writable, write_json
     from dsa.runs.inputs import read_document
 
-    if json is not None:
-        check_writable(json)
-    with notes(), Steps() as reading:
-        document = read_document(file, progress=reading)
+    if given.json is not None:
+        check_writable(given.json)
+    with notes(), Steps() as steps:
+        document = read_document(given.file, progress=steps)
     import torch
 
     from dsa.cli.comparison_table import show
@@ -74,22 +86,22 @@ def compare(
     from dsa.models.extension import scaling_wanted
     from dsa.models.loading import load_model
 
-    if threads is not None:
-        torch.set_num_threads(threads)
+    if given.threads is not None:
+        torch.set_num_threads(given.threads)
     with notes(), Steps() as steps:
-        scaling = scaling_wanted(rope_scaling, indexers)
-        loaded = load_model(model, device=device, status=steps.status, rope_scaling=scaling)
+        scaling = scaling_wanted(given.rope_scaling, given.indexers)
+        loaded = load_model(given.model, device=given.device, status=steps.status, rope_scaling=scaling)
         evaluation = evaluate(
             loaded,
             document,
-            tokens=tokens,
-            indexers=indexers,
-            cache=cache,
+            tokens=given.tokens,
+            indexers=given.indexers,
+            cache=given.cache,
             progress=steps,
-            **options.overrides(top_k, local, index_dtype),
+            **options.overrides(given.top_k, given.local, given.index_dtype),
         )
-    if json is not None:
-        write_json(json, evaluation.to_json())
+    if given.json is not None:
+        write_json(given.json, evaluation.to_json())
     show(evaluation, out)
-    if json is not None:
-        out.print(f"Figures written to {json}", markup=False)
+    if given.json is not None:
+        out.print(f"Figures written to {given.json}", markup=False)

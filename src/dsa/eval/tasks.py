@@ -7,7 +7,7 @@ import difflib
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,22 @@ def parse_lengths(text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
+@dataclass(frozen=True)
+class NeedleOptions:
+    """What is planted, and in how long texts.
+
+    Args:
+        lengths: Tokens of the texts.
+        kinds: Some of `dsa.eval.needle_kinds.KINDS`.
+    """
+
+    lengths: Sequence[int] = (2048, 4096)
+    kinds: Sequence[str] = ("single",)
+
+
+USUAL_NEEDLES = NeedleOptions()
+
+
 def run_tasks(
     loaded: LoadedModel,
     documents: Sequence[Document],
@@ -95,8 +111,7 @@ def run_tasks(
     index_dtype: str | None = None,
     cache: str | None = None,
     indexers: str | Path | None = None,
-    lengths: Sequence[int] = (2048, 4096),
-    needle_kinds: Sequence[str] = ("single",),
+    needles: NeedleOptions = USUAL_NEEDLES,
     seed: int = 0,
     progress: Progress = silent,
 ) -> dict[str, Any]:
@@ -113,8 +128,7 @@ def run_tasks(
         cache: As in `dsa.accelerate`, for models born with DSA. Attention mass is measured without a cache, so on
             latents that are not rounded.
         indexers: As in `dsa.attach`.
-        lengths: Tokens of the haystacks.
-        needle_kinds: Some of `dsa.eval.needle_kinds.KINDS`.
+        needles: What is planted, and in how long texts.
         seed: Of the random selection and the needles.
         progress: Shows the steps.
 
@@ -127,7 +141,7 @@ def run_tasks(
     began = time.perf_counter()
     texts = [encode(each, loaded.tokenizer, tokens) for each in documents]
     model = loaded.model
-    haystacks = _haystacks(loaded, documents, needle_kinds, lengths, seed) if "needles" in tasks else {}
+    haystacks = _haystacks(loaded, documents, needles, seed) if "needles" in tasks else {}
     changes = {} if index_dtype is None else {"index_dtype": index_dtype}
     with _measured(loaded, indexers, top_k, local, cache, changes) as (config, source):
         result: dict[str, Any] = {
@@ -246,7 +260,7 @@ def _mean(values: Sequence[Any]) -> Any:
 
 
 def _haystacks(
-    loaded: LoadedModel, documents: Sequence[Document], kinds: Sequence[str], lengths: Sequence[int], seed: int
+    loaded: LoadedModel, documents: Sequence[Document], needles: NeedleOptions, seed: int
 ) -> dict[tuple[str, int], list[Haystack]]:
     """Haystacks of every kind and length, the texts in turn; made before anything runs: a short text is refused."""
     tokenizer = loaded.tokenizer
@@ -256,8 +270,8 @@ def _haystacks(
             make_haystack(texts[number % len(texts)], tokenizer, length, seed + number, kind)
             for number in range(HAYSTACKS)
         ]
-        for kind in kinds
-        for length in lengths
+        for kind in needles.kinds
+        for length in needles.lengths
     }
 
 
