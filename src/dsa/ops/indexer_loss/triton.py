@@ -95,7 +95,9 @@ def indexer_loss(
     One operator to `torch.compile`, which CUDA graphs capture; ranges that are given are not checked then.
     """
     wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (q_index, k_index, w_index))
-    held = (None if x is None else x.detach() for x in (q, k, sink_logits))
+    # The kernels read sinks one after the other, whatever the caller's stride.
+    dense_sinks = None if sink_logits is None else sink_logits.contiguous()
+    held = (None if x is None else x.detach() for x in (q, k, dense_sinks))
     loss, *_ = _loss(q_index, k_index, w_index, *held, indices, key_start, key_end, query_mask, wanted, *options)
     return loss
 

@@ -96,7 +96,9 @@ def sparse_attention(
     An index outside `[0, S)` is skipped. Products of 16-bit inputs of one dtype are taken in it and summed in fp32;
     other inputs are multiplied in fp32 (three tf32 products each).
     """
-    return _forward(q, k, v, indices, sink_logits, scale, softcap)
+    # The kernels read them one after the other, whatever the caller's stride.
+    dense_sinks = None if sink_logits is None else sink_logits.contiguous()
+    return _forward(q, k, v, indices, dense_sinks, scale, softcap)
 
 
 @torch.library.custom_op("dsa::sparse_attention_triton", mutates_args=())

@@ -58,7 +58,9 @@ def packed_attention(
         data, table, page = rows.pages.flatten(0, 1), rows.block_table, rows.block
     else:
         data, table, page = rows.data, None, 0
-    return _packed(q, data, table, indices, sink_logits, rows.shape[1], page, rows.latent_dim, scale, softcap)
+    # The kernels read them one after the other, whatever the caller's stride.
+    dense_sinks = None if sink_logits is None else sink_logits.contiguous()
+    return _packed(q, data, table, indices, dense_sinks, rows.shape[1], page, rows.latent_dim, scale, softcap)
 
 
 @torch.library.custom_op("dsa::packed_attention_triton", mutates_args=())

@@ -19,7 +19,9 @@ def main() -> int:
     parser.add_argument("--keep-going", action="store_true", help="go on after a difference")
     arguments = parser.parse_args()
     seed = int(time.time()) * 1_000_000 if arguments.seed is None else arguments.seed
+    operations = [arguments.operation] if arguments.operation else sorted(OPERATIONS)
     if "triton" in arguments.impl:
+        operations = [name for name in operations if name != "dense_attention"]
         from dsa.testing.triton_interpreter import start_interpreter
 
         start_interpreter()
@@ -27,7 +29,7 @@ def main() -> int:
         seed=seed,
         seconds=60 * arguments.minutes,
         cases=arguments.cases,
-        operations=[arguments.operation] if arguments.operation else sorted(OPERATIONS),
+        operations=operations,
         implementations=tuple(arguments.impl),
         keep_going=arguments.keep_going,
     )

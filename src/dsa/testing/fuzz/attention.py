@@ -17,7 +17,7 @@ from dsa.ops import dense_attention, sparse_attention
 from dsa.ops.packed_latents import pack_latents
 from dsa.ops.packed_latents.types import PackedLatents
 from dsa.ops.paging.types import PagedLatents
-from dsa.testing.fuzz.draw import FLOATS, Bounded, Difference, Draws, compare, numbers, smallest
+from dsa.testing.fuzz.draw import Bounded, Difference, Draws, compare, numbers, smallest
 from dsa.testing.fuzz.softmax import EPS, FLUSHED, SMALLEST, Row, row_of
 
 OVERFLOWS = 1e35
@@ -126,7 +126,7 @@ def fuzz_packed(draws: Draws) -> None:
     decoded = packed.unpack().unsqueeze(2)
     draws.note(shape=f"B{batch} T{tokens} S{keys} H{heads} L{latent} R{rope}", paged=stored is not packed)
     problem = Problem(
-        draws.lay_out(q, draws.pick(FLOATS)), decoded, decoded[..., :latent],
+        draws.lay_out(q, draws.pick(draws.floats)), decoded, decoded[..., :latent],
         None if sinks is None else draws.lay_out(sinks, torch.float32),
         scale, _softcap(draws), _selected(indices), impl == "triton",
     )  # fmt: skip
@@ -207,8 +207,8 @@ def _draw(draws: Draws, *, dense: bool) -> tuple[Problem, tuple[Tensor | None, T
     groups = draws.whole(1, 3)
     heads, dim = groups * draws.size(4, 9), draws.pick((draws.size(9, 40), 16, 32))
     value_dim = draws.pick((dim, draws.size(9, 40)))
-    dtype = draws.pick(FLOATS if impl != "reference" else (*FLOATS, torch.float64))
-    key_dtype = dtype if dtype.itemsize == 2 else draws.pick((dtype, torch.float32, torch.bfloat16, torch.float16))
+    dtype = draws.pick(draws.floats if impl != "reference" else (*draws.floats, torch.float64))
+    key_dtype = dtype if dtype.itemsize == 2 else draws.pick((dtype, *draws.floats))
     scale = draw_scale(draws, dim)
     draws.note(
         shape=f"B{batch} T{tokens} S{keys} H{heads} G{groups} D{dim} Dv{value_dim}",

@@ -16,7 +16,7 @@ from dsa.ops.packed_latents import pack_latents
 from dsa.ops.paging.types import PagedKeys
 from dsa.ops.quantize.types import QuantizedKeys
 from dsa.ops.types import Impl
-from dsa.testing.fuzz.draw import FLOATS, Difference, Draws, numbers
+from dsa.testing.fuzz.draw import Difference, Draws, numbers
 from dsa.testing.fuzz.softmax import EPS, SMALLEST
 
 KEY_LEVELS, QUERY_LEVELS, LARGEST_E4M3 = 127, 63, 448.0
@@ -43,7 +43,7 @@ def fuzz_index_topk(draws: Draws) -> None:
     elif draws.chance(0.2):
         for values in (q, k, w):
             values.reshape(-1)[draws.whole(0, values.size - 1)] = draws.pick((np.nan, np.inf, -np.inf))
-    dtype = draws.pick(FLOATS) if size == 1.0 else torch.float32
+    dtype = draws.pick(draws.floats) if size == 1.0 else torch.float32
     q_given, w_given = draws.lay_out(q, dtype), draws.lay_out(w, draws.pick((dtype, torch.float32)))
     k_given = draws.lay_out(k, torch.float32 if kind != "float" or dtype == torch.float32 else dtype)
     scale = draws.pick((None, None, 0.3, -1.0, 1e-10, 0.0))
@@ -97,9 +97,11 @@ def _scores(q: Tensor, k: Tensor, w: Tensor, scale: float, kind: str) -> tuple[n
                 total = term if total is None else total + term
             assert total is not None
             return (total * scales[:, None]).astype(np.float64), np.zeros(total.shape)
+        key_scale = np.zeros(k.shape[:2])
         if kind == "fp8":
             kept = quantize_index_keys(k, "fp8", impl="reference")
-            keys = numbers(kept.data.float()) * numbers(kept.scale)[..., None]
+            key_scale = numbers(kept.scale)
+            keys = numbers(kept.data.float()) * key_scale[..., None]
             queries = _rotated(q.float().numpy()).astype(np.float64)
         else:
             keys, queries = numbers(k), numbers(q)
@@ -111,9 +113,9 @@ def _scores(q: Tensor, k: Tensor, w: Tensor, scale: float, kind: str) -> tuple[n
         scores = np.einsum("bth,bths->bts", factor, passed)
         rounding = (q.shape[2] + 6) * EPS * np.einsum("bth,bths->bts", np.abs(factor), passed)
         off = rounding + 1e-12 * np.einsum("bth,bths->bts", np.abs(factor), sizes)
-        return scores, off + 8 * SMALLEST * q.shape[2] * (
-            1 + np.abs(factor).max(axis=-1)[..., None] + sizes.max(axis=2)
-        )
+        # Numbers that become subnormal on the way, before they are multiplied by what comes next.
+        lost = 8 * SMALLEST * q.shape[2] * (1 + np.abs(factor).max(axis=-1)[..., None] + sizes.max(axis=2))
+        return scores, off + lost * (1 + key_scale[:, None])
 
 
 def _judge(
@@ -193,7 +195,7 @@ def fuzz_quantize(draws: Draws) -> None:
         k *= 10.0 ** draws.numbers.uniform(-45, 3, (batch, tokens, 1))
     if draws.chance(0.3):
         k.reshape(-1)[draws.whole(0, k.size - 1)] = draws.pick((np.nan, np.inf, -np.inf))
-    given = draws.lay_out(k, draws.pick(FLOATS))
+    given = draws.lay_out(k, draws.pick(draws.floats))
     draws.note(shape=f"B{batch} S{tokens} Di{dim}", dtype=given.dtype)
     if draws.chance(0.4):
         return _fuzz_rows(draws, given, impl)

@@ -11,7 +11,7 @@ import torch
 
 from dsa.ops import indexer_loss
 from dsa.testing.fuzz.attention import draw_queries_and_keys, draw_scale, draw_sinks
-from dsa.testing.fuzz.draw import FLOATS, Bounded, Draws, compare, numbers
+from dsa.testing.fuzz.draw import Bounded, Draws, compare, numbers
 from dsa.testing.fuzz.softmax import EPS, FLUSHED, SMALLEST, row_of
 
 LEAST_MASS = float(np.finfo(np.float32).tiny / np.finfo(np.float32).eps)
@@ -26,7 +26,7 @@ def fuzz_indexer_loss(draws: Draws) -> None:
     groups = draws.whole(1, 2)
     heads, dim = groups * draws.size(3, 5), draws.pick((draws.size(9, 20), 16))
     index_heads, index_dim = draws.size(3, 6), draws.pick((draws.size(9, 20), 16))
-    dtype = draws.pick(FLOATS)
+    dtype = draws.pick(draws.floats)
     scale = draw_scale(draws, dim)
     factor = dim**-0.5 if scale is None else scale
     q, k = draw_queries_and_keys(draws, (batch, tokens, heads, dim), (batch, keys, groups, dim), factor, dtype)
