@@ -195,6 +195,87 @@ def test_a_release_that_answers_wrongly_is_not_used(module: ModuleType, monkeypa
     assert getattr(module, "calls", 0) <= 1
 
 
+class WithoutHopper(FlashMLA):
+    """As the release of autumn 2026: kernels for 64 heads and 512 places only, so it seems from outside."""
+
+    def attend(self, q: Tensor, rows: Tensor, indices: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        if q.shape[-2] != 64 or indices.shape[-1] != 512:
+            raise RuntimeError("no kernel instance for this form\nwith a second line")
+        return super().attend(q, rows, indices, scale)
+
+
+def test_a_release_without_the_form_is_refused_with_what_would_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, WithoutHopper())
+    q, rows, indices = latent(64)
+    arguments = (q, rows, rows[..., :512], indices)
+    with pytest.raises(NotImplementedError, match=r"no kernel instance for this form\. FlashMLA at commit ba89a346"):
+        sparse_attention(*arguments, impl="vendor")
+    many = indices.repeat(1, 1, 9)
+    assert sparse_attention(q, rows, rows[..., :512], many, impl="vendor")[0].shape == (2, 3, 64, 512)
+    # By itself the operation goes on without it.
+    expected = sparse_attention(*arguments, impl="reference")
+    monkeypatch.setattr("dsa.ops.native_support.gap", lambda *tensors: "not for this test")
+    assert torch.equal(sparse_attention(*arguments)[0], expected[0])
+
+
+def test_a_refusal_in_the_middle_of_a_run_is_no_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = FlashMLA()
+    install(monkeypatch, module)
+    monkeypatch.setattr(vendor_support, "_choices", lambda index: Choices(tmp_path / "c.json", lambda launch: 1.0))
+    monkeypatch.setattr(vendor_support, "tuning", lambda: True)
+    monkeypatch.setattr("dsa.ops.native_support.gap", lambda *tensors: "not for this test")
+    q, rows, indices = latent(64)
+    whole = module.flash_mla_sparse_fwd
+
+    def only_small(q: Tensor, *rest: Any) -> Any:
+        if q.shape[0] > 1:
+            raise AssertionError
+        return whole(q, *rest)
+
+    monkeypatch.setattr(module, "flash_mla_sparse_fwd", only_small)
+    for _ in range(2):
+        found = sparse_attention(q, rows, rows[..., :512], indices)
+        assert torch.equal(found[0], sparse_attention(q, rows, rows[..., :512], indices, impl="reference")[0])
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        (None, "not installed"),
+        ("assert False, 'Expected one FlashMLA extension, found []'", "cannot be imported: Expected one FlashMLA"),
+        ("import torch_of_another_maker", "cannot be imported: No module named 'torch_of_another_maker'"),
+        ("raise OSError('undefined symbol')", "cannot be imported: undefined symbol"),
+        ("__version__ = '1.0.0'\ndef get_mla_metadata(): pass", "1.0.0, without flash_mla_sparse_fwd, flash_mla_with"),
+    ],
+)
+def test_info_says_what_is_installed_and_what_would_serve(
+    source: str | None, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if source is not None:
+        (tmp_path / "flash_mla.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "flash_mla", raising=False)
+    vendor_support.forget()
+    found = vendor_support.found("flash_mla")
+    assert said in found
+    assert "commit ba89a346" in found
+    sys.modules.pop("flash_mla", None)
+
+
+def test_a_release_that_serves_is_named_with_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, FlashMLA())
+
+    class Distribution:
+        def read_text(self, name: str) -> str:
+            return '{"vcs_info": {"commit_id": "ba89a3466e9470ad"}}'
+
+    with monkeypatch.context() as patched:
+        patched.setattr(vendor_support, "installed", lambda name: True)
+        patched.setattr(vendor_support, "version", lambda name: "1.0.0")
+        patched.setattr("importlib.metadata.distribution", lambda name: Distribution())
+        assert vendor_support.found("flash_mla") == "1.0.0 at commit ba89a346"
+
+
 @pytest.mark.parametrize(("vendor_ms", "chosen"), [(1.0, "vendor"), (9.0, "reference")])
 def test_auto_takes_what_was_measured_to_be_faster(
     vendor_ms: float, chosen: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -30,6 +30,7 @@ def info() -> None:
 
     from dsa import __version__
     from dsa.models.default_model import cache_dir
+    from dsa.ops import vendor_support
     from dsa.runs.machine import cpu_name
 
     rows = {
@@ -40,6 +41,7 @@ def info() -> None:
         "cpu": f"{cpu_name()}, {torch.get_num_threads()} thread(s)",
         "cpu kernels": _kernels(),
         "cuda": _cuda(),
+        **{name: vendor_support.found(name) for name in vendor_support.FUNCTIONS},
         "default model": _default_model(),
         "its indexers": _shipped_indexers(),
         "cache": f"{cache_dir()} (set DSA_CACHE to change it)",

@@ -1,8 +1,9 @@
 """Libraries of hardware makers that operations may use where they are installed: found, checked once, and measured.
 
 Nothing here is needed to run, and nothing is installed for it. A library is trusted after it has given the right answer
-to a small question on this device: releases differ in the shapes they take and in what they return. `auto` takes it
-where it was measured to be faster than what `auto` would take without it; the choice is kept per device and version.
+to a small question of the same form on this device: releases differ in the functions they have, in the shapes they take
+and in what they return. `auto` takes it where it was measured to be faster than what `auto` would take without it; the
+choice is kept per device and version.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import functools
 import importlib
 import importlib.metadata
 import importlib.util
+import json
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, TypeVar
 
@@ -20,6 +22,19 @@ from torch import Tensor
 from dsa.ops.triton_support import Choices, cache_file, capability, milliseconds, tuning
 
 Result = TypeVar("Result")
+
+
+FUNCTIONS = {
+    "flash_mla": ("flash_mla_sparse_fwd", "get_mla_metadata", "flash_mla_with_kvcache"),
+    "deep_gemm": ("fp8_mqa_logits",),
+}
+"""What is called of each library."""
+
+SERVES = {
+    "flash_mla": "FlashMLA at commit ba89a346 serves, the last with kernels for DeepSeek-V3.2 on Hopper",
+    "deep_gemm": "a DeepGEMM that has fp8_mqa_logits serves, as release 2.1 and those after it",
+}
+"""What to install where the library at hand does not do."""
 
 
 @functools.cache
@@ -40,8 +55,33 @@ def load(name: str) -> Any:
     """
     try:
         return importlib.import_module(name)
-    except (ImportError, OSError) as error:
-        raise RuntimeError(f"it is installed but cannot be imported: {error}") from error
+    except Exception as error:
+        # Whatever a library does at its import (load another one, assert that one was built): it is a reason.
+        said = f"{error}" or type(error).__name__
+        raise RuntimeError(f"it is installed but cannot be imported: {said}") from error
+
+
+def found(name: str) -> str:
+    """One line about the library: what is installed, and what would serve where that does not."""
+    if not installed(name):
+        return f"not installed (optional; {SERVES[name]})"
+    try:
+        library = load(name)
+    except RuntimeError as error:
+        return f"{error}; {SERVES[name]}"
+    missing = [function for function in FUNCTIONS[name] if not callable(getattr(library, function, None))]
+    about = f"{version(name)}{_commit(name)}"
+    return f"{about}, without {', '.join(missing)}; {SERVES[name]}" if missing else about
+
+
+def _commit(name: str) -> str:
+    """The commit that pip installed it from, where it was one."""
+    try:
+        origin = importlib.metadata.distribution(name.replace("_", "-")).read_text("direct_url.json")
+        commit = json.loads(origin or "{}").get("vcs_info", {}).get("commit_id")
+    except (importlib.metadata.PackageNotFoundError, ValueError, AttributeError):
+        return ""
+    return f" at commit {commit[:8]}" if isinstance(commit, str) else ""
 
 
 def considered(impl: str) -> bool:
@@ -74,10 +114,14 @@ def once(name: str, key: Hashable, device: torch.device, question: Callable[[], 
             return f"{name} is asked its first question outside of captured graphs: run this once before"
         try:
             _answers[name, key, device] = question()
-        except (NotImplementedError, RuntimeError, TypeError, AttributeError, AssertionError, ValueError) as error:
-            said = str(error).strip().splitlines() or [type(error).__name__]
-            _answers[name, key, device] = f"{name} does not take this form here: {said[0]}"
+        except Exception as error:
+            _answers[name, key, device] = _refused(name, error)
     return _answers[name, key, device]
+
+
+def _refused(name: str, error: Exception) -> str:
+    said = str(error).strip().splitlines() or [type(error).__name__]
+    return f"{name} does not take this form here: {said[0]}. {SERVES[name]}"
 
 
 def forget() -> None:
@@ -112,9 +156,18 @@ def faster(
     names, configs = (ours, "vendor"), [{"vendor": 0}, {"vendor": 1}]
     key = f"{op} {ours} {library} {version(library)} {shape}"
     choices = _choices(device.index or 0)
+    refused = "refused", op, shape
+    if (library, refused, device) in _answers:
+        return ours
     known = choices.known(key, configs)
     if known is None:
         if not tuning():
+            return ours
+        try:
+            runs["vendor"]()
+        except Exception as error:
+            # It answered the small question and refuses this one: `auto` goes on without it.
+            _answers[library, refused, device] = _refused(library, error)
             return ours
         known = choices.choose(key, configs, lambda config: runs[names[config["vendor"]]]())
     return names[known["vendor"]]

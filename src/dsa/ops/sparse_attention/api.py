@@ -93,7 +93,7 @@ def _resolve(
 ) -> str:
     """The implementation to run; `auto` takes the vendor's where that was measured to be faster than the first able."""
     if vendor_support.considered(impl):
-        gaps["vendor"] = vendor.gap(q, k, v, softcap, sink_logits)
+        gaps["vendor"] = vendor.gap(q, k, v, softcap, sink_logits, indices.shape[-1])
     chosen = resolve_impl(_OP, impl, gaps)
     if impl == "auto" and gaps.get("vendor", "") is None:
         form = type(k).__name__, q.shape[0], q.shape[1].bit_length(), q.shape[2], indices.shape[-1]

@@ -30,15 +30,20 @@ _TOLERANCE = 0.02
 
 
 def gap(
-    q: Tensor, k: Tensor | PackedLatents | PagedLatents, v: Tensor | None, softcap: float | None, sinks: Tensor | None
+    q: Tensor,
+    k: Tensor | PackedLatents | PagedLatents,
+    v: Tensor | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    places: int,
 ) -> str | None:
-    """Why the library cannot run this input, or `None` where it can."""
+    """Why the library cannot run this input with `places` indices a query, or `None` where it can."""
     reason = vendor_support.device_gap(LIBRARY, q.device) or _shape_gap(q, k, v, softcap)
     if reason is not None:
         return reason
     if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in (q, k, v, sinks)):
         return f"{LIBRARY} has no backward pass over selected tokens"
-    factor = _to_natural(q.device, not isinstance(k, Tensor))
+    factor = _to_natural(q.device, not isinstance(k, Tensor), q.shape[2], places)
     return factor if isinstance(factor, str) else None
 
 
@@ -70,22 +75,29 @@ def _shape_gap(
     return None
 
 
-def _to_natural(device: torch.device, packed: bool) -> float | str:
+def _to_natural(device: torch.device, packed: bool, heads: int, places: int) -> float | str:
     """What makes the library's `lse` a natural logarithm, or why it cannot be used."""
-    return vendor_support.once(LIBRARY, packed, device, lambda: _ask(device, packed))
+    form = packed, _padded_heads(heads), max(places + -places % _PLACES, _PLACES)
+    return vendor_support.once(LIBRARY, form, device, lambda: _ask(device, *form))
 
 
-def _ask(device: torch.device, packed: bool) -> float:
+def _padded_heads(heads: int) -> int:
+    return next(size for size in _HEADS if size >= heads)
+
+
+def _ask(device: torch.device, packed: bool, heads: int, places: int) -> float:
     """Asks the library a small question, compares the answer with fp32, and says which factor its `lse` needs.
+
+    Heads and places are those of the run: releases have kernels for some of them only.
 
     Raises:
         RuntimeError: It refuses, or answers wrongly.
     """
     generator = torch.Generator(device).manual_seed(0)
-    q = torch.randn(1, 1, _HEADS[0], _LATENT + _ROPE, generator=generator, device=device).bfloat16()
+    q = torch.randn(1, 1, heads, _LATENT + _ROPE, generator=generator, device=device).bfloat16()
     rows = torch.randn(1, BLOCK, _LATENT + _ROPE, generator=generator, device=device).bfloat16()
     seen = BLOCK // 2
-    indices = torch.full((1, 1, _PLACES), -1, dtype=torch.int32, device=device)
+    indices = torch.full((1, 1, places), -1, dtype=torch.int32, device=device)
     indices[..., :seen] = torch.arange(seen, device=device)
     scale = (_LATENT + _ROPE) ** -0.5
     if packed:
@@ -121,8 +133,7 @@ def attend(
         out = q.new_zeros(batch, tokens, heads, _LATENT)
         return out, torch.full((batch, tokens, heads), -torch.inf, device=q.device)
     indices = indices.masked_fill((indices < 0) | (indices >= k.shape[1]), -1).int()
-    padded_heads = next(size for size in _HEADS if size >= heads)
-    q = F.pad(q, (0, 0, 0, padded_heads - heads))
+    q = F.pad(q, (0, 0, 0, _padded_heads(heads) - heads))
     places = F.pad(indices, (0, -indices.shape[-1] % _PLACES), value=-1)
     if isinstance(k, Tensor):
         out, lse = _prefill(q, k.squeeze(2), places, scale)
@@ -131,7 +142,7 @@ def attend(
     else:
         out, lse = _decode(q, k.data, places, scale)
     empty = (indices < 0).all(dim=-1, keepdim=True)
-    factor = _to_natural(q.device, not isinstance(k, Tensor))
+    factor = _to_natural(q.device, not isinstance(k, Tensor), heads, indices.shape[-1])
     assert isinstance(factor, float)
     lse = (lse[:, :, :heads] * factor).masked_fill(empty, -torch.inf)
     out = out[:, :, :heads].masked_fill(empty.unsqueeze(-1), 0.0)
