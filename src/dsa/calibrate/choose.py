@@ -53,7 +53,7 @@ class Problem:
 
     Args:
         read: What reading a budget costs a layer, fp64 `[N]`.
-        scan: What selecting costs it besides, `[N]`.
+        scan: What selecting costs it in addition, `[N]`.
         dense: What full attention costs it.
         harm: `[L, L, N]`: what goes wrong when the first layer reads what the second selects; infinite where it
             must not. Only the diagonal and what is left of it are looked at.
@@ -241,7 +241,7 @@ class _Search:
         return float(self._totals(others, dense, first)[level[first]])
 
     def _totals(self, level: dict[int, int], dense: set[int], opened: int) -> torch.Tensor:
-        """Totals `[N]` if, besides those in `level`, the layer `opened` selects, at each of the budgets."""
+        """Totals `[N]` if, in addition to those in `level`, the layer `opened` selects, at each of the budgets."""
         sources, levels = torch.tensor(list(level), dtype=torch.long), torch.tensor(list(level.values()))
         own = self.value[sources, sources, levels.long()]
         served = torch.ones(len(self.value), dtype=torch.bool)

@@ -5,7 +5,7 @@ positions. In expectation over what the model itself would write it is the rise 
 of two losses on given text, it has hardly any noise: one layer's effect is far below what a few thousand tokens can
 show of the latter.
 
-A layer's effect needs the layers behind it only: what the layers in front computed is kept from the dense pass.
+A layer's effect needs the layers after it only: what the layers before it computed is kept from the dense pass.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ class Text:
     Args:
         name: What to call it.
         ids: int64 `[1, n]`.
-        losses: Of the tokens behind position `start`, once a dense pass was made.
+        losses: Of the tokens after position `start`, once a dense pass was made.
     """
 
     name: str
@@ -155,5 +155,5 @@ class Passes:
         return captured[0]
 
     def losses(self, decoded: Any, text: Text) -> torch.Tensor:
-        """What the tokens behind `text.start` cost, nats."""
+        """What the tokens after `text.start` cost, nats."""
         return token_losses(self.model, decoded, text.ids.to(self.model.device), text.start)

@@ -21,7 +21,7 @@ def show(evaluation: Evaluation, console: Console) -> None:
     console.print(
         f"[bold]{escape(evaluation.model)}[/] reads {evaluation.prompt_tokens:,} tokens of "
         f"{escape(evaluation.document)}, then writes {evaluation.new_tokens}; perplexity over the "
-        f"{evaluation.dense.evaluated:,} tokens behind position {evaluation.start:,}.",
+        f"{evaluation.dense.evaluated:,} tokens after position {evaluation.start:,}.",
         width=width,
     )
     console.print(comparison(evaluation), width=width)
@@ -37,7 +37,7 @@ def show(evaluation: Evaluation, console: Console) -> None:
 
 
 def comparison(evaluation: Evaluation) -> Table:
-    """Dense beside DSA beside the window."""
+    """Dense attention, DSA and the window, side by side."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
     table.add_column("")
     for heading in ("dense", f"DSA, K = {_budgets(evaluation)}", "4 sinks + window"):
@@ -78,7 +78,7 @@ def remarks(evaluation: Evaluation) -> list[str]:
     if evaluation.born_with_dsa:
         said.append(
             "The model was born with DSA: dense and window are the same modules, reading other rows of its latents. "
-            "`dsa bench e2e` times it beside transformers' own path."
+            "`dsa bench e2e` times it against transformers' own path."
         )
     if not evaluation.report.trained:
         said.append(

@@ -31,7 +31,7 @@ class AttentionShape:
         index_heads: `Hi`.
         index_head_dim: `Di`.
         kv_bytes: Bytes of one number of K and V in the cache.
-        index_bytes: Bytes of one number of an index key; int8 keys carry an fp32 scale per token besides.
+        index_bytes: Bytes of one number of an index key; int8 keys also carry an fp32 scale per token.
     """
 
     heads: int

@@ -128,7 +128,7 @@ def routed_qwen3(fields: Fields, layer: int) -> FeedForward:
 
 
 def routed_deepseek(fields: Fields, layer: int) -> FeedForward:
-    """Plain gated blocks in the first layers, then routed experts beside shared ones."""
+    """Plain gated blocks in the first layers, then routed experts and shared ones."""
     layers = fields.size("num_hidden_layers")
     sparse = fields.kinds("mlp_layer_types", layers, {"dense": False, "sparse": True})
     if not (sparse[layer] if sparse is not None else layer >= fields.size("first_k_dense_replace", least=0)):

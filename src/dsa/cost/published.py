@@ -24,7 +24,7 @@ OTHER_PARTS = ("attention_projections", "indexer_projections", "feed_forward", "
 
 @dataclass(frozen=True)
 class Assumptions:
-    """Everything that goes into the prediction beside the two models' configurations. Rates are per device.
+    """Everything that goes into the prediction, apart from the two models' configurations. Rates are per device.
 
     Args:
         price: Dollars for an H800 for an hour, as the report assumes.
@@ -138,7 +138,7 @@ class Curve:
         return Point(phase, position, price_per_million(price, 1 / dense), price_per_million(price, 1 / dsa))
 
     def to_json(self, positions: list[int]) -> dict[str, Any]:
-        """Assumptions, what follows from them, the points, and the published figures beside them."""
+        """Assumptions, what follows from them, the points, and the published figures to compare."""
         points = [self.at(phase, position) for phase in PUBLISHED for position in positions]
         return {
             "dense_model": self.dense.name,
@@ -151,7 +151,7 @@ class Curve:
         }
 
     def _held_against(self) -> list[dict[str, Any]]:
-        """The published reductions beside the predicted ones; decoding with one position a step as well."""
+        """The published and the predicted reductions; decoding with one position a step as well."""
         alone = Curve(replace(self.assumptions, positions_a_step=1))
         rows = [("prefill", self), ("decode", self)] + [("decode", alone)] * (self.assumptions.positions_a_step != 1)
         found = []

@@ -1,4 +1,4 @@
-"""What one run came to beside dense attention: a document read, an answer written, counted for exactly these lengths.
+"""What one run took, next to dense attention: a document read, an answer written, counted for exactly these lengths.
 
 Arithmetic, by the conventions of `dsa.cost.work`; nothing here is measured. The first token of the answer comes out of
 reading the prompt, each further one is a forward of its own.

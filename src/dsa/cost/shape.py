@@ -153,7 +153,7 @@ class FeedForward:
         width: Inner width of the block, or of one expert.
         experts: Number of routed experts; 0 for a block without routing.
         active: Routed experts that a token passes through.
-        shared_width: Inner width of what every token passes through beside the routed experts.
+        shared_width: Inner width of what every token passes through in addition to the routed experts.
     """
 
     hidden: int

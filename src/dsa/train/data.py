@@ -1,7 +1,7 @@
 """Training data: documents become one stream of tokens, and the stream becomes windows.
 
 Documents follow each other in the order given, each with the tokens that the tokenizer adds by itself and its
-end-of-text token behind it. Windows are cut out of that stream, so one may hold the end of a document and the start
+end-of-text token after it. Windows are cut out of that stream, so one may hold the end of a document and the start
 of the next: the stream knows where documents begin, and tokens attend within their own document only. Which window
 a step reads is a pure function of the seed and the step, so a resumed run needs no random state.
 """
@@ -82,7 +82,7 @@ def read_data(
         sources: What `dsa.train.sources.documents` takes, and `.safetensors` files written by `write_tokens`.
         tokenizer: Tokenises text; not needed for token files.
         vocabulary: Size of the model's vocabulary; every token id must be smaller.
-        status: Told which source is being read.
+        status: Called with the source that is being read.
         column: Column of JSON lines, parquet files and Hub datasets that holds the text.
         max_tokens: Stop reading after the document that reaches so many.
         remote_tokens: The same for each Hub dataset alone, where `max_tokens` does not say it: these can be
@@ -240,7 +240,7 @@ class Windows:
         return places - begins[torch.searchsorted(inside, places, right=True)]
 
     def _begins(self, start: int) -> torch.Tensor:
-        """Where documents begin behind the first token of a window, counted from it."""
+        """Where documents begin after the first token of a window, counted from it."""
         low, high = torch.searchsorted(self.stream.starts, torch.tensor([start + 1, start + self.seq_len])).tolist()
         return self.stream.starts[low:high] - start
 

@@ -71,7 +71,7 @@ class ExpertBalance:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Moves the biases by what the step counted, and begins to count anew."""
+        """Moves the biases by what the step counted, and starts counting again."""
         if not self.routers:
             return
         self.processes.mean_(self.loads.values())

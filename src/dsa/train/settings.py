@@ -47,7 +47,7 @@ class StageSettings:
         max_grad_norm: Gradients are clipped to this norm.
         sequences: Sequences per step, shared by the processes of a run.
         seed: Of the first weights, of the order of the data, and of the draws of queries.
-        boundaries: Tokens attend within their own document, and positions begin anew with each; otherwise a sequence
+        boundaries: Tokens attend within their own document, and positions start again with each; otherwise a sequence
             is read as one text.
     """
 

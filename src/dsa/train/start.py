@@ -12,7 +12,7 @@ Newton's method gives it, and each against the softmax of what is there already:
 form a stage. `M` is never formed; subspace iteration needs its products with a few vectors only.
 
 The heads are ReLUs, and the fitted score is signed: head 0 takes the query and head 1 its negative, with weights of
-opposite signs, whose difference is the score itself. The weights have no bias; hidden states behind a norm have a
+opposite signs, whose difference is the score itself. The weights have no bias; hidden states after a norm have a
 direction that is nearly constant, which least squares finds. Other heads keep their random weights.
 
 Shapes: `S` tokens, `Q` queries of the fit, `N` hidden size, `M` width of what index queries are made of (`N`, or that
