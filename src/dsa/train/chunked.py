@@ -32,8 +32,8 @@ ALONG_TOKENS = {"position_embeddings": 1, "position_ids": -1, "cache_position": 
 """Which dim of an attention layer's arguments counts tokens."""
 
 Observer = Callable[[AttentionCall, Callable[[torch.Tensor], torch.Tensor]], None]
-"""Called with what a layer computed, and with what makes queries `[B, Q, H, D]` of some positions `[B, Q]`. The call
-itself has no query and no value."""
+"""Called with what a layer computed, and with what makes queries `[B, Q, H, D]` of some positions `[B, Q]`. The
+query and the value of the call itself are empty."""
 
 
 @contextmanager
