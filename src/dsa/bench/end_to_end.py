@@ -23,9 +23,9 @@ from dsa.bench.pair import Pair, check_selections, load_pair
 from dsa.bench.recording import long_ids
 from dsa.bench.result import Row
 from dsa.bench.settings import Settings
+from dsa.generation.session import PREFILL_CHUNK, Session
 from dsa.models.default_model import Status
 from dsa.models.sparse import is_sparse
-from dsa.modules.cache import reserve
 from dsa.runs.progress import Progress
 
 PROMPT_LENGTHS = (32768,)
@@ -34,9 +34,6 @@ SHORTEST_PROMPT = 1024
 
 SHORT_TOKENS = 512
 CACHED_LENGTHS = (8192, 32768, 131072)
-PREFILL_CHUNK = 4096
-"""As `dsa generate` reads."""
-
 DECODED = 16
 """Tokens that are decoded after a prompt, and in one turn."""
 LONG_TOKEN_SECONDS = 1.0
@@ -67,17 +64,15 @@ def read_prompt(model: Any, ids: Tensor) -> tuple[float, Any, Tensor]:
     A sparse model reads as `dsa generate` lets it, in chunks into a cache of the right size; a plain one as
     transformers' `generate` does unless told otherwise, all at once.
     """
-    tokens = ids.shape[1]
+    if is_sparse(model):
+        session = Session(model)
+        session.read(ids[0].tolist(), new_tokens=RESERVED_TOKENS)
+        assert session.logits is not None
+        return session.timings.read_s, session.cache, session.logits.argmax()[None, None]
     began = time.perf_counter()
     cache = DynamicCache(config=model.config)
-    chunk = tokens
-    if is_sparse(model):
-        reserve(cache, tokens + RESERVED_TOKENS)
-        chunk = PREFILL_CHUNK
-    for start in range(0, tokens, chunk):
-        output = model(ids[:, start : start + chunk], past_key_values=cache, use_cache=True, logits_to_keep=1)
-    seconds = time.perf_counter() - began
-    return seconds, cache, output.logits[:, -1:].argmax(dim=-1)
+    output = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return time.perf_counter() - began, cache, output.logits[:, -1:].argmax(dim=-1)
 
 
 class Decoder:

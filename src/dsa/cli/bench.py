@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dsa.cli import options
-from dsa.cli.console import Steps, complain, notes, out
+from dsa.cli.console import Steps, notes, out, print_error
 
 if TYPE_CHECKING:
     from dsa.bench.settings import Settings
@@ -176,7 +176,7 @@ def _run(
                 if json is not None:
                     write_rows(json, kept)
     except Disagreement as error:
-        complain(f"{error}; nothing was measured")
+        print_error(f"{error}; nothing was measured")
         raise typer.Exit(1) from None
     show_rows(made, out)
     if json is not None:

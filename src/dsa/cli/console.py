@@ -21,8 +21,8 @@ out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
 
-def complain(message: str) -> None:
-    """Says what went wrong."""
+def print_error(message: str) -> None:
+    """Prints what went wrong to stderr."""
     err.print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
 
 

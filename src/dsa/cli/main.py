@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from dsa.cli.console import complain
+from dsa.cli.console import print_error
 
 COMMANDS = ("demo", "info", "train", "calibrate", "generate", "eval", "explain", "export", "cost", "bench")
 
@@ -38,7 +38,7 @@ class Commands(TyperGroup):
             code = exit_code(error)
             if code is None or os.environ.get("DSA_DEBUG"):
                 raise
-            complain(str(error) or type(error).__name__)
+            print_error(str(error) or type(error).__name__)
             raise typer.Exit(code) from None
 
 
