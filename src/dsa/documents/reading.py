@@ -63,7 +63,7 @@ def read_stdin(
     """Reads the document that is piped in, of any format that `read_source` reads; arguments as there.
 
     Raises:
-        ValueError: As in `read_source`, or there is no standard input.
+        ValueError: As in `read_source`, or there is no standard input, or nothing in it.
     """
     if sys.stdin is None or sys.stdin.closed:
         raise ValueError(f"{argument}: standard input is closed; pipe text in, or name a file")
@@ -73,6 +73,8 @@ def read_stdin(
         raise ValueError(
             f"{argument}: standard input cannot be read ({error.strerror or error}); name a file"
         ) from error
+    if not raw:
+        raise ValueError(f"{argument}: nothing was piped in, so the prompt is empty; give --prompt TEXT or --file FILE")
     return _read(raw, "stdin", argument, None, progress, pages)
 
 
