@@ -10,14 +10,42 @@ import ctypes
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
+from dsa.bench.measure import Figure
+from dsa.bench.prefill import layer_tensors, sparse_prefill
+from dsa.bench.result import Row
 from dsa.bench.settings import Settings
+from dsa.models.default_model import Status
+from dsa.models.layer import QUERIES_AT_A_TIME
+from dsa.runs.machine import peak_rss_mb, reset_peak_rss
+from dsa.runs.progress import Progress, silent
 
+MEMORY_LENGTH = 131072
+MEMORY_TARGET_MB = 64
 WARM_UP_TOKENS = 64
+
+
+def memory(settings: Settings, progress: Progress, status: Status) -> Iterator[Row]:
+    """What a prefill takes beyond its inputs and outputs, in a process of its own."""
+    (length,) = settings.lengths_or((MEMORY_LENGTH,), (160,))[-1:]
+    for data in settings.data:
+        sizes = layer_tensors(data, length, settings, progress, status).sizes
+        with progress(f"memory of a prefill of {length:,}, {data}", 1) as advance:
+            used = extra_memory_mb(data, length, settings)
+            advance()
+        row = Row("memory", f"n = {length:,}, {data}", {"tokens": length, "data": data, **sizes.describe()})
+        row.length = length
+        target = MEMORY_TARGET_MB if length == MEMORY_LENGTH else None
+        row.figures = [Figure("peak beyond inputs and outputs", used, "MB", target=target, at_least=False)]
+        block = QUERIES_AT_A_TIME * sizes.top_k * 4 / 1e6
+        row.notes.append(f"The selection of one block of queries, int32, counts: {block:.0f} MB for a full block.")
+        row.checks.append("the same prefill, in `--only prefill`")
+        yield row
 
 
 def extra_memory_mb(data: str, tokens: int, settings: Settings) -> float:
@@ -46,10 +74,6 @@ def extra_memory_mb(data: str, tokens: int, settings: Settings) -> float:
 
 
 def main() -> None:
-    from dsa.bench.prefill import layer_tensors, sparse_prefill
-    from dsa.runs.machine import peak_rss_mb, reset_peak_rss
-    from dsa.runs.progress import silent
-
     asked = json.load(sys.stdin)
     torch.set_num_threads(asked["threads"])
     settings = Settings(**asked["settings"])

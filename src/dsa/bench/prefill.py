@@ -15,7 +15,6 @@ from torch import Tensor
 
 from dsa.bench import agreement
 from dsa.bench.measure import Figure, Timing, in_turn, ratio
-from dsa.bench.memory import extra_memory_mb
 from dsa.bench.recording import Recording, recording
 from dsa.bench.result import Row
 from dsa.bench.settings import Settings
@@ -27,8 +26,6 @@ from dsa.runs.progress import Progress
 
 LENGTHS = (32768, 65536, 131072)
 TARGETS = {"recorded": {32768: 6, 65536: 10, 131072: 18}, "gaussian": {32768: 4, 65536: 7, 131072: 10}}
-MEMORY_LENGTH = 131072
-MEMORY_TARGET_MB = 64
 CROSSOVER_LENGTHS = (512, 1024, 2048, 3072, 4096, 6144, 8192, 12288, 16384)
 CROSSOVER_TARGET = 4096
 CROSSOVER_SHARE = 3
@@ -98,24 +95,6 @@ def prefill(settings: Settings, progress: Progress, status: Status) -> Iterator[
             target = TARGETS[data].get(length)
             row.figures.insert(0, ratio("SDPA / DSA", row.timings["SDPA"], row.timings["DSA"], target=target))
             yield row
-
-
-def memory(settings: Settings, progress: Progress, status: Status) -> Iterator[Row]:
-    """What a prefill takes beyond its inputs and outputs, in a process of its own."""
-    (length,) = settings.lengths_or((MEMORY_LENGTH,), (160,))[-1:]
-    for data in settings.data:
-        sizes = layer_tensors(data, length, settings, progress, status).sizes
-        with progress(f"memory of a prefill of {length:,}, {data}", 1) as advance:
-            used = extra_memory_mb(data, length, settings)
-            advance()
-        row = Row("memory", f"n = {length:,}, {data}", {"tokens": length, "data": data, **sizes.describe()})
-        row.length = length
-        target = MEMORY_TARGET_MB if length == MEMORY_LENGTH else None
-        row.figures = [Figure("peak beyond inputs and outputs", used, "MB", target=target, at_least=False)]
-        block = QUERIES_AT_A_TIME * sizes.top_k * 4 / 1e6
-        row.notes.append(f"The selection of one block of queries, int32, counts: {block:.0f} MB for a full block.")
-        row.checks.append("the same prefill, in `--only prefill`")
-        yield row
 
 
 def crossover(settings: Settings, progress: Progress, status: Status) -> Iterator[Row]:

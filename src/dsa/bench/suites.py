@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 
-from dsa.bench import decode, end_to_end, llamacpp, operations, prefill
+from dsa.bench import decode, end_to_end, llamacpp, memory, operations, prefill
 from dsa.bench.result import Row
 from dsa.bench.settings import Settings
 from dsa.models.default_model import Status
@@ -18,7 +18,7 @@ OPS: dict[str, Bench] = {
     "machine": decode.machine,
     "decode": decode.decode,
     "prefill": prefill.prefill,
-    "memory": prefill.memory,
+    "memory": memory.memory,
     "index": operations.index,
     "crossover": prefill.crossover,
     "loss": operations.loss,
