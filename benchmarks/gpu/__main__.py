@@ -1,6 +1,6 @@
 """The check and the benchmark of every GPU kernel, in one command.
 
-    python benchmarks/gpu.py [--only SECTION ...] [--small] [--checks] [--seed N] [--selections FILE] [--out FILE.json]
+    python -m benchmarks.gpu [--only SECTION ...] [--small] [--checks] [--seed N] [--selections FILE] [--out FILE.json]
 
 Each section checks its kernels against fp64 on fresh random inputs and stops the run where one is wrong; then it
 measures: device events, medians after warm-up, the L2 full of other data. The device's ceilings come first and every
@@ -11,7 +11,7 @@ was asked, and all of it is written as JSON.
 `--small` runs all of it at sizes for a first try, without a GPU too (then under Triton's interpreter, and its times
 mean nothing); `--checks` stops after the checks, which is what a memory checker should see:
 
-    compute-sanitizer --tool memcheck python benchmarks/gpu.py --small --checks
+    compute-sanitizer --tool memcheck python -m benchmarks.gpu --small --checks
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ SECTIONS = ("sparse_attention", "packed_attention", "whole_path", "indexer_loss"
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS)
     parser.add_argument("--small", action="store_true", help="sizes for a first try")
     parser.add_argument("--checks", action="store_true", help="stop each section after its checks")
@@ -46,18 +48,18 @@ def main() -> int:
             print("no GPU: nothing to measure here; --small runs everything under Triton's interpreter")
             return 2
         assert start_interpreter()
-    from gpu import common
+    from benchmarks.gpu import common
 
     common.SEED = secrets.randbelow(1 << 31) if arguments.seed is None else arguments.seed
     found = common.environment() | {"seed": common.SEED, "rows": [], "seconds": {}}
     out = arguments.out
     if out is None and common.DEVICE.type == "cuda" and not arguments.small and not arguments.checks:
         device = "".join(letter if letter.isalnum() else "-" for letter in found["device"].lower())
-        out = Path(__file__).parent / "results" / f"gpu-{device}-{found['date']}.json"
+        out = Path(__file__).parents[1] / "results" / f"gpu-{device}-{found['date']}.json"
     if common.DEVICE.type == "cuda" and not arguments.checks:
         found["rows"].extend(common.ceilings())
     for name in arguments.only:
-        section = importlib.import_module(f"gpu.{name}")
+        section = importlib.import_module(f"benchmarks.gpu.{name}")
         begin = time.perf_counter()
         extra = {"recorded": arguments.selections} if name == "whole_path" else {}
         for row in section.rows(arguments.small, **extra):

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from benchmarks.gpu.common import DEVICE, Row, beside_floor, error, expect, milliseconds, normal
 from dsa.ops import IndexWeights, QuantizedKeys, index_projection, pack_latents, quantize_index_keys
 from dsa.ops.index_projection import rope_tables
-from gpu.common import DEVICE, Row, beside_floor, error, expect, milliseconds, normal
 
 
 def check_keys(tokens: int, dim: int, dtype: str) -> Row:

@@ -17,13 +17,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.gpu.common import (
+    DEVICE,
+    MEMORY,
+    Row,
+    beside_floor,
+    extra_memory,
+    milliseconds,
+    normal,
+    replayed,
+    with_vendor,
+)
 from dsa.ops import PagedKeys, QuantizedKeys, hadamard_transform, index_topk, quantize_index_keys, triton_support
 from dsa.ops.index_topk import reference, vendor
 from dsa.ops.index_topk import triton as kernels
 from dsa.ops.index_topk.selection import select_highest
 from dsa.ops.paging.types import BLOCK
 from dsa.ops.ranges import resolve_ranges
-from gpu.common import DEVICE, MEMORY, Row, beside_floor, extra_memory, milliseconds, normal, replayed, with_vendor
 
 DEFAULT = kernels.Limits()
 ONE_ROUND = replace(DEFAULT, one_round=1 << 62)

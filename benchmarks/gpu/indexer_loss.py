@@ -11,9 +11,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from benchmarks.gpu.common import DEVICE, MEMORY, Row, error, expect, extra_memory, milliseconds, normal
+from benchmarks.gpu.sparse_attention import selection
 from dsa.ops import indexer_loss
-from gpu.common import DEVICE, MEMORY, Row, error, expect, extra_memory, milliseconds, normal
-from gpu.sparse_attention import selection
 
 
 def make(

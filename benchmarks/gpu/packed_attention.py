@@ -13,12 +13,23 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from benchmarks.gpu.common import (
+    DEVICE,
+    MEMORY,
+    Row,
+    beside_floor,
+    error,
+    expect,
+    extra_memory,
+    milliseconds,
+    normal,
+    with_vendor,
+)
+from benchmarks.gpu.sparse_attention import exact, selection
 from dsa.ops import PackedLatents, PagedLatents, pack_latents, sparse_attention
 from dsa.ops.paging.types import BLOCK
 from dsa.ops.sparse_attention import triton_packed as kernels
 from dsa.ops.sparse_attention import vendor
-from gpu.common import DEVICE, MEMORY, Row, beside_floor, error, expect, extra_memory, milliseconds, normal, with_vendor
-from gpu.sparse_attention import exact, selection
 
 Rows = PackedLatents | PagedLatents
 Inputs = tuple[Tensor, Rows, Tensor]

@@ -1,4 +1,4 @@
-"""What a trained model's indexer selects over a long text, for the whole-path row of `benchmarks/gpu.py`.
+"""What a trained model's indexer selects over a long text, for the whole-path row of `python -m benchmarks.gpu`.
 
     python benchmarks/gpu/record_selections.py --out selections.safetensors [--tokens 131072] [--top-k 2048]
 

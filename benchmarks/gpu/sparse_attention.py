@@ -15,11 +15,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from dsa.ops import sparse_attention
-from dsa.ops.sparse_attention import triton as kernels
-from dsa.ops.sparse_attention import vendor
-from gpu import common
-from gpu.common import (
+from benchmarks.gpu.common import (
     DEVICE,
     MEMORY,
     Row,
@@ -32,6 +28,10 @@ from gpu.common import (
     replayed,
     with_vendor,
 )
+from dsa.ops import sparse_attention
+from dsa.ops.sparse_attention import triton as kernels
+from dsa.ops.sparse_attention import vendor
+from gpu import common
 
 Asked = tuple[tuple[str, str, float], ...]
 

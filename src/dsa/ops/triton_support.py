@@ -21,7 +21,7 @@ from torch import Tensor
 LOWEST_CAPABILITY = (8, 0)
 
 CHECKED_ON_A_GPU = False
-"""Whether `benchmarks/gpu.py` has passed on a GPU. Until then `auto` leaves these kernels to those who ask for them."""
+"""Whether `python -m benchmarks.gpu` has passed on a GPU. Until then `auto` leaves them to those who ask for them."""
 
 SHARED_MEMORY = {(8, 0): 163, (8, 6): 99, (8, 7): 163, (8, 9): 99, (9, 0): 227, (10, 0): 227, (10, 3): 227, (12, 0): 99}
 """KiB that one block may use, by compute capability (CUDA C++ programming guide); 99 is the least of all."""
