@@ -2,6 +2,7 @@
 
 import time
 import warnings
+import zlib
 from pathlib import Path
 
 import pytest
@@ -211,3 +212,28 @@ def test_a_file_that_is_cut_off_but_opens(tmp_path: Path) -> None:
     raw = one_page("BT /F 12 Tf 50 700 Td (words) Tj ET", HELVETICA)
     with pytest.warns(UserWarning, match="a.pdf has no end: it is cut off"):
         assert text_of(raw[: raw.index(b"startxref")]) == "words"
+
+
+@pytest.mark.parametrize("filters", [1, 2])
+@pytest.mark.parametrize("content", [b"q ", b"(xxxxxxxxxxxxxxxxxxxxxxxxxxx) Tj "])
+def test_a_small_file_that_unpacks_to_a_large_page(content: bytes, filters: int) -> None:
+    packed = content * (8_000_000 // len(content))
+    for _ in range(filters):
+        packed = zlib.compress(packed, 9)
+    body = b"<< /Filter [%b] /Length %d >>\nstream\n%b\nendstream" % (b"/FlateDecode " * filters, len(packed), packed)
+    raw = written(
+        "<< /Type /Catalog /Pages 2 0 R >>",
+        "<< /Type /Pages /Kids [3 0 R] /Count 1 >>",
+        "<< /Type /Page /Parent 2 0 R /MediaBox [0 0 600 800] /Contents 4 0 R /Resources << /Font << /F 5 0 R >> >> >>",
+        body,
+        HELVETICA,
+    )
+    begun = time.perf_counter()
+    with pytest.raises(ValueError, match="holds a stream that unpacks to far more than a page of text does"):
+        text_of(raw)
+    assert time.perf_counter() - begun < 2
+
+
+def test_a_page_longer_than_any_that_is_read() -> None:
+    with pytest.raises(ValueError, match=r"page 1 of a.pdf holds 200,025 characters; 200,000 are read"):
+        text_of(one_page(f"BT /F 12 Tf 50 700 Td {'(xxxxxxxxxxxxxxxxxxxxxxxxx) Tj ' * 8001} ET", HELVETICA))

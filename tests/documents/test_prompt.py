@@ -85,3 +85,24 @@ def test_a_question_goes_into_the_template_unless_told_otherwise(document: Sourc
     assert make_prompt(with_template(), document, "Why?").ids != make_prompt(tiny_tokenizer(), document, "Why?").ids
     plain = make_prompt(with_template(), document, "Why?", chat=False)
     assert plain.ids == make_prompt(tiny_tokenizer(), document, "Why?").ids
+
+
+def test_a_long_text_is_tokenised_as_far_as_it_is_wanted() -> None:
+    tokenizer = tiny_tokenizer()
+    lengths = []
+
+    class Counting:
+        is_fast, chat_template = True, None
+
+        def __call__(self, text: str, **options: object) -> object:
+            lengths.append(len(text))
+            return tokenizer(text, **options)
+
+    text = "some words " * 20_000
+    whole = make_prompt(tokenizer, SourceDocument(text, "a.txt"), "Why?")
+    prompt = make_prompt(Counting(), SourceDocument(text, "a.txt"), "Why?", tokens=30)
+    assert prompt.parts.count("document") == 30
+    assert prompt.ids[:29] == whole.ids[:29]
+    assert prompt.is_cut
+    assert prompt.document_tokens is None
+    assert max(lengths) < 4000

@@ -8,13 +8,16 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from dsa.documents.pages import chosen_pages
-from dsa.documents.pdf_page import PageText, page_text
+from dsa.documents.pdf_bounds import too_large
+from dsa.documents.pdf_page import PageText, PageTooLong, page_text
 from dsa.documents.running import without_running
 from dsa.documents.source import SourceDocument
-from dsa.text import MOST_BYTES, tidy
+from dsa.text import tidy
 
 INSTALL = "pip install 'dsa-attention[pdf]'"
 MOST_PAGES = 20_000
+MOST_CHARACTERS = 16_000_000
+"""Of all pages: some four million tokens."""
 
 Progress = Callable[[str, int], AbstractContextManager[Callable[[], None]]]
 """Begins a step of so many parts; the context's value is called once per finished part (as `dsa.runs.progress`)."""
@@ -85,6 +88,11 @@ def _opened(raw: bytes, name: str, argument: str) -> Any:
         raise ValueError(
             f"{argument}: reading the PDF {name} needs the package pypdfium2: {INSTALL} ({error})"
         ) from error
+    if too_large(raw):
+        raise ValueError(
+            f"{argument}: the PDF {name} holds a stream that unpacks to far more than a page "
+            "of text does; print it to a new PDF, or give its text"
+        )
     try:
         document = pypdfium2.PdfDocument(raw)
         if document.get_formtype() != codes.FORMTYPE_NONE:
@@ -123,13 +131,15 @@ def _read_pages(
                 page = document[number - 1]
                 pages.append(page_text(page, form))
                 page.close()
-            except pypdfium2.PdfiumError as error:
+            except (pypdfium2.PdfiumError, PageTooLong) as error:
+                if isinstance(error, PageTooLong):
+                    raise ValueError(f"{argument}: page {number} of {name} {error}") from error
                 raise ValueError(_corrupt(name, argument, f"page {number}: {error}")) from error
             held += pages[-1].characters
-            if held > MOST_BYTES:
+            if held > MOST_CHARACTERS:
                 raise ValueError(
-                    f"{argument}: the first {len(pages):,} pages of {name} hold {held:,} characters; {MOST_BYTES:,} "
-                    "are read at most: choose fewer pages with --pages"
+                    f"{argument}: the first {len(pages):,} pages of {name} hold {held:,} characters; "
+                    f"{MOST_CHARACTERS:,} are read at most: choose fewer pages with --pages"
                 )
             advance()
     return pages

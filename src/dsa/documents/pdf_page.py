@@ -13,10 +13,17 @@ LIGATURES = {0xFB00: "ff", 0xFB01: "fi", 0xFB02: "fl", 0xFB03: "ffi", 0xFB04: "f
 # PDFium writes a hyphen at a line's end so, and no line's end after it.
 _HYPHENS = frozenset({0x02, 0xFFFE})
 _LEADERS = re.compile(r"(?:[.\u00b7\u2024\u2025\u2026] ?){5,}")
+MOST_CHARACTERS = 200_000
+"""Of one page: a printed one has about 5,000."""
+
 # In heights of a character: a gap between columns or cells, where words are 0.3 apart.
 _COLUMN_GAP = 1.2
 _LEAST_LINES = 6
 _LEAST_CHARACTERS = 18
+
+
+class PageTooLong(ValueError):
+    """A page with more characters than any that a person reads."""
 
 
 @dataclass
@@ -81,6 +88,8 @@ def _rows(page: Any, found: PageText) -> list[list[Line]]:
 
     text_page = page.get_textpage()
     count = text_page.count_chars()
+    if count > MOST_CHARACTERS:
+        raise PageTooLong(f"holds {count:,} characters; {MOST_CHARACTERS:,} are read of one page at most")
     left, bottom, right, top = (ctypes.c_double() for _ in range(4))
     unicode_of, is_unknown, box = raw.FPDFText_GetUnicode, raw.FPDFText_HasUnicodeMapError, raw.FPDFText_GetCharBox
     rows: list[list[Line]] = [[]]

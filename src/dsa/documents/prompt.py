@@ -10,6 +10,8 @@ from typing import Any
 
 from dsa.documents.source import SourceDocument
 
+_CUT_MARGIN = 64
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -20,7 +22,7 @@ class Prompt:
         texts: The text of every token; joined they are the whole prompt.
         pages: The document's page of every token; `None` outside it and where it has no pages.
         parts: `"before"`, `"document"` or `"question"` for every token.
-        document_tokens: Tokens of the whole document.
+        document_tokens: Tokens of the whole document; `None` where it was not read to its end.
         is_cut: Whether only the first of them are in the prompt.
     """
 
@@ -28,7 +30,7 @@ class Prompt:
     texts: list[str]
     pages: list[int | None]
     parts: list[str]
-    document_tokens: int
+    document_tokens: int | None
     is_cut: bool = False
 
 
@@ -85,9 +87,11 @@ def make_prompt(
             "it has no fast version"
         )
     text = document.text
-    starts = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
+    text, starts = _first_tokens(tokenizer, text, tokens)
     if len(starts) < least:
         raise ValueError(f"file: {document.name} has {len(starts)} token(s); at least {least} are needed")
+    # Of a text that was not tokenised to its end the length in tokens is not known.
+    total = len(starts) if len(text) == len(document.text) else None
     is_cut = tokens is not None and tokens < len(starts)
     if tokens is not None and is_cut:
         text = text[: starts[tokens][0]]
@@ -107,7 +111,21 @@ def make_prompt(
     if document.has_pages:
         for token in range(first, last + 1):
             pages[token] = document.page_of(offsets[token] - whole.begin + whole.skipped)
-    return Prompt(list(encoded["input_ids"]), texts, pages, parts, len(starts), is_cut)
+    return Prompt(list(encoded["input_ids"]), texts, pages, parts, total, is_cut)
+
+
+def _first_tokens(tokenizer: Any, text: str, tokens: int | None) -> tuple[str, list[tuple[int, int]]]:
+    """As much of a text as holds so many tokens and some more, and where its tokens begin and end.
+
+    Tokens at the end of what is cut may differ from those of the whole text: the `_CUT_MARGIN` last are not to be used.
+    """
+    size = len(text) if tokens is None else 8 * (tokens + _CUT_MARGIN)
+    while True:
+        part = text[:size]
+        starts = tokenizer(part, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
+        if tokens is None or len(part) == len(text) or len(starts) >= tokens + _CUT_MARGIN:
+            return part, starts
+        size *= 2
 
 
 def word_prompt(

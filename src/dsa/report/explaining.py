@@ -159,5 +159,6 @@ def _notes(model: PreTrainedModel, report: AttachReport, prompt: Prompt, tokens:
         )
     taken = prompt.parts.count("document")
     if prompt.is_cut:
-        notes.append(f"Only the first {taken:,} of the document's {prompt.document_tokens:,} tokens were read.")
+        whole = f" of the document's {prompt.document_tokens:,}" if prompt.document_tokens else ""
+        notes.append(f"Only the first {taken:,}{whole} tokens{'' if whole else ' of the document'} were read.")
     return notes
