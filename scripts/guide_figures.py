@@ -264,11 +264,14 @@ def draw_time(record: dict[str, Any], file: Path) -> None:
     """Milliseconds a decoded token over the tokens cached, dense and DSA."""
     from matplotlib import pyplot
 
-    rows = [row for row in record["rows"] if row["name"] == "decode" and row["length"]]
+    # After a prompt that was read, or in a cache filled with numbers: which of them changes no time.
+    rows = [row for row in record["rows"] if row["name"] in ("decode", "prompt") and row["length"]]
+    rows.sort(key=lambda row: row["length"])
     figure, place = pyplot.subplots(figsize=(7.2, 3.8))
     lines = (("SDPA", "transformers + SDPA", "#b45309", 7), ("DSA", "DSA, K = 1,024", "#1d4ed8", -15))
     for name, label, color, above in lines:
-        points = [(row["length"], 1000 * row["timings"][name]["median_s"]) for row in rows]
+        keys = {"decode": name, "prompt": f"{name} token"}
+        points = [(row["length"], 1000 * row["timings"][keys[row["name"]]]["median_s"]) for row in rows]
         place.plot(*zip(*points, strict=True), marker="o", label=label, color=color)
         for length, milliseconds in points:
             style = {"textcoords": "offset points", "ha": "center"}
