@@ -6,11 +6,14 @@ import importlib
 import inspect
 import os
 import re
+import sys
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
+from dsa.cli import ends
 from dsa.cli.console import print_error
 
 COMMANDS = ("demo", "info", "train", "calibrate", "generate", "eval", "explain", "export", "cost", "bench")
@@ -25,31 +28,39 @@ indexers that come with this package.
 
 EPILOG = "A user's mistake ends with one message and exit code 2; DSA_DEBUG=1 shows where it was noticed."
 
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
-
 
 class Commands(TyperGroup):
-    """Turns what a user got wrong into one message and exit code 2."""
+    """Turns what a user got wrong into one message and exit code 2, and a stop into one word."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        ctx.meta["arguments"] = list(args)
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            result = super().invoke(ctx)
+            sys.stdout.flush()
+            return result
+        except KeyboardInterrupt:
+            raise typer.Exit(ends.stopped()) from None
+        except BrokenPipeError:
+            ends.flush_or_drop()
+            raise typer.Exit from None
         except Exception as error:
-            code = exit_code(error)
+            code = ends.exit_code(error)
             if code is None or os.environ.get("DSA_DEBUG"):
                 raise
-            print_error(str(error) or type(error).__name__)
+            arguments = ctx.meta["arguments"]
+            print_error(ends.message(error, arguments, self._options(ctx, arguments)))
+            ends.flush_or_drop()
             raise typer.Exit(code) from None
 
-
-def exit_code(error: BaseException) -> int | None:
-    """2 for what the user can put right, 1 for too little memory, `None` for what is not ours to report."""
-    if isinstance(error, BrokenPipeError):
-        return None
-    if isinstance(error, MemoryError) or any(words in str(error).lower() for words in OUT_OF_MEMORY):
-        return 1
-    is_mistake = isinstance(error, (ValueError, OSError, ImportError, NotImplementedError))
-    return 2 if is_mistake else None
+    def _options(self, ctx: Any, arguments: Sequence[str]) -> list[str]:
+        """What the options of the command on the line are called."""
+        command: Any = self
+        for word in arguments:
+            command = getattr(command, "commands", {}).get(word, command)
+        return [name for parameter in command.params for name in parameter.opts if name.startswith("--")]
 
 
 def version(asked: bool) -> None:
@@ -82,7 +93,7 @@ app = typer.Typer(
 @app.callback()
 def main(
     show_version: Annotated[
-        bool, typer.Option("--version", callback=version, is_eager=True, help="Print the version and exit.")
+        bool, typer.Option("--version", "-V", callback=version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     pass
@@ -97,4 +108,6 @@ for registered in app.registered_commands:
 
 def run() -> None:
     """Entry point of the `dsa` script."""
+    ends.open_streams()
+    ends.catch_signals()
     app()
