@@ -22,10 +22,9 @@ def test_what_exceeds_the_budget_runs_once_and_counts() -> None:
 
 
 def test_a_ratio_is_the_median_over_the_rounds() -> None:
-    figure = ratio("peer / own", Timing((2.0, 30.0, 8.0)), Timing((1.0, 10.0, 2.0)), target=3)
+    figure = ratio("peer / own", Timing((2.0, 30.0, 8.0)), Timing((1.0, 10.0, 2.0)))
     assert (figure.value, figure.low, figure.high) == (3.0, 2.0, 4.0)
     assert figure.confidence == pytest.approx(0.75)
-    assert figure.met
     assert ratio("once", Timing((3.0,)), Timing((2.0,))).low is None
 
 
@@ -39,7 +38,17 @@ def test_the_interval_covers_what_it_claims(count: int, cut: int) -> None:
     assert confidence >= 0.95 or count < 6
 
 
-def test_figures_say_whether_they_are_met() -> None:
-    assert Figure("memory", 3.0, "MB", target=2, at_least=False).met is False
-    assert Figure("speed", 3.0, "x").met is None
-    assert "at_least" not in Figure("speed", 3.0, "x").to_json()
+def test_figures_write_what_they_know() -> None:
+    assert Figure("speed", 3.0, "x").to_json() == {"name": "speed", "value": 3.0, "unit": "x"}
+
+
+def test_a_record_keeps_quantiles() -> None:
+    assert Timing((4.0, 1.0, 2.0, 5.0, 3.0)).to_json() == {
+        "median_s": 3.0,
+        "low_s": 1.0,
+        "lower_quartile_s": 2.0,
+        "upper_quartile_s": 4.0,
+        "high_s": 5.0,
+        "runs": 5,
+    }
+    assert set(Timing((2.0,)).to_json().values()) == {2.0, 1}

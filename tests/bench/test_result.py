@@ -1,12 +1,14 @@
 """What is kept of a measurement, and drawn from it."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dsa.bench.measure import Timing
 from dsa.bench.plot import curves
-from dsa.bench.result import Row, merged
+from dsa.bench.result import FORMAT, Row, merged, read_rows
 
 
 def row(length: int, *, isa: str = "avx2", seconds: float = 1.0) -> dict[str, Any]:
@@ -36,3 +38,14 @@ def test_curves_need_two_lengths_and_leave_parts_out() -> None:
 @pytest.mark.parametrize("key", ["commit", "machine", "isa", "threads", "torch", "python", "implementations", "date"])
 def test_figures_carry_where_they_come_from(key: str) -> None:
     assert key in row(64)["environment"]
+
+
+def test_samples_of_earlier_records_become_quantiles(tmp_path: Path) -> None:
+    earlier = {"median_s": 2.0, "low_s": 1.0, "high_s": 3.0, "runs": 3, "seconds": [1.0, 3.0, 2.0]}
+    file = tmp_path / "earlier.json"
+    file.write_text(json.dumps({"format": FORMAT, "rows": [{**row(64), "timings": {"DSA": earlier}}]}))
+    (read,) = read_rows(file)
+    assert read["timings"]["DSA"] == Timing((1.0, 3.0, 2.0)).to_json()
+    assert {key: read[key] for key in read if key != "timings"} == {
+        key: value for key, value in row(64).items() if key != "timings" and key != "environment"
+    } | {"environment": read["environment"]}

@@ -62,6 +62,26 @@ def test_results_are_merged_and_shown(dsa: Run, tmp_path: Path) -> None:
         assert f"prefill, n = {length}, gaussian" in shown.stdout
 
 
+def test_targets_are_shown_next_to_figures(dsa: Run, tmp_path: Path) -> None:
+    out, targets = tmp_path / "results.json", tmp_path / "targets.json"
+    asked = {"row": "prefill", "case": "n = 64, gaussian", "figure": "SDPA / DSA"}
+    wrong = {"row": "prefill", "case": "n = 64, gaussian", "figure": "speed", "at_least": 1}
+    targets.write_text(json.dumps({"format": "dsa bench targets 1", "targets": [asked | {"at_most": 0.0}, wrong]}))
+    command = ("bench", "ops", "--quick", "--only", "prefill", "--data", "gaussian", "--lengths", "64,96")
+    plain = dsa(*command, "--json", str(out))
+    assert "missed" not in plain.stdout
+    assert "target" not in out.read_text()
+    result = dsa(*command, "--json", str(out), "--targets", str(targets))
+    assert result.exit_code == 0, result.output
+    assert result.stdout.count("<= 0x missed") == 1
+    assert "targets: the row prefill, n = 64, gaussian has no figure 'speed'" in flat(result.stderr)
+    assert "<= 0x missed" in dsa("bench", "show", str(out)).stdout
+    targets.write_text(json.dumps({"format": "dsa bench targets 1", "targets": [asked | {"at_least": 0.0}]}))
+    shown = dsa("bench", "show", str(out), "--targets", str(targets)).stdout
+    assert ">= 0x" in shown
+    assert "missed" not in shown
+
+
 @pytest.mark.parametrize("ending", ["svg", "png"])
 def test_curves(dsa: Run, tmp_path: Path, ending: str) -> None:
     pytest.importorskip("matplotlib")
@@ -99,6 +119,12 @@ def test_nothing_is_printed_where_results_disagree(dsa: Run, monkeypatch: pytest
         (["ops", "--plot", "{folder}/no/curves.svg"], "plot: there is no directory"),
         (["ops", "--threads", "0"], "threads"),
         (["show", "{folder}/missing.json"], "No such file"),
+        (["ops", "--targets", "{folder}/missing.json"], "No such file"),
+        (["e2e", "--targets", "{folder}/text.json"], "targets: {folder}/text.json is not JSON"),
+        (
+            ["show", "{folder}/missing.json", "--targets", "{folder}/other.json"],
+            'expected {{"format": "dsa bench targets',
+        ),
     ],
 )
 def test_mistakes(

@@ -26,8 +26,6 @@ from dsa.runs.progress import Progress
 INSTALL = (
     "pip install 'dsa-attention[llamacpp]', or in an environment of its own, whose interpreter --llama-python names"
 )
-PREFILL_TARGETS = {32768: 4}
-DECODE_TARGETS = {32768: 2}
 CHECK_TOKENS = 256
 AMONG_FIRST = 5
 
@@ -97,14 +95,11 @@ def _row(tokens: int, pair: Pair, settings: Settings, progress: Progress) -> Row
     row = Row("llamacpp", f"n = {tokens:,}", {"tokens": tokens, **pair.shape, **versions}, timings)
     row.length = tokens
     row.checks = [*pair.checks, f"llama.cpp continues {checked} tokens with one of the model's first {AMONG_FIRST}"]
-    for part, own_name, targets in (
-        ("prefill", "DSA prefill", PREFILL_TARGETS),
-        ("token", "DSA token", DECODE_TARGETS),
-    ):
+    for part, own_name in (("prefill", "DSA prefill"), ("token", "DSA token")):
         peers = [timing for name, timing in timings.items() if name.startswith("llama") and name.endswith(part)]
         best = min(peers, key=lambda timing: timing.median)
         what = "prefill" if part == "prefill" else "decode"
-        row.figures.append(ratio(f"{what}, llama.cpp / DSA", best, timings[own_name], target=targets.get(tokens)))
+        row.figures.append(ratio(f"{what}, llama.cpp / DSA", best, timings[own_name]))
     row.notes = [
         f"The same GGUF file, {torch.get_num_threads()} thread(s): Q4 weights and an fp16 cache in llama.cpp, which it "
         "dequantises as it goes; fp32 here. The better of flash attention on and off counts."

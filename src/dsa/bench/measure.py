@@ -20,6 +20,26 @@ class Disagreement(Exception):
     """Results differ by more than rounding: there is nothing to measure."""
 
 
+def quantiles(seconds: Sequence[float]) -> dict[str, Any]:
+    """What a record keeps of samples: median, lowest, quartiles and highest in seconds, and their number.
+
+    Quartiles are interpolated between the samples next to them, the lowest sample being the quantile 0 and the
+    highest 1.
+    """
+    if len(seconds) > 1:
+        lower, _, upper = statistics.quantiles(seconds, n=4, method="inclusive")
+    else:
+        lower = upper = seconds[0]
+    kept = {
+        "median_s": statistics.median(seconds),
+        "low_s": min(seconds),
+        "lower_quartile_s": lower,
+        "upper_quartile_s": upper,
+        "high_s": max(seconds),
+    }
+    return {**kept, "runs": len(seconds)}
+
+
 @dataclass(frozen=True)
 class Timing:
     """How long something took, in seconds, each time that it ran."""
@@ -31,14 +51,8 @@ class Timing:
         return statistics.median(self.seconds)
 
     def to_json(self) -> dict[str, Any]:
-        """Median, spread and the samples themselves."""
-        return {
-            "median_s": self.median,
-            "low_s": min(self.seconds),
-            "high_s": max(self.seconds),
-            "runs": len(self.seconds),
-            "seconds": [float(f"{each:.6g}") for each in self.seconds],
-        }
+        """Median, quartiles, the range, and how often it ran; not every sample."""
+        return quantiles(self.seconds)
 
 
 @dataclass(frozen=True)
@@ -52,8 +66,6 @@ class Figure:
         low: Lower end of the interval, if there is one.
         high: Upper end.
         confidence: With which probability the true median lies in the interval, were the runs independent.
-        target: What this project asks of itself.
-        at_least: Whether the value should reach the target, or stay below it.
     """
 
     name: str
@@ -62,22 +74,10 @@ class Figure:
     low: float | None = None
     high: float | None = None
     confidence: float | None = None
-    target: float | None = None
-    at_least: bool = True
-
-    @property
-    def met(self) -> bool | None:
-        """Whether the target is reached; `None` without one."""
-        if self.target is None:
-            return None
-        return self.value >= self.target if self.at_least else self.value <= self.target
 
     def to_json(self) -> dict[str, Any]:
         """All fields that say something."""
-        plain = {name: value for name, value in vars(self).items() if value is not None}
-        if self.target is None:
-            plain.pop("at_least")
-        return plain
+        return {name: value for name, value in vars(self).items() if value is not None}
 
 
 def in_turn(
@@ -133,14 +133,14 @@ def _fits_another(rounds: Sequence[object], began: float, first: float, budget: 
     return spent + (spent / len(rounds) if rounds else first) <= budget
 
 
-def ratio(name: str, peer: Timing, own: Timing, *, target: float | None = None, at_least: bool = True) -> Figure:
+def ratio(name: str, peer: Timing, own: Timing) -> Figure:
     """How many times longer the peer took: the median over the rounds, with an interval for it."""
     ratios = sorted(theirs / ours for theirs, ours in zip(peer.seconds, own.seconds, strict=True))
     value = statistics.median(ratios)
     if len(ratios) == 1:
-        return Figure(name, value, "x", target=target, at_least=at_least)
+        return Figure(name, value, "x")
     low, high, confidence = median_interval(ratios)
-    return Figure(name, value, "x", low, high, confidence, target, at_least)
+    return Figure(name, value, "x", low, high, confidence)
 
 
 def median_interval(ordered: Sequence[float]) -> tuple[float, float, float]:

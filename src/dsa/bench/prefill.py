@@ -25,9 +25,7 @@ from dsa.ops import dense_attention, index_topk, sparse_attention
 from dsa.runs.progress import Progress
 
 LENGTHS = (32768, 65536, 131072)
-TARGETS = {"recorded": {32768: 6, 65536: 10, 131072: 18}, "gaussian": {32768: 4, 65536: 7, 131072: 10}}
 CROSSOVER_LENGTHS = (512, 1024, 2048, 3072, 4096, 6144, 8192, 12288, 16384)
-CROSSOVER_TARGET = 4096
 CROSSOVER_SHARE = 3
 """Each of the many lengths has so much less time."""
 
@@ -92,8 +90,7 @@ def prefill(settings: Settings, progress: Progress, status: Status) -> Iterator[
         source = layer_tensors(data, max(lengths), settings, progress, status)
         for length in lengths:
             row = _prefill_at(data, source, length, progress, budget=settings.budget)
-            target = TARGETS[data].get(length)
-            row.figures.insert(0, ratio("SDPA / DSA", row.timings["SDPA"], row.timings["DSA"], target=target))
+            row.figures.insert(0, ratio("SDPA / DSA", row.timings["SDPA"], row.timings["DSA"]))
             yield row
 
 
@@ -110,7 +107,7 @@ def crossover(settings: Settings, progress: Progress, status: Status) -> Iterato
             short = length <= source.sizes.top_k
             own = row.timings["DSA"]
             row.figures = [
-                ratio("SDPA / DSA", row.timings["SDPA"], own, target=1 if short and not settings.quick else None),
+                ratio("SDPA / DSA", row.timings["SDPA"], own),
                 ratio("own dense / DSA", row.timings["own dense"], own),
             ]
             if not short:
@@ -130,7 +127,7 @@ def _crossing(data: str, sizes: Sizes, wins: dict[int, bool], rows: list[Row]) -
         winning.append(length)
     if winning:
         shortest = float(winning[-1])
-        row.figures = [Figure("shortest n that wins", shortest, "tokens", target=CROSSOVER_TARGET, at_least=False)]
+        row.figures = [Figure("shortest n that wins", shortest, "tokens")]
         row.notes.append(f"Won there and at every longer one of: {', '.join(f'{each:,}' for each in wins)}.")
     else:
         row.notes.append("Dense attention is faster at the longest n measured.")

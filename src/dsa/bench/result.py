@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from dsa import ops
-from dsa.bench.measure import Figure, Timing
+from dsa.bench.measure import Figure, Timing, quantiles
 from dsa.ops import native_support
 from dsa.runs.files import write_json
 from dsa.runs.machine import describe_machine
@@ -109,7 +109,17 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         raise ValueError(f"{path} is not JSON ({error}); expected what `dsa bench --json` writes") from error
     if not isinstance(plain, dict) or plain.get("format") != FORMAT or not isinstance(plain.get("rows"), list):
         raise ValueError(f"{path} holds no results of `dsa bench`; give the name of a new file")
-    return plain["rows"]
+    return [_without_samples(row) for row in plain["rows"]]
+
+
+def _without_samples(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with quantiles where an earlier version kept every sample."""
+    timings = {}
+    for name, timing in row["timings"].items():
+        samples = timing.get("seconds", ())
+        kept = {key: value for key, value in timing.items() if key != "seconds"}
+        timings[name] = {**quantiles(samples), **kept} if samples else kept
+    return {**row, "timings": timings}
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from dsa.bench.result import setting
+from dsa.bench.targets import is_met
 
 WIDTH = 80
 NONE = "-"
@@ -98,7 +99,5 @@ def _interval(figure: Mapping[str, Any]) -> str:
 def _target(figure: Mapping[str, Any]) -> str:
     if "target" not in figure:
         return ""
-    at_least = figure["at_least"]
-    met = figure["value"] >= figure["target"] if at_least else figure["value"] <= figure["target"]
-    words = f"{'>=' if at_least else '<='} {_number(figure['target'], figure['unit'])}"
-    return f"[green]{words}[/]" if met else f"[red]{words} missed[/]"
+    words = f"{'>=' if figure['at_least'] else '<='} {_number(figure['target'], figure['unit'])}"
+    return f"[green]{words}[/]" if is_met(figure) else f"[red]{words} missed[/]"
