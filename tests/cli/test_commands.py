@@ -181,7 +181,7 @@ def test_chat(dsa: Run, tiny: str, tmp_path: Path) -> None:
         (["eval", "{tiny}", "--file", "{folder}/one.txt"], "has 1 token(s); at least 2"),
         (["eval", "{tiny}", "--file", "{text}", "--tokens", "1000"], "has only 324 tokens, 1,000 were asked for"),
         (["eval", "{tiny}", "--file", "{text}", "--tokens", "1"], "tokens must be at least 2"),
-        (["eval", "{tiny}", "--file", "{text}", "--top-k", "0"], "top_k must be at least 1, got 0"),
+        (["eval", "{tiny}", "--file", "{text}", "--top-k", "0"], "--top-k must be at least 1, got 0"),
         (["eval", "{tiny}", "--file", "{text}", "--top-k", "100"], "raise top_k to 260 or lower local"),
         (["eval", "{tiny}", "--file", "{text}", "--json", "{folder}"], "json: {folder} is a directory"),
         (["eval", "{tiny}", "--file", "{text}", "--json", "{folder}/no/out.json"], "there is no directory"),

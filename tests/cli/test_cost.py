@@ -34,7 +34,7 @@ def test_a_budget_that_leaves_nothing_out(dsa: Run) -> None:
     ("arguments", "expected"),
     [
         (("--tokens", "0", "--top-k", "8"), "tokens must be at least 1, got 0"),
-        (("--tokens", "8", "--top-k", "0"), "top_k must be at least 1, got 0"),
+        (("--tokens", "8", "--top-k", "0"), "--top-k must be at least 1, got 0"),
         (("--tokens", "8", "--top-k", "4", "--json", "/nowhere/x.json"), "there is no directory /nowhere"),
     ],
 )
@@ -115,8 +115,8 @@ def test_compact_caches(dsa: Run, tmp_path: Path) -> None:
     ("arguments", "expected"),
     [
         ((), "tokens: expected a number of tokens; add --tokens N"),
-        (("--tokens", "8"), "top_k: expected a number of tokens; add --top-k N"),
-        (("--tokens", "8", "--top-k", "4", "--price", "2"), "price: --price needs a model: add --model"),
+        (("--tokens", "8"), "--top-k: expected a number of tokens; add --top-k N"),
+        (("--tokens", "8", "--top-k", "4", "--price", "2"), "error: --price needs a model: add --model"),
         (("--model", "Qwen3-9B", "--tokens", "8"), "no preset 'Qwen3-9B'; near it are Qwen3-8B"),
         (("--model", "default"), "add --tokens N"),
         (("--model", "default", "--tokens", "8", "--price", "-1", "--decode-speed", "1,2"), "price must be a number"),
@@ -127,10 +127,10 @@ def test_compact_caches(dsa: Run, tmp_path: Path) -> None:
             "DENSE,DSA in tokens a second",
         ),
         (("--model", "default", "--tokens", "8", "--cache-bytes", "0"), "of the cache must be above 0, got 0"),
-        (("--tokens", "8", "--top-k", "4", "--cache", "fp8"), "cache: --cache needs a model: add --model"),
+        (("--tokens", "8", "--top-k", "4", "--cache", "fp8"), "error: --cache needs a model: add --model"),
         (("--model", "Qwen3-8B", "--tokens", "8", "--cache", "fp8"), "Qwen3-8B caches keys and values"),
         (("--model", "DeepSeek-V3.2", "--tokens", "8", "--cache", "int4"), "cache must be full or fp8, got 'int4'"),
-        (("--model", "DeepSeek-V3.2", "--tokens", "8", "--index-dtype", "bf16"), "index_dtype must be one of"),
+        (("--model", "DeepSeek-V3.2", "--tokens", "8", "--index-dtype", "bf16"), "--index-dtype must be one of"),
         (("--model", "default", "--tokens", "8", "--plot", "x.txt"), "expected a file name that ends in .png"),
         (("--model", "default", "--tokens", "8", "--decoded", "-1"), "decoded must not be negative"),
         (("--published", "--tokens", "8"), "--tokens does nothing with --published"),

@@ -116,10 +116,10 @@ def test_layers_left_dense_and_a_model_saved_sparse(
     [
         (["--lr", "5"], "lr must lie between 0 and 1, got 5.0"),
         (["--steps", "0"], "steps must be a whole number of at least 1"),
-        (["--warmup-steps", "3"], "warmup_steps must be less than steps"),
+        (["--warmup-steps", "3"], "--warmup-steps must be less than steps"),
         (["--dense-layers", "first"], "dense-layers must be layer numbers like 0,1,5-7, or none, got 'first'"),
         (["--dense-layers", "0,7"], "config.layers names layer 7"),
-        (["--top-k", "3"], "top_k must be at least sinks + local"),
+        (["--top-k", "3"], "--top-k must be at least sinks + local"),
         (["--seq-len", "5"], "seq_len=5 leaves layer 0 nothing to learn"),
         (["--seq-len", "100000"], "less than one sequence"),
         (["--data", "gone.txt"], "there is no file gone.txt"),

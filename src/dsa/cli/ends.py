@@ -51,7 +51,10 @@ def message(error: BaseException, arguments: Sequence[str] = (), options: Sequen
     said = str(error) or type(error).__name__
     first = re.match(r"[a-z_]+(?= (?:must|is|are|cannot|has|have|takes)\b|:)", said)
     option = "" if first is None else f"--{first[0].replace('_', '-')}"
-    return option + said[len(first[0]) :] if first is not None and option in options else said
+    if first is None or option not in options:
+        return said
+    rest = said[len(first[0]) :]
+    return rest.removeprefix(": ") if rest.startswith(f": {option}") else option + rest
 
 
 def _named(file: str, arguments: Sequence[str]) -> str:
