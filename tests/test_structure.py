@@ -24,6 +24,7 @@ FLOORS = (
     {"models"},
     {"_auto_classes"},
     {"dsa"},
+    {"store"},
     {"generation"},
     {"eval"},
     {"train"},

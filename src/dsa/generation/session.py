@@ -27,6 +27,8 @@ from dsa.models.context import DSAContext
 from dsa.models.decoder import decoder_layers
 from dsa.modules.cache import IndexedLayer, reserve
 from dsa.runs.progress import Advance, Progress, silent
+from dsa.store import ModelStore
+from dsa.store.recording import Recorder
 
 PREFILL_CHUNK = 4096
 """Prompt tokens read in one pass: what a layer holds besides the cache stays as small as for a prompt of this size."""
@@ -40,6 +42,9 @@ class Timings:
 
     Args:
         held: Tokens of the prompt that were in the cache and were not read again.
+        opened: Those of them that came from the store, where it was opened for this prompt.
+        open_s: Seconds for opening them.
+        opened_read_s: Seconds that reading them took, when they were read.
         read: Tokens that were read.
         read_s: Seconds for reading them.
         first_token_s: Seconds from the beginning of the reading to the first token; `None` before there is one.
@@ -48,6 +53,9 @@ class Timings:
     """
 
     held: int = 0
+    opened: int = 0
+    open_s: float = 0.0
+    opened_read_s: float = 0.0
     read: int = 0
     read_s: float = 0.0
     first_token_s: float | None = None
@@ -60,6 +68,21 @@ class Timings:
         return self.later_s / (self.written - 1) if self.written > 1 else None
 
 
+@dataclass(frozen=True)
+class Kept:
+    """What is in the store of a prompt.
+
+    Args:
+        name: Of the entry.
+        tokens: How many of the prompt's first tokens.
+        bytes: What they take.
+    """
+
+    name: str
+    tokens: int
+    bytes: int
+
+
 class Session:
     """See the module.
 
@@ -69,6 +92,7 @@ class Session:
         logits: fp32 `[V]`, of the token that follows them; `None` where the last prompt was not read to its end, or
             where the token has been chosen.
         timings: Of the latest prompt and its answer.
+        kept: What of the latest prompt that was finished is in the store; `None` where nothing was added.
         stop: Asked before every chunk and every token; where it says `True`, reading and writing end.
     """
 
@@ -80,6 +104,8 @@ class Session:
         token_ids: Sequence[int] = (),
         chunk: int = PREFILL_CHUNK,
         stop: Callable[[], bool] = lambda: False,
+        store: ModelStore | None = None,
+        document: str = "",
     ) -> None:
         """
         Args:
@@ -88,13 +114,19 @@ class Session:
             token_ids: The tokens that are in `cache`.
             chunk: Prompt tokens read in one pass.
             stop: See above.
+            store: Where prompts are opened from and kept in; see `close`.
+            document: What to call what is kept.
         """
         self.model, self.chunk, self.stop = model, chunk, stop
+        self.store, self.document = store, document
         self.cache = DynamicCache(config=model.config) if cache is None else cache
         self.token_ids = list(token_ids)
         self.logits: torch.Tensor | None = None
         self.timings = Timings()
+        self.kept: Kept | None = None
         self._context: ContextMaker | None = None
+        self._recorder: Recorder | None = None
+        self._kept_s = 0.0
         self._prompts = 0
 
     @contextmanager
@@ -106,12 +138,16 @@ class Session:
         finally:
             self._context = before
 
-    def read(self, ids: Sequence[int], *, new_tokens: int = 0, progress: Progress = silent) -> None:
+    def read(
+        self, ids: Sequence[int], *, new_tokens: int = 0, keep: int | None = None, progress: Progress = silent
+    ) -> None:
         """Reads a prompt to its end, or until `stop` says so; arguments and errors as in `chunks`."""
-        for _ in self.chunks(ids, new_tokens=new_tokens, progress=progress):
+        for _ in self.chunks(ids, new_tokens=new_tokens, keep=keep, progress=progress):
             pass
 
-    def chunks(self, ids: Sequence[int], *, new_tokens: int = 0, progress: Progress = silent) -> Iterator[int]:
+    def chunks(
+        self, ids: Sequence[int], *, new_tokens: int = 0, keep: int | None = None, progress: Progress = silent
+    ) -> Iterator[int]:
         """Reads a prompt, a chunk at each step. Closing the iterator stops; what was read stays.
 
         The tokens that the cache holds are kept as far as the prompt begins with them, the others are forgotten. The
@@ -120,6 +156,8 @@ class Session:
         Args:
             ids: The whole prompt, at least one token.
             new_tokens: Makes room for so many tokens after the prompt, so that the cache need not grow for them.
+            keep: How many of the first tokens are worth keeping, where there is a store: the document without the
+                question. By default all.
             progress: Shows tokens.
 
         Yields:
@@ -133,27 +171,74 @@ class Session:
         began = time.perf_counter()
         self._prompts += 1
         prompt = self._prompts
+        self.close()
+        self.timings = timings = Timings()
         self.crop(min(common_prefix(self.token_ids, ids), len(ids) - 1))
+        self._open_stored(ids)
         reserve(self.cache, len(ids) + new_tokens)
-        held = len(self.token_ids)
-        self.timings = timings = Timings(held=held)
+        timings.held = held = len(self.token_ids)
+        kept = list(ids[: len(ids) if keep is None else keep])
+        self._recorder = None if self.store is None else self.store.recorder(kept, self.document)
         waited = 0.0
         with progress(f"Reading {len(ids) - held:,} tokens", len(ids) - held) as advance:
-            for start in range(held, len(ids), self.chunk):
+            for start, end in self._pieces(held, len(kept), len(ids)):
                 if self.stop() or prompt != self._prompts:
                     return
-                part = ids[start : start + self.chunk]
+                part = ids[start:end]
                 with _layers_shown(self.model, len(part), advance):
                     self.feed(part)
                 timings.read += len(part)
-                if start + len(part) < len(ids):
+                if end < len(ids):
                     self.logits = None
                 elif self.model.device.type == "cuda":
                     torch.cuda.synchronize(self.model.device)
+                self._keep(end, time.perf_counter() - began - waited, len(ids) + new_tokens)
                 left = time.perf_counter()
                 timings.read_s = left - began - waited
                 yield len(self.token_ids)
                 waited += time.perf_counter() - left
+
+    def _pieces(self, held: int, kept: int, total: int) -> Iterator[tuple[int, int]]:
+        """Where each pass begins and ends. What is kept ends with a pass."""
+        ends = [kept, total] if self._recorder is not None and held < kept < total else [total]
+        for end in ends:
+            for start in range(held, end, self.chunk):
+                yield start, min(start + self.chunk, end)
+            held = end
+
+    def _open_stored(self, ids: Sequence[int]) -> None:
+        """Exchanges the cache for a stored one that has more of a prompt, where there is one."""
+        if self.store is None:
+            return
+        opened = self.store.open(ids[:-1], held=len(self.token_ids))
+        if opened is None:
+            return
+        self.cache, self.token_ids = opened.cache, opened.token_ids
+        self.timings.opened, self.timings.open_s = len(opened.token_ids), opened.seconds
+        self.timings.opened_read_s = opened.read_s
+
+    def _keep(self, end: int, seconds: float, total: int) -> None:
+        """Has what was read so far written to the store, as far as it is to be kept."""
+        recorder = self._recorder
+        if recorder is None or end > len(recorder.ids) or recorder.problem:
+            return
+        recorder.add(self.cache, end, seconds - self._kept_s)
+        self._kept_s = seconds
+        recorder.lie_in_file(self.cache, total)
+
+    def close(self) -> None:
+        """Waits until what was read is on disk, where there is a store. The session can be used on.
+
+        What is not kept and why goes to the log, `logging.getLogger("dsa")`.
+        """
+        recorder, self._recorder, self._kept_s = self._recorder, None, 0.0
+        if recorder is None:
+            return
+        recorder.close()
+        if recorder.problem:
+            assert self.store is not None
+            self.store.not_kept(recorder.problem)
+        self.kept = Kept(recorder.name, recorder.tokens, recorder.bytes) if recorder.tokens else None
 
     def write(self, max_new_tokens: int, sampling: Sampling = GREEDY) -> Iterator[int]:
         """Continues what was read, a token at each step. Closing the iterator stops.

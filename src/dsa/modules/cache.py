@@ -10,6 +10,7 @@ Shapes: `B` batch, `S` cached tokens, `C` capacity, `G` KV heads, `D` head dim, 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -205,6 +206,26 @@ class IndexedLayer(DynamicLayer):
         if self.index_dtype in _QUANTIZED:
             return QuantizedKeys(data, self._buffers["index_scale"].view())
         return data
+
+    @property
+    def buffers(self) -> Mapping[str, TokenBuffer]:
+        """What is kept of every token: `key`, `value`, and with an indexer `index`, and `index_scale` of eight bits."""
+        return self._buffers
+
+    def adopt(self, storages: Mapping[str, torch.Tensor], tokens: int, dtype: torch.dtype) -> None:
+        """Takes over storage that was filled elsewhere.
+
+        Args:
+            storages: `[B, C, ...]` by name, one for each of `buffers`.
+            tokens: How many of the `C` tokens are in it.
+            dtype: Of the states that will be appended.
+        """
+        assert storages.keys() == self._buffers.keys()
+        for name, storage in storages.items():
+            self._buffers[name].replace(storage)
+            self._buffers[name].length = tokens
+        self._quantized = None
+        self.dtype, self.device, self.is_initialized = dtype, storages["key"].device, True
 
     def get_seq_length(self) -> int:
         return self._buffers["key"].length

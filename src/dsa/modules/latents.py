@@ -44,6 +44,7 @@ class LatentLayer(IndexedLayer):
         index_dtype: str | None = None,
         limit: int | None = None,
         rows_dtype: CacheDtype = "full",
+        rope_dim: int = 0,
     ) -> None:
         """
         Args:
@@ -51,10 +52,11 @@ class LatentLayer(IndexedLayer):
             index_dtype: How index keys are stored, `"int8"`, `"fp8"` or `"fp32"`; `None` for layers without any.
             limit: Most tokens, for a layer that takes the place of a static one.
             rows_dtype: How the rows are kept.
+            rope_dim: `R`, for a layer that will `adopt` FP8 rows; others learn it from the first rows.
         """
         super().__init__(index_dtype)
         self.latent_dim, self.limit, self.rows_dtype = latent_dim, limit, rows_dtype
-        self._rope_dim = 0
+        self._rope_dim = rope_dim
         del self._buffers["value"]
         if limit is not None:
             self.reserve(limit)
@@ -79,6 +81,11 @@ class LatentLayer(IndexedLayer):
 
     def _rows_of_one_head(self) -> torch.Tensor | None:
         return None if self._buffers["key"].storage is None else self.rows().unsqueeze(1)
+
+    @property
+    def rope_dim(self) -> int:
+        """`R` of FP8 rows; 0 before the first of them, and of rows that are kept in full."""
+        return self._rope_dim
 
     def _packed(self, data: torch.Tensor) -> PackedLatents:
         return PackedLatents(data, self.latent_dim, self._rope_dim)

@@ -53,21 +53,24 @@ def write_json(path: str | Path, plain: dict[str, Any], argument: str = "json") 
     return file
 
 
-def write_atomically(path: Path, content: bytes, argument: str | None = None) -> None:
+def write_atomically(path: Path, content: bytes, argument: str | None = None, *, private: bool = False) -> None:
     """Replaces a file's content as a whole, on disk when this returns.
 
     Args:
         path: The file.
         content: All of it.
         argument: What the user called the file, for messages.
+        private: Only the user may read it.
 
     Raises:
         OSError: No space or no permission; what was at `path` is still there, and nothing new.
     """
-    replace_atomically(path, lambda part: part.write_bytes(content), argument)
+    replace_atomically(path, lambda part: part.write_bytes(content), argument, private=private)
 
 
-def replace_atomically(path: Path, write: Callable[[Path], object], argument: str | None = None) -> None:
+def replace_atomically(
+    path: Path, write: Callable[[Path], object], argument: str | None = None, *, private: bool = False
+) -> None:
     """`write_atomically` for a content that is not in memory as bytes.
 
     The content goes to a temporary file in the same folder, `.NAME.*.part`, which then takes the name. Folders that are
@@ -77,6 +80,7 @@ def replace_atomically(path: Path, write: Callable[[Path], object], argument: st
         path: The file.
         write: Given the temporary file, writes the content to it.
         argument: What the user called the file, for messages.
+        private: Only the user may read it.
 
     Raises:
         OSError: As `write_atomically`.
@@ -91,8 +95,8 @@ def replace_atomically(path: Path, write: Callable[[Path], object], argument: st
     try:
         write(part)
         _sync(part)
-        # mkstemp's files can be read by their owner only.
-        part.chmod(0o666 & ~_umask())
+        # mkstemp's files can be read by their owner only; not every `write` leaves that as it is.
+        part.chmod(0o600 if private else 0o666 & ~_umask())
         part.replace(path)
         _sync_folder(path.parent)
     except OSError as error:
@@ -139,7 +143,7 @@ def replace_folder(path: Path, write: Callable[[Path], object]) -> None:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], *, private: bool = False) -> None:
     """Writes a safetensors file as `write_atomically` writes bytes. Tensors must be contiguous and share no memory.
 
     Raises:
@@ -156,7 +160,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
             code = errno.ENOSPC if "space" in str(error) else errno.EIO
             raise OSError(code, str(error)) from error
 
-    replace_atomically(path, write)
+    replace_atomically(path, write, private=private)
 
 
 def _explained(error: OSError, path: Path, argument: str | None) -> OSError:

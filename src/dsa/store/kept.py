@@ -1,0 +1,117 @@
+"""The store as one model uses it: what a session opens documents from and keeps them in."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from dsa.models.sparse import sparse_report_of
+from dsa.store.binding import Binding, binding_of
+from dsa.store.entry import Entry
+from dsa.store.folder import Damaged, Store
+from dsa.store.layout import LayoutError
+from dsa.store.opening import Opened, open_entry
+from dsa.store.recording import Recorder, Unkept
+
+logger = logging.getLogger("dsa")
+
+LEAST_TOKENS = 1024
+"""Shorter texts are read again sooner than they are worth a place."""
+
+
+class ModelStore:
+    """See the module.
+
+    Attributes:
+        store: The folder.
+        binding: Of the model as it was when this was made.
+    """
+
+    def __init__(self, store: Store, model: Any, name: str = "", least: int = LEAST_TOKENS) -> None:
+        """
+        Args:
+            store: The folder.
+            model: An attached or accelerated model; its weights are read once, to know them again.
+            name: What to call the model in lists.
+            least: Tokens that a text must have to be kept.
+
+        Raises:
+            ValueError: The model is neither attached nor accelerated.
+        """
+        self.store, self.model, self.name, self.least = store, model, name, least
+        self.binding: Binding = binding_of(model)
+        self._said: set[str] = set()
+
+    def open(self, ids: Sequence[int], held: int = 0) -> Opened | None:
+        """The stored document that begins with the most of these tokens, if more than `held` and worth it.
+
+        A damaged one is removed from use, named in the log, and the next best is tried.
+        """
+        if len(ids) < self.least:
+            return None
+        while True:
+            try:
+                self._set_damaged_aside()
+                found = self.store.find(self.binding, ids)
+            except OSError as error:
+                self._say(f"the store in {self.store.folder} cannot be read ({error}); the text is read again")
+                return None
+            if found is None or found[1] <= held or found[1] < min(self.least, len(ids)):
+                return None
+            entry, tokens = found
+            try:
+                opened = open_entry(entry, tokens, self.model, sparse_report_of(self.model).config)
+            except LayoutError as error:
+                if not self._set_aside(entry, str(error)):
+                    return None
+                continue
+            except OSError as error:
+                if entry.folder.exists():
+                    self._say(f"the stored document {entry.name} cannot be opened ({error}); it is read again")
+                else:
+                    self._say(f"the stored document {entry.name} was removed meanwhile; it is read again")
+                return None
+            with contextlib.suppress(OSError):
+                entry.touch()
+            return opened
+
+    def recorder(self, ids: Sequence[int], document: str = "") -> Recorder | None:
+        """What keeps these tokens while they are read; `None` where they are too few, kept already, or cannot be."""
+        if len(ids) < self.least:
+            return None
+        try:
+            return self.store.recorder(self.binding, ids, self.name, document)
+        except (Unkept, LayoutError, OSError) as error:
+            self.not_kept(str(error))
+            return None
+
+    def not_kept(self, reason: str) -> None:
+        """Says once that a document is not kept, and why."""
+        if reason:
+            self._say(f"the document is not kept: {reason}")
+
+    def _set_damaged_aside(self) -> None:
+        """What cannot be opened for any model is named once, and taken out of use."""
+        for each in list(self.store.look()):
+            if isinstance(each, Damaged) and each.is_newer:
+                self._say(f"the stored document {each.name} is left alone: {each.reason}")
+            elif isinstance(each, Damaged) and not each.is_aside:
+                self._set_aside(each, each.reason)
+
+    def _set_aside(self, entry: Entry | Damaged, reason: str) -> bool:
+        self._say(
+            f"the stored document {entry.name} is damaged ({reason}): it is not used any more, and what is asked for "
+            "is read again; `dsa store prune` removes it"
+        )
+        try:
+            self.store.set_aside(entry)
+        except OSError:
+            return False
+        return True
+
+    def _say(self, message: str) -> None:
+        if message not in self._said:
+            self._said.add(message)
+            logger.warning("dsa: %s", message)
