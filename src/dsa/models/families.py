@@ -274,7 +274,9 @@ def _checked(model: object) -> PreTrainedModel:
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
+        name, inside = type(model).__name__, getattr(model, "get_base_model", None)
+        remedy = "; dsa works on the model inside it: pass model.get_base_model()" if callable(inside) else ""
+        raise TypeError(f"model must be a transformers PreTrainedModel, got {name}{remedy}")
     return model
 
 

@@ -352,7 +352,8 @@ def indexed_layer(cache: Cache, layer: int, index_dtype: str | None) -> IndexedL
     if present.is_initialized and int(present.get_seq_length()) > 0:
         raise ValueError(
             f"the cache already holds {int(present.get_seq_length())} tokens in layer {layer} without index keys: "
-            "it was filled before dsa was attached; start from an empty cache"
+            "it was filled before dsa was attached, or by prefix tuning, whose keys and values come from no text and "
+            "have no index keys; start from an empty cache, or train a prompt or LoRA adapters instead"
         )
     ours = (
         StaticIndexedLayer(present.max_cache_len, index_dtype)
