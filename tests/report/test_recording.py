@@ -4,12 +4,13 @@ import pytest
 import torch
 
 from dsa.documents import SourceDocument
+from dsa.generation.passages import cut
 from dsa.models.context import AttentionCall, DSAContext
 from dsa.models.loading import LoadedModel
 from dsa.report.explaining import explain
 from dsa.report.explanation import Explanation
 from dsa.report.packing import rate_level, varints, visible, weight_level
-from dsa.report.passages import cut, most_read, shares
+from dsa.report.passages import most_read, shares
 from dsa.report.recording import Row
 
 

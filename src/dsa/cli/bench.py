@@ -13,7 +13,8 @@ import typer
 
 from dsa.cli import options
 from dsa.cli.commands import add_command
-from dsa.cli.console import Steps, note, notes, out, print_error
+from dsa.cli.console import note, notes, out, print_error
+from dsa.cli.waiting import Steps
 
 if TYPE_CHECKING:
     from dsa.bench.settings import Settings

@@ -11,7 +11,8 @@ import typer
 from dsa.calibrate.settings import CalibrationSettings
 from dsa.cli import options
 from dsa.cli.commands import ListCommand, add_command, build
-from dsa.cli.console import Steps, err, notes, out
+from dsa.cli.console import err, notes, out
+from dsa.cli.waiting import Steps
 
 if TYPE_CHECKING:
     from dsa.calibrate.result import Calibration

@@ -21,6 +21,8 @@ import typer
 from typer.core import TyperCommand
 from typer.models import OptionInfo, ParameterInfo
 
+from dsa.cli.waiting import waiting
+
 METAVARS = {int: "N", float: "X", str: "TEXT"}
 
 Kind = TypeVar("Kind")
@@ -81,6 +83,7 @@ def add_command(
             without a title. Options that are not named keep their panel, and come after those that are.
         metavars: Placeholders of values, by name, where the usual one of the type does not say enough.
     """
+    command = name
     hints = typing.get_type_hints(function, include_extras=True)
     parameters: dict[str, inspect.Parameter] = {}
     classes: dict[str, type] = {}
@@ -102,7 +105,9 @@ def add_command(
     @functools.wraps(function)
     def call(**given: Any) -> None:
         arguments: dict[str, Any] = {name: build(kind, given) for name, kind in classes.items()}
-        function(**{name: arguments[name] if name in arguments else given[name] for name in hints if name != "return"})
+        passed = {each: arguments[each] if each in arguments else given[each] for each in hints if each != "return"}
+        with waiting.command(f"dsa {command}"):
+            function(**passed)
 
     call.__signature__ = inspect.Signature(list(parameters.values()))  # type: ignore[attr-defined]
     call.__annotations__ = {each.name: each.annotation for each in parameters.values()}

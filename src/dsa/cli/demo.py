@@ -10,7 +10,8 @@ import typer
 
 from dsa.cli import options
 from dsa.cli.commands import add_command
-from dsa.cli.console import Steps, notes, out
+from dsa.cli.console import notes, out
+from dsa.cli.waiting import Steps
 
 DEMO_TOP_K = 1024
 

@@ -10,8 +10,9 @@ import typer
 
 from dsa.cli import options
 from dsa.cli.commands import add_command
-from dsa.cli.console import Steps, notes, out
+from dsa.cli.console import notes, out
 from dsa.cli.demo import Comparison, compare
+from dsa.cli.waiting import Steps
 
 if TYPE_CHECKING:
     from dsa.eval.tasks import NeedleOptions

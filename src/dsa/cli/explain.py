@@ -10,8 +10,9 @@ import typer
 
 from dsa.cli import options
 from dsa.cli.commands import add_command
-from dsa.cli.console import Steps, note, notes, out
+from dsa.cli.console import note, notes, out
 from dsa.cli.opening import ModelOptions, check_question, open_model
+from dsa.cli.waiting import Steps
 
 if TYPE_CHECKING:
     from dsa.documents.prompt import Prompt

@@ -8,12 +8,14 @@ from typing import Annotated
 import typer
 
 from dsa.cli import options
-from dsa.cli.console import Steps, err, notes, out
+from dsa.cli.commands import add_command
+from dsa.cli.console import err, notes, out
+from dsa.cli.waiting import Steps
 
 
 def register(app: typer.Typer) -> None:
     """Adds the command."""
-    app.command("export", short_help="Write a model with latent attention as a DeepSeek-V3.2.")(export)
+    add_command(app, "export", export, short_help="Write a model with latent attention as a DeepSeek-V3.2.")
 
 
 def export(

@@ -12,9 +12,10 @@ import typer
 
 from dsa.cli import options
 from dsa.cli.commands import add_command
-from dsa.cli.console import Steps, notes
+from dsa.cli.console import notes
 from dsa.cli.generate_table import show_run
 from dsa.cli.opening import ModelOptions, check_question, open_model
+from dsa.cli.waiting import Steps
 
 if TYPE_CHECKING:
     from dsa.documents import SourceDocument

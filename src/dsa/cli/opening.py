@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dsa.cli import options
-from dsa.cli.console import Steps, err
+from dsa.cli.console import err
+from dsa.cli.waiting import Steps
 
 if TYPE_CHECKING:
     from dsa.models import AttachReport

@@ -10,7 +10,7 @@ import typer
 
 from dsa.cli.commands import ListCommand, add_command
 from dsa.cli.configuration import write_config
-from dsa.cli.console import Steps, err, only_from
+from dsa.cli.console import err, only_from
 from dsa.cli.interruption import Interruption, interruptible
 from dsa.cli.train_indexers import attach_for, refuse_born_with_dsa
 from dsa.cli.train_options import (
@@ -24,6 +24,7 @@ from dsa.cli.train_options import (
     refuse_other_stages,
     settings_of,
 )
+from dsa.cli.waiting import Steps, animated, drawn_elsewhere
 from dsa.train.settings import DenseSettings, SparseSettings, WarmupSettings
 
 if TYPE_CHECKING:
@@ -189,9 +190,9 @@ def run(
 
     if not is_main:
         return train_with()
-    if not err.is_terminal:
+    if not animated():
         return train_with(LineReporter(err))
-    with LiveReporter(err) as live:
+    with drawn_elsewhere(), LiveReporter(err) as live:
         return train_with(live)
 
 

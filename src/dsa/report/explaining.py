@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from dsa.documents import SourceDocument
 from dsa.documents.prompt import Prompt
+from dsa.generation.passages import cut
 from dsa.generation.sampling import GREEDY, Chooser, check_finite
 from dsa.generation.session import Session
 from dsa.models.attached import AttachReport
@@ -21,7 +22,6 @@ from dsa.models.loading import LoadedModel
 from dsa.models.sparse import is_sparse, sparse_report_of
 from dsa.report.costs import PROBE, costs
 from dsa.report.explanation import Explanation, Written
-from dsa.report.passages import cut
 from dsa.report.recording import Recorder
 from dsa.runs.machine import describe_machine, reset_peak_rss
 from dsa.runs.progress import Progress, silent

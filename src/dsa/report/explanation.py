@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from dsa.documents.prompt import Prompt
+from dsa.generation.passages import Passage
 from dsa.models.attached import AttachReport
-from dsa.report.passages import Passage, Reading, most_read, shares
+from dsa.report.passages import Reading, most_read, shares
 from dsa.report.recording import Recorder
 
 

@@ -1,37 +1,13 @@
-"""A text cut into passages, and which of them a token read most."""
+"""Which passages of a text a token read most."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from dsa.report.recording import Row
-
-LEAST, MOST = 12, 64
-"""Tokens a passage has at least, where its page or part does not end, and at most."""
-
-SENTENCE_END = re.compile(r"[.!?:;\u3002\uff01\uff1f][\"')\]]*\s*$|\n\s*$")
-
-
-@dataclass(frozen=True)
-class Passage:
-    """Some tokens that belong together.
-
-    Args:
-        start: Position of the first token.
-        end: One past the last.
-        page: The document's page, `None` where it has none and outside the document.
-        part: `"document"`, `"before"` and `"question"` of the prompt around it, or `"answer"`.
-    """
-
-    start: int
-    end: int
-    page: int | None
-    part: str
 
 
 @dataclass(frozen=True)
@@ -52,30 +28,6 @@ class Reading:
     def excess(self) -> float:
         """What distinguishes this token's reading: passages that every token reads come last."""
         return self.share - self.usual
-
-
-def cut(tokens: Sequence[str], pages: Sequence[int | None], parts: Sequence[str]) -> list[Passage]:
-    """Passages of a sentence or a few, never across pages or parts.
-
-    Args:
-        tokens: Text of every token.
-        pages: Page of every token.
-        parts: Part of every token, see `Passage`.
-    """
-    passages, start = [], 0
-    for place in range(len(tokens)):
-        last = place + 1 == len(tokens)
-        length = place + 1 - start
-        if (
-            last
-            or length >= MOST
-            or pages[place] != pages[place + 1]
-            or parts[place] != parts[place + 1]
-            or (length >= LEAST and SENTENCE_END.search(tokens[place]))
-        ):
-            passages.append(Passage(start, place + 1, pages[start], parts[start]))
-            start = place + 1
-    return passages
 
 
 def shares(rows: dict[int, Row], query: int, passage_of: Tensor, sinks: int, locals_: dict[int, int]) -> Tensor:

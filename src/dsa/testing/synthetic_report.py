@@ -14,9 +14,9 @@ import torch
 
 from dsa.config import DSAConfig, LayerConfig
 from dsa.documents.prompt import Prompt
+from dsa.generation.passages import cut
 from dsa.models.attached import AttachReport, LayerReport
 from dsa.report.explanation import Cost, Explanation, Written
-from dsa.report.passages import cut
 from dsa.report.recording import PARTS, LayerCounts, Recorder, Row
 
 PAGE = 400
