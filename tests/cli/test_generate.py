@@ -1,6 +1,7 @@
 """`dsa generate` on documents: pages, stretched positions, memory, and what it says behind the answer."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -40,9 +41,10 @@ def test_positions_are_stretched_as_far_as_needed(dsa: Run, tiny: str, text: str
     result = dsa("generate", tiny, "--file", text, *FEW)
     assert result.exit_code == 0, result.output
     said = flat(result.stderr)
-    assert "the prompt has 324 tokens and up to 4 follow" in said
-    assert "stretched 1.5 times (yarn:1.5)" in said
-    assert "extrapolated" not in said
+    assert "this text is 1.3 times longer than" in said
+    assert "its first 252 tokens fit (--tokens 252)" in said
+    for jargon in ("RoPE", "yarn", "stretched", "extrapolated"):
+        assert jargon not in said
 
 
 def test_off_says_how_many_tokens_fit_and_they_do(dsa: Run, tiny: str, text: str) -> None:
@@ -74,11 +76,11 @@ def test_memory_is_checked_before_reading(dsa: Run, tiny: str, text: str, monkey
 
 def test_what_it_took_beside_dense(dsa: Run, tiny: str, text: str, tmp_path: Path) -> None:
     out = tmp_path / "run.json"
-    result = dsa("generate", tiny, "--file", text, "--json", str(out), *FEW)
+    result = dsa("generate", tiny, "--file", text, "--json", str(out), "--stats", *FEW)
     assert result.exit_code == 0, result.output
     said = flat(result.stderr)
     assert "324 tokens read in" in said
-    assert "4 written, then" in said
+    assert "4 written at" in said
     assert "counted for this model and these lengths, not measured" in said
     assert "attention pairs" not in result.stdout
     figures = json.loads(out.read_text())
@@ -87,6 +89,36 @@ def test_what_it_took_beside_dense(dsa: Run, tiny: str, text: str, tmp_path: Pat
     assert figures["counted"]["dense"]["attention_pairs"] > figures["counted"]["dsa"]["attention_pairs"]
     assert figures["rope_scaling"]["factor"] == 1.5
     assert figures["measured"]["read_s"] > 0
+
+
+def test_the_answer_comes_first(dsa: Run, tiny: str, pdf: str) -> None:
+    """Around an answer there are at most three lines: notes of this model, what it took, the pages."""
+    many = ("--file", pdf, "--ask", "Which?", "--max-new-tokens", "6", "--top-k", "24", "--local", "4")
+    result = dsa("generate", tiny, *many)
+    assert result.exit_code == 0, result.output
+    said = [line for line in result.stderr.splitlines() if "note:" not in line and "loading" not in line]
+    assert len(said) == 2, said
+    assert "tokens read in" in said[0]
+    assert "6 written at" in said[0]
+    assert re.fullmatch(r"read above all: p\. \d(, \d)*", said[1])
+    assert "attention pairs" not in result.stderr
+    quiet = dsa("generate", tiny, *many, "--quiet")
+    assert (quiet.exit_code, quiet.stderr) == (0, "")
+    sources = dsa("generate", tiny, *many, "--sources").stderr
+    assert re.search(r"p\. \d, \d+ %: The (first|second|third) page\.", sources)
+
+
+def test_a_pdf_that_is_too_long_says_how_many_pages_fit(dsa: Run, tiny: str, tmp_path: Path) -> None:
+    made = FPDF()
+    made.set_font("helvetica", size=12)
+    for number in range(6):
+        made.add_page()
+        made.multi_cell(0, 8, f"Page {number} has about seventy letters on it, all of them in one line.")
+    made.output(str(tmp_path / "six.pdf"))
+    result = dsa("generate", tiny, "--file", str(tmp_path / "six.pdf"), *FEW)
+    assert "its first 3 pages fit (--pages 1-3)" in flat(result.stderr)
+    fits = dsa("generate", tiny, "--file", str(tmp_path / "six.pdf"), "--pages", "1-3", *FEW)
+    assert "times longer" not in fits.stderr
 
 
 @pytest.mark.parametrize(

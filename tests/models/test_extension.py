@@ -50,7 +50,7 @@ def test_a_text_that_fits_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_a_longer_text_is_stretched_and_said(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match=r"has 87 tokens and up to 4 follow, but it was trained on 64 .*yarn:1.5"):
+    with pytest.warns(UserWarning, match=r"1\.4 times longer than it .*its first 57 tokens fit \(--tokens 57\)"):
         config = choose(saved(tmp_path), 91)
     assert config.max_position_embeddings == 96
     assert scaling_of(config)["factor"] == 1.5

@@ -70,15 +70,40 @@ def notes() -> Iterator[None]:
 
 
 @contextmanager
+def without_messages(words: str | None) -> Iterator[None]:
+    """Leaves out what the library says with these words, because it has been said in others."""
+    logger = logging.getLogger("dsa")
+
+    def others(record: logging.LogRecord) -> bool:
+        return words is None or words not in record.getMessage()
+
+    handlers = list(logger.handlers)
+    for each in handlers:
+        each.addFilter(others)
+    try:
+        yield
+    finally:
+        for each in handlers:
+            each.removeFilter(others)
+
+
+@contextmanager
+def quietly(is_quiet: bool = True) -> Iterator[None]:
+    """Prints nothing to stderr while the context is open; what then goes wrong is printed."""
+    before = err.quiet
+    err.quiet = before or is_quiet
+    try:
+        yield
+    finally:
+        err.quiet = before
+
+
+@contextmanager
 def only_from(is_main: bool) -> Iterator[None]:
     """Lets one process of several print while the context is open; an error ends it, and each process prints it."""
     if is_main:
         with notes():
             yield
         return
-    before = err.quiet
-    err.quiet = True
-    try:
+    with quietly():
         yield
-    finally:
-        err.quiet = before

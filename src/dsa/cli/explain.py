@@ -11,7 +11,7 @@ import typer
 from dsa.cli import options
 from dsa.cli.commands import add_command
 from dsa.cli.console import note, notes, out
-from dsa.cli.opening import ModelOptions, check_question, open_model
+from dsa.cli.opening import ModelOptions, announced, check_question, open_model
 from dsa.cli.waiting import Steps
 
 if TYPE_CHECKING:
@@ -85,10 +85,11 @@ def explain(reading: DocumentOptions, writing: ReportOptions, given: ModelOption
     check_writable(writing.report, "out")
     if writing.json is not None:
         check_writable(writing.json)
-    with notes(), Steps() as steps:
+    with notes(), Steps(keep=False) as steps:
         document = read_source(reading.file, progress=steps, pages=reading.pages)
 
     from dsa.generation.prompt import demand_of
+    from dsa.generation.session import Session
     from dsa.report.explaining import explain as explained
     from dsa.report.page import write_page
 
@@ -98,8 +99,9 @@ def explain(reading: DocumentOptions, writing: ReportOptions, given: ModelOption
         )
         return made, demand_of(made, reading.max_new_tokens)
 
-    with notes(), Steps() as steps:
-        loaded, _, prompt = open_model(given, encode, steps)
+    with notes(), Steps(keep=False) as steps:
+        loaded, report, prompt = open_model(given, encode, steps)
+        session = Session(loaded.model)
         explanation = explained(
             loaded,
             document,
@@ -107,7 +109,8 @@ def explain(reading: DocumentOptions, writing: ReportOptions, given: ModelOption
             ask=reading.ask,
             new_tokens=reading.max_new_tokens,
             measure_dense=writing.dense,
-            progress=steps,
+            session=session,
+            progress=announced(loaded, report, session, prompt, steps),
         )
         steps.status("Writing the report")
         written = write_page(writing.report, explanation)

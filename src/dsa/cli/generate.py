@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,13 +12,14 @@ import typer
 
 from dsa.cli import options
 from dsa.cli.commands import add_command
-from dsa.cli.console import notes
-from dsa.cli.generate_table import show_run
-from dsa.cli.opening import ModelOptions, check_question, open_model
+from dsa.cli.console import notes, quietly
+from dsa.cli.generate_table import show_counted, show_sources, show_timings
+from dsa.cli.opening import ModelOptions, announced, check_question, open_model
 from dsa.cli.waiting import Steps
 
 if TYPE_CHECKING:
     from dsa.documents import SourceDocument
+    from dsa.documents.prompt import Prompt
     from dsa.models.extension import Demand
     from dsa.models.loading import LoadedModel
 
@@ -62,6 +63,13 @@ class WritingOptions:
     ] = 1.0
     seed: Annotated[int | None, typer.Option(metavar="N", help="Make sampling repeatable.")] = None
     json: options.Json = None
+    sources: Annotated[
+        bool, typer.Option("--sources", help="Show the passages that the answer was read from, too.")
+    ] = False
+    stats: Annotated[
+        bool, typer.Option("--stats", help="Show what was attached, and what it took next to dense attention.")
+    ] = False
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Write the answer and errors, nothing else.")] = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,8 +89,8 @@ def generate(reading: PromptOptions, writing: WritingOptions, given: GeneratingM
     """Continue a prompt with sparse attention, streaming to stdout.
 
     The prompt is --prompt, --file, or what is piped in; with a prompt and a file, the prompt follows the file. What is
-    longer than the model's positions is read with stretched positions. The answer goes to stdout. What it took, next
-    to dense attention, goes to stderr.
+    longer than the model's positions is read with stretched positions. The answer goes to stdout. What it took, and
+    the pages that the answer was read from, go to stderr.
 
     [bold]Examples[/]
 
@@ -103,12 +111,13 @@ def generate(reading: PromptOptions, writing: WritingOptions, given: GeneratingM
     from dsa.generation.prompt import encode_prompt
     from dsa.generation.sampling import Sampling
     from dsa.generation.session import Session
+    from dsa.generation.sources import Watch
     from dsa.generation.text import pieces
 
     if writing.seed is not None:
         torch.manual_seed(writing.seed)
 
-    def encode(tokenizer: Any) -> tuple[list[int], Demand]:
+    def encode(tokenizer: Any) -> tuple[Prompt, Demand]:
         return encode_prompt(
             tokenizer,
             document,
@@ -119,18 +128,28 @@ def generate(reading: PromptOptions, writing: WritingOptions, given: GeneratingM
             chat=reading.chat,
         )
 
-    with notes(), Steps() as steps:
-        loaded, report, ids = open_model(given, encode, steps, cache=given.cache, index_dtype=given.index_dtype)
-        session = Session(loaded.model)
-        session.read(ids, new_tokens=writing.max_new_tokens, progress=steps)
+    with quietly(writing.quiet), notes(), Steps(keep=False) as steps:
+        loaded, report, prompt = open_model(
+            given, encode, steps, cache=given.cache, index_dtype=given.index_dtype, stats=writing.stats
+        )
+        session, watch = Session(loaded.model), Watch(report.config, len(prompt.ids))
+        progress = announced(loaded, report, session, prompt, steps)
+        session.read(prompt.ids, new_tokens=writing.max_new_tokens, progress=progress)
         steps.pause()
-        tokens = session.write(writing.max_new_tokens, Sampling(writing.temperature, writing.top_p))
-        answer = say(pieces(loaded.tokenizer, tokens))
-        figures = run_figures(loaded, report, session.timings)
-        show_run(figures)
-        if writing.json is not None:
-            asked = {"model": given.model, "document": document.name, "pages": reading.pages, "ask": reading.ask}
-            write_figures(writing.json, {**asked, "answer": answer, **figures}, loaded)
+        with session.using(watch.context):
+            tokens = session.write(writing.max_new_tokens, Sampling(writing.temperature, writing.top_p))
+            answer = say(pieces(loaded.tokenizer, tokens))
+        sources = watch.sources(prompt)
+        show_timings(session.timings)
+        show_sources(sources, passages=writing.sources)
+        if writing.stats or writing.json is not None:
+            figures = run_figures(loaded, report, session.timings)
+            if writing.stats:
+                show_counted(figures)
+            if writing.json is not None:
+                asked = {"model": given.model, "document": document.name, "pages": reading.pages, "ask": reading.ask}
+                answered = {"answer": answer, "sources": asdict(sources)}
+                write_figures(writing.json, {**asked, **answered, **figures}, loaded)
 
 
 def read_prompt(prompt: str | None, file: Path | None, pages: str | None) -> tuple[SourceDocument, str | None]:
@@ -145,7 +164,7 @@ def read_prompt(prompt: str | None, file: Path | None, pages: str | None) -> tup
 
     prompt = None if prompt is None else checked(prompt, "prompt:")
     if file is not None or (prompt is None and not (sys.stdin and sys.stdin.isatty())):
-        with notes(), Steps() as reading:
+        with notes(), Steps(keep=False) as reading:
             if file is not None and str(file) != "-":
                 return read_source(file, progress=reading, pages=pages), prompt
             return read_stdin(progress=reading, pages=pages), prompt

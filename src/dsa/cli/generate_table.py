@@ -1,14 +1,19 @@
-"""What `dsa generate` says behind the answer: what it took, beside dense attention."""
+"""What `dsa generate` says after the answer: what it took, and where it was read."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.table import Table
 
 from dsa.cli.console import err
 from dsa.cli.cost_table import WIDTH, short
+from dsa.cli.waiting import duration
+
+if TYPE_CHECKING:
+    from dsa.generation.session import Timings
+    from dsa.generation.sources import Sources
 
 ROWS = (
     ("attention pairs of the prompt", "attention_pairs"),
@@ -23,25 +28,46 @@ ROWS = (
 )
 
 
-def show_run(figures: dict[str, Any]) -> None:
-    """Prints measured times, and what was counted (`dsa.cost.run.run_cost`) beside dense, to stderr.
+def show_timings(timings: Timings) -> None:
+    """One line to stderr: what was read and written, and how long that took."""
+    parts = []
+    if timings.held:
+        parts.append(f"{timings.held:,} tokens were read before")
+    parts.append(f"{timings.read:,} tokens read in {seconds(timings.read_s)}")
+    speed = "" if timings.token_s is None else f" at {1 / timings.token_s:.1f} tokens/s"
+    parts.append(f"{timings.written} written{speed}")
+    err.print(", ".join(parts), style="dim", markup=False, soft_wrap=True)
+
+
+def show_sources(sources: Sources, *, passages: bool = False) -> None:
+    """Which pages the answer was read from, in one line to stderr, or a passage a line."""
+    if passages:
+        for each in sources.passages:
+            place = "" if each.page is None else f"p. {each.page}, "
+            err.print(f"{place}{100 * each.share:.0f} %: {each.text}", style="dim", markup=False, soft_wrap=True)
+    elif sources.pages:
+        from dsa.generation.sources import pages_in_words
+
+        err.print(f"read above all: {pages_in_words(sources.pages)}", style="dim", markup=False, soft_wrap=True)
+
+
+def seconds(value: float) -> str:
+    """With as many digits as are worth reading."""
+    return f"{value:.2f} s" if value < 1 else f"{value:.1f} s" if value < 100 else duration(value)
+
+
+def show_counted(figures: dict[str, Any]) -> None:
+    """Prints what was counted (`dsa.cost.run.run_cost`) next to dense, to stderr.
 
     Args:
-        figures: `measured` with `read_s` and `token_s`; `counted`, or `None` with `not_counted` saying why.
+        figures: `counted`, or `None` with `not_counted` saying why.
     """
-    measured, read, written = figures["measured"], figures["tokens_read"], figures["tokens_written"]
-    each = f", {1e3 * measured['read_s'] / read:.1f} ms each"
-    token = measured["token_s"]
-    speed = "" if token is None else f", then {1e3 * token:.0f} ms each ({1 / token:.1f} tokens/s)"
-    line = f"{read:,} tokens read in {measured['read_s']:.1f} s{each}; {written} written{speed}"
-    err.print()
-    err.print(line, markup=False, soft_wrap=True)
     counted = figures["counted"]
     if counted is None:
         err.print(f"What dense attention would have taken is not known: {figures['not_counted']}", markup=False)
         return
     err.print(
-        "Beside dense attention, counted for this model and these lengths, not measured:", markup=False, soft_wrap=True
+        "Next to dense attention, counted for this model and these lengths, not measured:", markup=False, soft_wrap=True
     )
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
     table.add_column("")

@@ -7,20 +7,28 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from dsa.cli import options
-from dsa.cli.console import err
-from dsa.cli.waiting import Steps
+from dsa.cli.console import err, note, without_messages
+from dsa.cli.waiting import Steps, roughly
 
 if TYPE_CHECKING:
+    from dsa.documents.prompt import Prompt
+    from dsa.generation.session import Session
     from dsa.models import AttachReport
     from dsa.models.extension import Demand
     from dsa.models.loading import LoadedModel
+    from dsa.runs.progress import Progress
 
 POSITIONS_WARNING = r"\d+ tokens are more than the \d+ positions"
 
-Encoded = TypeVar("Encoded")
+STRETCHED_INDEXERS = "the indexers are extrapolated too"
+UNTRAINED = (
+    "the indexers are untrained, so what is read is arbitrary; train some with `dsa train`, or give --indexers PATH"
+)
+LONG_S = 60.0
+"""A reading that takes longer is announced, with what makes it shorter."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,12 +46,13 @@ class ModelOptions:
 
 def open_model(
     given: ModelOptions,
-    encode: Callable[[Any], tuple[Encoded, Demand]],
+    encode: Callable[[Any], tuple[Prompt, Demand]],
     steps: Steps,
     *,
     cache: str | None = None,
     index_dtype: str | None = None,
-) -> tuple[LoadedModel, AttachReport, Encoded]:
+    stats: bool = False,
+) -> tuple[LoadedModel, AttachReport, Prompt]:
     """Loads a model with positions enough for a prompt, attaches the indexers and says what was attached.
 
     Args:
@@ -52,6 +61,7 @@ def open_model(
         steps: Shows what is being done.
         cache: As in `dsa.accelerate`.
         index_dtype: How index keys are stored.
+        stats: Say what every layer does.
 
     Returns:
         The model, what attaching did, and the prompt.
@@ -71,16 +81,66 @@ def open_model(
     if given.threads is not None:
         torch.set_num_threads(given.threads)
     encoded = functools.cache(encode)
-    scaling = chosen_scaling(given.model, given.rope_scaling, given.indexers, lambda tokenizer: encoded(tokenizer)[1])
+    made: list[Prompt] = []
+
+    def demand_of(tokenizer: Any) -> Demand:
+        prompt, demand = encoded(tokenizer)
+        made.append(prompt)
+        return demand
+
+    scaling = chosen_scaling(
+        given.model,
+        given.rope_scaling,
+        given.indexers,
+        demand_of,
+        lambda demand, positions: what_fits(made[-1], demand, positions),
+    )
     loaded = load_model(given.model, device=given.device, status=steps.status, rope_scaling=scaling)
     # Choosing the scaling has said the same.
     warnings.filterwarnings("ignore", POSITIONS_WARNING, UserWarning)
     prompt, demand = encoded(loaded.tokenizer)
     overrides = options.overrides(given.top_k, given.local, index_dtype)
-    report, _ = attach_indexers(loaded, given.indexers, cache=cache, **overrides)
+    with without_messages(STRETCHED_INDEXERS if given.rope_scaling is None else None):
+        report, _ = attach_indexers(loaded, given.indexers, cache=cache, **overrides)
     check_room(loaded, report.config, demand, PREFILL_CHUNK)
-    err.print(str(report), markup=False, soft_wrap=True)
+    if stats:
+        err.print(str(report), markup=False, soft_wrap=True)
+    elif not report.trained:
+        note(UNTRAINED)
     return loaded, report, prompt
+
+
+def what_fits(prompt: Prompt, demand: Demand, positions: int) -> str:
+    """What of a prompt's document fits into so many positions: whole pages where it has them, else tokens."""
+    from dsa.models.extension import fitting_tokens
+
+    fitting = demand.fitting(positions)
+    pages = [page for page, part in zip(prompt.pages, prompt.parts, strict=True) if part == "document"]
+    whole = sorted({page for page in pages[:fitting] if page is not None} - {*pages[fitting : fitting + 1]})
+    if not whole:
+        return fitting_tokens(demand, positions)
+    pages_fit = "its first page fits" if len(whole) == 1 else f"its first {len(whole)} pages fit"
+    return f"{pages_fit} (--pages {whole[0]}-{whole[-1]})"
+
+
+def announced(loaded: LoadedModel, report: AttachReport, session: Session, prompt: Prompt, steps: Steps) -> Progress:
+    """Says how long reading a prompt will take, where that is long, and returns what shows how far it is."""
+    from dsa.generation.reading_time import expected_s, reading_work
+    from dsa.generation.session import common_prefix
+
+    ids = prompt.ids
+    work = reading_work(loaded, report.config, len(ids))
+    if work is None:
+        return steps
+    held = common_prefix(session.token_ids, ids)
+    seconds = expected_s(loaded, work(len(ids)) - work(held))
+    if seconds is not None and seconds > LONG_S:
+        fewer = "--pages or --tokens" if any(page is not None for page in prompt.pages) else "--tokens"
+        note(
+            f"reading {len(ids) - held:,} tokens takes about {roughly(seconds)} on this machine; fewer tokens "
+            f"({fewer}) or a smaller --top-k take less"
+        )
+    return steps.growing(work, len(ids))
 
 
 def check_question(ask: str | None, prompt: str | None, file: Path | None) -> None:

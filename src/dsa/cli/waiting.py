@@ -265,3 +265,14 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60} s" if whole < 600 else f"{round(whole / 60)} min"
     return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def roughly(seconds: float) -> str:
+    """A time that is a guess: `40 s`, `3 min`, `1 h 20 min`."""
+    if seconds < 55:
+        return f"{max(10, round(seconds, -1)):.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    tens = round(minutes, -1)
+    return f"{tens // 60} h" + (f" {tens % 60} min" if tens % 60 else "")

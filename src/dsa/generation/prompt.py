@@ -1,4 +1,4 @@
-"""The tokens of a prompt, and how many of them are the document's."""
+"""The prompt of a document, and how many of them are the document's."""
 
 from __future__ import annotations
 
@@ -24,15 +24,18 @@ def encode_prompt(
     tokens: int | None = None,
     follow: str | None = None,
     chat: bool | None = None,
-) -> tuple[list[int], Demand]:
-    """Token ids, and how many of them are what; `ask` to `chat` as in `dsa.documents.prompt.make_prompt`.
+) -> tuple[Prompt, Demand]:
+    """A prompt, and how many of its tokens are what; `ask` to `chat` as in `dsa.documents.prompt.make_prompt`.
+
+    A tokenizer that does not tell which characters a token stands for gives a prompt without texts and pages.
 
     Raises:
         ValueError: A chat was asked for and the tokenizer has no template, or a cut text and it cannot tell where.
     """
     if tokens is not None or tokenizer.is_fast:
         made = make_prompt(tokenizer, document, ask, tokens=tokens, follow=follow, chat=chat, least=1)
-        return made.ids, demand_of(made, new_tokens)
+        return made, demand_of(made, new_tokens)
     words = word_prompt(tokenizer, document.text, ask, follow=follow, chat=chat)
     ids = tokenizer(words.text, add_special_tokens=words.add_special_tokens, verbose=False)["input_ids"]
-    return ids, Demand(len(ids), 0, new_tokens)
+    made = Prompt(ids, [], [None] * len(ids), ["document"] * len(ids), None)
+    return made, Demand(len(ids), 0, new_tokens)

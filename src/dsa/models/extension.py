@@ -48,8 +48,18 @@ class Demand:
         return max(0, total - self.around - self.new)
 
 
+def fitting_tokens(needed: Demand, positions: int) -> str:
+    """What of a text a model reads well, in words."""
+    fitting = needed.fitting(positions)
+    return f"its first {fitting:,} tokens fit (--tokens {fitting})" if fitting > 1 else "take another model"
+
+
 def chosen_scaling(
-    name: str, asked: str | None, indexers: str | Path | None, demand: Callable[[Any], Demand]
+    name: str,
+    asked: str | None,
+    indexers: str | Path | None,
+    demand: Callable[[Any], Demand],
+    fits: Callable[[Demand, int], str] = fitting_tokens,
 ) -> Callable[[PreTrainedConfig, Any], RopeScaling | None]:
     """What `load_model(rope_scaling=...)` takes to have as many positions as a run needs.
 
@@ -62,6 +72,7 @@ def chosen_scaling(
         asked: `"off"` for the model's own positions, or as `dsa.models.rope.parse_scaling` takes it.
         indexers: As in `dsa.attach`.
         demand: Given the tokenizer, how much the run needs.
+        fits: Says what of the text fits into so many positions, for the warning of one that does not.
 
     Raises:
         ValueError: The text is no scaling, or the indexers cannot be read. What is returned raises it where `"off"`
@@ -80,7 +91,7 @@ def chosen_scaling(
         if asked == OFF or wanted is not None:
             extended = positions if wanted is None else _positions_with(config, wanted)
             if needed.total > extended:
-                _warn_extrapolated(name, needed, extended, describe(wanted))
+                _warn_extrapolated(name, needed, extended, describe(wanted), fits)
             return wanted
         if needed.total <= positions:
             return None
@@ -88,14 +99,11 @@ def chosen_scaling(
         try:
             extend_positions(copy.deepcopy(config), scaling)
         except ValueError:
-            _warn_extrapolated(name, needed, positions, describe(scaling_of(config)))
+            _warn_extrapolated(name, needed, positions, describe(scaling_of(config)), fits)
             return None
         warnings.warn(
-            f"the prompt has {needed.prompt:,} tokens and up to {needed.new:,} follow, but {name} was trained on "
-            f"{positions:,} positions: its RoPE is stretched {scaling['factor']:g} times "
-            f"(yarn:{scaling['factor']:g}). It was never trained so: it will find and understand less than in texts "
-            "that fit, the less the further it is stretched. Shorter input (--tokens, --pages) or a model with more "
-            "positions keeps the quality",
+            f"this text is {needed.total / positions:.1f} times longer than {name} reads well; it will find and "
+            f"understand less than in a shorter one: {fits(needed, positions)}",
             UserWarning,
             stacklevel=2,
         )
@@ -144,10 +152,12 @@ def _positions_with(config: PreTrainedConfig, scaling: RopeScaling) -> int:
     return positions
 
 
-def _warn_extrapolated(name: str, needed: Demand, positions: int, rope: str) -> None:
+def _warn_extrapolated(
+    name: str, needed: Demand, positions: int, rope: str, fits: Callable[[Demand, int], str]
+) -> None:
     warnings.warn(
-        f"the prompt has {needed.prompt:,} tokens and up to {needed.new:,} follow, but {name} has {positions:,} "
-        f"positions with {rope}: those from {positions:,} on are extrapolated, and quality may fall",
+        f"this text with its answer takes {needed.total:,} positions, but {name} has {positions:,} positions with "
+        f"{rope}: those from {positions:,} on are extrapolated, and quality may fall; {fits(needed, positions)}",
         UserWarning,
         stacklevel=3,
     )
