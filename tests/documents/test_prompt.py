@@ -3,7 +3,7 @@
 import pytest
 
 from dsa.documents import SourceDocument
-from dsa.documents.prompt import make_prompt, word_prompt
+from dsa.documents.prompt import Turn, make_conversation, make_prompt
 from dsa.testing.tiny_tokenizer import tiny_tokenizer
 
 PAGES = ("  One page.", "", "The third.")
@@ -71,16 +71,6 @@ def test_what_cannot_be_made(document: SourceDocument) -> None:
         make_prompt(tiny_tokenizer(), SourceDocument("x", "a"))
 
 
-def test_words_for_any_tokenizer() -> None:
-    class Slow:
-        is_fast = False
-        chat_template = None
-
-    assert word_prompt(Slow(), "Text.", "Why?").text == "Text.\n\nQuestion: Why?\nAnswer:"
-    with pytest.raises(ValueError, match="no fast version"):
-        make_prompt(Slow(), SourceDocument("Text.", "a"))
-
-
 def test_a_question_goes_into_the_template_unless_told_otherwise(document: SourceDocument) -> None:
     assert make_prompt(with_template(), document, "Why?").ids != make_prompt(tiny_tokenizer(), document, "Why?").ids
     plain = make_prompt(with_template(), document, "Why?", chat=False)
@@ -92,11 +82,12 @@ def test_a_long_text_is_tokenised_as_far_as_it_is_wanted() -> None:
     lengths = []
 
     class Counting:
-        is_fast, chat_template = True, None
+        def __getattr__(self, name: str) -> object:
+            return getattr(tokenizer, name)
 
-        def __call__(self, text: str, **options: object) -> object:
-            lengths.append(len(text))
-            return tokenizer(text, **options)
+        def __call__(self, texts: str | list[str], **options: object) -> object:
+            lengths.extend(map(len, [texts] if isinstance(texts, str) else texts))
+            return tokenizer(texts, **options)
 
     text = "some words " * 20_000
     whole = make_prompt(tokenizer, SourceDocument(text, "a.txt"), "Why?")
@@ -106,3 +97,32 @@ def test_a_long_text_is_tokenised_as_far_as_it_is_wanted() -> None:
     assert prompt.is_cut
     assert prompt.document_tokens is None
     assert max(lengths) < 4000
+
+
+def test_a_longer_conversation_begins_with_the_shorter(document: SourceDocument) -> None:
+    turns = [Turn("One?", [70, 71, 2]), Turn("Two?", [72]), Turn("Three?")]
+    for tokenizer in (tiny_tokenizer(), with_template()):
+        made = [make_conversation(tokenizer, document, [*turns[:k], Turn(turns[k].ask)]) for k in range(3)]
+        for shorter, longer, turn in zip(made, made[1:], turns, strict=False):
+            begin = [*shorter.ids, *turn.answer]
+            assert longer.ids[: len(begin)] == begin
+        assert made[0].ids == make_prompt(tokenizer, document, "One?").ids
+        assert len(made[2].ids) == len(made[2].texts) == len(made[2].parts)
+        assert made[2].parts.count("answer") == 4
+    # The end of its turn that an answer wrote is not written again, and that of another is.
+    whole = (
+        "<bos>user: One page.\n\nThe third.\n\nOne?<eos>A:de<eos><bos>user: Two?<eos>A:f<eos><bos>user: Three?<eos>A:"
+    )
+    assert "".join(made[2].texts) == whole
+    with pytest.raises(ValueError, match="an answer in all but the last"):
+        make_conversation(tokenizer, document, [Turn("One?"), Turn("Two?")])
+
+
+def test_a_conversation_without_a_document() -> None:
+    made = make_conversation(
+        with_template(), None, [Turn("One?", "Yes <eos>"), Turn("Two?")], system=" Be <bos> brief. "
+    )
+    assert "".join(made.texts) == (
+        "<bos>system: Be <bos> brief.<eos><bos>user: One?<eos>A:Yes <eos><eos><bos>user: Two?<eos>A:"
+    )
+    assert (made.ids.count(1), made.ids.count(2)) == (3, 4)

@@ -78,7 +78,7 @@ def explain(reading: DocumentOptions, writing: ReportOptions, given: ModelOption
       dsa explain default --file thesis.txt --tokens 8000
     """
     from dsa.documents import read_source
-    from dsa.documents.prompt import make_prompt
+    from dsa.documents.prompt import check_places, make_prompt
     from dsa.runs.files import check_writable, write_json
 
     check_question(reading.ask, None, reading.file)
@@ -94,6 +94,7 @@ def explain(reading: DocumentOptions, writing: ReportOptions, given: ModelOption
     from dsa.report.page import write_page
 
     def encode(tokenizer: Any) -> tuple[Prompt, Demand]:
+        check_places(tokenizer)
         made = make_prompt(
             tokenizer, document, reading.ask, tokens=reading.tokens, chat=reading.chat, begin=reading.begin
         )

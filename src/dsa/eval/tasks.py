@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from dsa.config import DSAConfig
+from dsa.documents.tokens import TextEncoder
 from dsa.eval.agreement import agreement, choices, places_in
 from dsa.eval.comparison import READERS, budget, contexts, text_losses
 from dsa.eval.layers import LayerObserver, indexer_selection, suspect_layers
@@ -264,7 +265,8 @@ def _haystacks(
 ) -> dict[tuple[str, int], list[Haystack]]:
     """Haystacks of every kind and length, the texts in turn; made before anything runs: a short text is refused."""
     tokenizer = loaded.tokenizer
-    texts = [tokenizer(each.text, add_special_tokens=False, verbose=False)["input_ids"] for each in documents]
+    encoder = TextEncoder(tokenizer)
+    texts = [encoder.text(each.text).ids for each in documents]
     return {
         (kind, length): [
             make_haystack(texts[number % len(texts)], tokenizer, length, seed + number, kind)

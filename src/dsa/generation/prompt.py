@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dsa.documents import SourceDocument
-from dsa.documents.prompt import Prompt, make_prompt, word_prompt
+from dsa.documents.prompt import Prompt, make_prompt
 from dsa.models.extension import Demand
 
 
@@ -30,12 +30,7 @@ def encode_prompt(
     A tokenizer that does not tell which characters a token stands for gives a prompt without texts and pages.
 
     Raises:
-        ValueError: A chat was asked for and the tokenizer has no template, or a cut text and it cannot tell where.
+        ValueError: As `make_prompt`.
     """
-    if tokens is not None or tokenizer.is_fast:
-        made = make_prompt(tokenizer, document, ask, tokens=tokens, follow=follow, chat=chat, least=1)
-        return made, demand_of(made, new_tokens)
-    words = word_prompt(tokenizer, document.text, ask, follow=follow, chat=chat)
-    ids = tokenizer(words.text, add_special_tokens=words.add_special_tokens, verbose=False)["input_ids"]
-    made = Prompt(ids, [], [None] * len(ids), ["document"] * len(ids), None)
-    return made, Demand(len(ids), 0, new_tokens)
+    made = make_prompt(tokenizer, document, ask, tokens=tokens, follow=follow, chat=chat, least=1)
+    return made, demand_of(made, new_tokens)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsa.documents import SourceDocument, read_source
+from dsa.documents.tokens import TextEncoder
 from dsa.runs.progress import Progress
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def read_document(
 def encode(
     document: Document, tokenizer: Any, tokens: int | None = None, *, default: int = 8192, argument: str = "file"
 ) -> torch.Tensor:
-    """The first tokens of a document, special tokens added as the tokenizer does.
+    """The first tokens of a document, with the special tokens that the tokenizer adds; its words become none of them.
 
     Args:
         document: What to encode. Only as much of it as is needed is tokenised.
@@ -65,11 +66,12 @@ def encode(
         raise ValueError(f"tokens must be at least {MIN_TOKENS}, got {tokens}")
     import torch
 
+    encoder = TextEncoder(tokenizer)
     wanted = default if tokens is None else tokens
     size = 8 * (wanted + CUT_MARGIN)
     while True:
         part = document.text[:size]
-        ids = tokenizer(part, verbose=False)["input_ids"]
+        [ids] = encoder.texts([part])
         if len(part) == len(document.text) or len(ids) >= wanted + CUT_MARGIN:
             break
         size *= 2

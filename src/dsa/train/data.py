@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
+from dsa.documents.tokens import TextEncoder
 from dsa.runs.files import write_tensors
 from dsa.train.sources import DEFAULT_COLUMN, documents, is_remote
 
@@ -292,8 +293,9 @@ def _read_source(source: str, tokenizer: Any, column: str, most: int | None) -> 
     parts: list[torch.Tensor] = []
     lengths = [0]
     total = 0
+    encoder = TextEncoder(tokenizer)
     for texts in _batches(documents(source, column)):
-        for tokens in tokenizer(texts, verbose=False)["input_ids"]:
+        for tokens in encoder.texts(texts):
             if len(tokens) >= MIN_TOKENS and tokenizer.eos_token_id is not None:
                 tokens = [*tokens, tokenizer.eos_token_id]
             if not tokens or (most is not None and total >= most):
