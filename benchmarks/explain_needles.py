@@ -46,7 +46,7 @@ def language_reference() -> str:
 
 
 def planted(text: str, needle: Needle, depth: float, tokens: int, tokenizer: Any) -> SourceDocument:
-    """The first tokens of a text with the fact behind the sentence that ends next to the depth, on pages."""
+    """The first tokens of a text with the fact after the sentence that ends next to the depth, on pages."""
     starts = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
     taken = text[: starts[tokens - ROOM][0]]
     aim = int(depth * len(taken))

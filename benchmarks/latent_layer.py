@@ -321,7 +321,7 @@ def main() -> None:
     parser.add_argument("--attention", choices=("eager", "sdpa"), default="eager", help="of `transformers`")
     parser.add_argument("--peer-tokens", type=int, default=16384, help="length of the expanded keys and values")
     parser.add_argument("--layer-tokens", type=int, default=8192, help="cached tokens of transformers' whole layer")
-    parser.add_argument("--beside", help="what else ran on the machine, for the record")
+    parser.add_argument("--other-work", help="what else ran on the machine, for the record")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     given = parser.parse_args()
     if given.limit_gb is not None:
@@ -344,7 +344,7 @@ def main() -> None:
     else:
         result |= decode(parts, given.tokens, given.peer_tokens, given.layer_tokens)
     result["peak_rss_gb_of_process"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-    result["beside"] = given.beside
+    result["other_work"] = given.other_work
     result["environment"] = describe_machine(torch.device("cpu"))
     text = json.dumps(result, indent=1, default=str)
     print(text)

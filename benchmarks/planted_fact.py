@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Facts planted in a real PDF and asked for: the answers' log-probability with DSA beside dense, and what was read.
+"""Facts planted in a real PDF and asked for: the answers' log-probability with DSA and dense, and what was read.
 
     python benchmarks/planted_fact.py report.pdf --pages 1-50 --json facts.json --report fact.html
 
 Sentences such as "The locker number of Captain Doraki is 80213." stand among the words of pages all over the document.
 It is read twice, dense and as `dsa explain` reads it, with the same stretched positions where it is longer than the
-model's; then each fact is asked for behind it, and the answer is put behind the question both times, whatever the model
+model's; then each fact is asked for after it, and the answer is put after the question both times, whatever the model
 would have said. Printed, and written to `--json`: the log-probability of every answer, the mean difference with its
 95 % interval over the facts, and at which place of the report's most read passages the page comes for every token of an
 answer.
@@ -50,7 +50,7 @@ ENDS = (". ", ".\n", "! ", "? ")
 
 
 def plant(document: SourceDocument, number: int, sentence: str) -> SourceDocument:
-    """Puts a sentence on a page, behind the end of a sentence near the middle of its text.
+    """Puts a sentence on a page, after the end of a sentence near the middle of its text.
 
     Args:
         document: One with pages.
@@ -111,7 +111,7 @@ def spread(document: SourceDocument, count: int) -> list[int]:
 
 
 def make_facts(tokenizer: Any, document: SourceDocument, pages: list[int], seed: int) -> list[Fact]:
-    """Plants a fact on every page and asks for each behind the whole.
+    """Plants a fact on every page and asks for each after the whole.
 
     Raises:
         ValueError: As `plant`.
@@ -145,7 +145,7 @@ class Told:
 
 
 def ask_dense(loaded: LoadedModel, facts: list[Fact], progress: Progress) -> tuple[list[Told], float]:
-    """What dense attention tells of every answer, and seconds of reading the document."""
+    """The log-probabilities of every answer with dense attention, and seconds of reading the document."""
     session, common = Session(loaded.model), in_common(facts)
     room = max(len(fact.prompt.ids) + len(fact.answer) for fact in facts) - common
     told = []
@@ -178,7 +178,7 @@ def compare(explanation: Explanation, fact: Fact, dense: Told) -> dict[str, Any]
     """What the two readings gave for one fact, token by token, and whether its page is among the most read.
 
     Args:
-        explanation: Of the answer put behind the question.
+        explanation: Of the answer put after the question.
         fact: What was asked for.
         dense: What dense attention gave.
     """

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What sparse attention keeps: perplexity, attention mass and needles, beside dense attention and other selections.
+"""What sparse attention keeps: perplexity, attention mass and needles, next to dense attention and other selections.
 
     python benchmarks/quality.py perplexity texts/*.txt --json quality.json
     python benchmarks/quality.py perplexity demo --top-k 1024 --selections dsa window blocks oracle
@@ -213,7 +213,7 @@ class Perplexity(Measurement):
 
 
 class Mass(Measurement):
-    """Share of the dense model's attention that the indexers keep, beside the best that a budget can."""
+    """Share of the dense model's attention that the indexers keep, compared with the best that a budget can."""
 
     def run(self) -> None:
         given = self.given

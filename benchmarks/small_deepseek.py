@@ -6,7 +6,7 @@
         --json benchmarks/results/DATE-small-deepseek.json
 
 A DeepSeek-V3 (latent attention, shared and routed experts, group-limited routing) of 2.5M weights learns language
-from random weights, gets indexers, and goes through both stages of `dsa train`. Beside the sparse stage its dense
+from random weights, gets indexers, and goes through both stages of `dsa train`. Next to the sparse stage its dense
 continuation reads the same windows in the same order from the same checkpoint. What comes out is written as
 `DeepseekV32ForCausalLM`.
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Indexers that begin with random weights beside indexers fitted in closed form (`dsa train --start`), layer by layer.
+"""Indexers that begin with random weights, and indexers fitted in closed form (`dsa train --start`), layer by layer.
 
     python benchmarks/start.py --train text.txt --unseen other.txt
     python benchmarks/start.py --train text.txt --unseen other.txt --layers 5,15,25 --json start.json

@@ -140,7 +140,7 @@ def measure(file: Path, tokens: int, top_k: int, mapped: int) -> None:
 
 
 def draw_map(record: dict[str, Any], file: Path) -> None:
-    """One layer's attention beside what three selections read of it."""
+    """One layer's attention next to what three selections read of it."""
     from matplotlib import pyplot
     from matplotlib.colors import LogNorm
 
@@ -229,7 +229,7 @@ def draw_quality(record: dict[str, Any], file: Path) -> None:
 
 
 def draw_work(file: Path) -> None:
-    """Operations a token of one layer of the default model, decoded behind n tokens."""
+    """Operations a token of one layer of the default model, decoded after n tokens."""
     from matplotlib import pyplot
 
     from dsa.cost.attention import AttentionShape, layer_cost

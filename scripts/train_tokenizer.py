@@ -3,7 +3,7 @@
 
     python scripts/train_tokenizer.py text/train/*.txt --vocabulary 2048 --out configs/small
 
-Writes what `AutoTokenizer.from_pretrained` reads; with a `config.json` beside it the folder is a MODEL for
+Writes what `AutoTokenizer.from_pretrained` reads; with a `config.json` next to it the folder is a MODEL for
 `dsa train --stage dense --from-scratch`. Any text can be read, since every byte is a token; token 0 ends a text. The
 same files give the same tokenizer.
 """

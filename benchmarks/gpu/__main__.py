@@ -4,8 +4,8 @@
 
 Each section checks its kernels against fp64 on fresh random inputs and stops the run where one is wrong; then it
 measures: device events, medians after warm-up, the L2 full of other data. The device's ceilings come first and every
-row has its floor beside it; vendors' kernels run beside ours where they are installed. One table comes last, with what
-was asked, and all of it is written as JSON.
+row has its floor next to it; vendors' kernels run next to ours where they are installed. One table comes last, with
+what was asked, and all of it is written as JSON.
 `--selections` takes a recording of a trained model's selections (`benchmarks/gpu/record_selections.py`).
 
 `--small` runs all of it at sizes for a first try, without a GPU too (then under Triton's interpreter, and its times

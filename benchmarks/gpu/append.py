@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.common import DEVICE, Row, beside_floor, error, expect, milliseconds, normal
+from benchmarks.gpu.common import DEVICE, Row, error, expect, milliseconds, normal, with_floor
 from dsa.ops import IndexWeights, QuantizedKeys, index_projection, pack_latents, quantize_index_keys
 from dsa.ops.index_projection import rope_tables
 
@@ -70,7 +70,7 @@ def append_keys(tokens: int, dim: int, dtype: str) -> Row:
         "what": "append", "form": dtype, "shape": f"S {tokens} Di {dim}", "ms": took, "unfused ms": unfused,
         "GB/s": moved / took / 1e6,
     }  # fmt: skip
-    return beside_floor(row, moved, 0)
+    return with_floor(row, moved, 0)
 
 
 def append_rows(tokens: int, dims: tuple[int, int]) -> Row:
@@ -83,7 +83,7 @@ def append_rows(tokens: int, dims: tuple[int, int]) -> Row:
         "what": "append", "form": "FP8 rows", "shape": f"S {tokens} L {dims[0]} R {dims[1]}", "ms": took,
         "unfused ms": unfused, "GB/s": moved / took / 1e6,
     }  # fmt: skip
-    return beside_floor(row, moved, 0)
+    return with_floor(row, moved, 0)
 
 
 def append_projected(tokens: int, width: int, heads: int, dim: int) -> Row:
@@ -97,7 +97,7 @@ def append_projected(tokens: int, width: int, heads: int, dim: int) -> Row:
         "what": "append", "form": "projected", "shape": f"T {tokens} C {width} Di {dim}", "ms": times["triton"],
         "unfused ms": times["reference"],
     }  # fmt: skip
-    return beside_floor(row, hidden.nbytes + tokens * (dim + 4), 2 * tokens * width * dim)
+    return with_floor(row, hidden.nbytes + tokens * (dim + 4), 2 * tokens * width * dim)
 
 
 def rows(small: bool) -> Iterator[Row]:

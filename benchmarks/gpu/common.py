@@ -115,7 +115,7 @@ def ceilings() -> Iterator[Row]:
         yield {"what": "ceiling", "form": form, "shape": "8192^3", "ms": took, "TFLOP/s": CEILINGS[form]}
 
 
-def beside_floor(row: Row, moved: float, operations: float, form: str = "bf16") -> Row:
+def with_floor(row: Row, moved: float, operations: float, form: str = "bf16") -> Row:
     """The row with the least time that it could take on this device, and which part of its time that is.
 
     Args:
@@ -130,7 +130,7 @@ def beside_floor(row: Row, moved: float, operations: float, form: str = "bf16") 
 
 
 def with_vendor(row: Row, gap: str | None, launch: Callable[[], object]) -> Row:
-    """The row with the vendor's time beside it, where its library takes the input; else why not, in the JSON."""
+    """The row with the vendor's time next to it, where its library takes the input; else why not, in the JSON."""
     if gap is not None:
         return row | {"vendor": gap}
     return row | {"vendor ms": milliseconds(launch)}

@@ -2,7 +2,7 @@
 
 Every form is checked at the sizes that are timed: int8 against the reference, bit for bit; the others against the exact
 top-k of the scores that the kernel itself stores, and those scores against fp64. Then the fused operation is timed
-beside the unfused path (the same kernel storing all scores, then `torch.topk`), decoding from a CUDA graph, a whole
+next to the unfused path (the same kernel storing all scores, then `torch.topk`), decoding from a CUDA graph, a whole
 causal prefill, paged keys, and every candidate tile.
 
 Shapes: `B` batch, `T` query tokens, `S` key tokens, `Hi`/`Di` index heads / index head dim, `K` top-k.
@@ -21,11 +21,11 @@ from benchmarks.gpu.common import (
     DEVICE,
     MEMORY,
     Row,
-    beside_floor,
     extra_memory,
     milliseconds,
     normal,
     replayed,
+    with_floor,
     with_vendor,
 )
 from dsa.ops import PagedKeys, QuantizedKeys, hadamard_transform, index_topk, quantize_index_keys, triton_support
@@ -141,7 +141,7 @@ def shape_of(inputs: Inputs) -> str:
 
 
 def prefill(inputs: Inputs, top_k: int, form: str, asked: tuple[tuple[str, str, float], ...]) -> Row:
-    """The fused operation beside the unfused path, on one chunk of queries at the end of the keys."""
+    """The fused operation compared with the unfused path, on one chunk of queries at the end of the keys."""
     q, k, _ = inputs
     visible = int(options(q, k)["ranges"].host_end.sum()) * q.shape[0]
     stored = StoredScores(inputs)
@@ -167,7 +167,7 @@ def prefill(inputs: Inputs, top_k: int, form: str, asked: tuple[tuple[str, str, 
     }
     gap = vendor.gap(q, k)
     row = with_vendor(row, gap, lambda: index_topk(*inputs, top_k, sinks=SINKS, local=LOCAL, impl="vendor"))
-    return beside_floor(row, q.nbytes, operations, "bf16" if form == "bf16" else "fp8")
+    return with_floor(row, q.nbytes, operations, "bf16" if form == "bf16" else "fp8")
 
 
 def decode(sets: list[Inputs], top_k: int, form: str) -> Row:
@@ -182,7 +182,7 @@ def decode(sets: list[Inputs], top_k: int, form: str) -> Row:
         "what": "index decode", "form": form, "shape": shape_of(sets[0]), "ms": took,
         "launched ms": milliseconds(lambda: launch(sets[0])), "GB/s of keys": key_bytes / took / 1e6,
     }  # fmt: skip
-    return beside_floor(row, key_bytes, 0)
+    return with_floor(row, key_bytes, 0)
 
 
 def tiles(inputs: Inputs, form: str) -> Iterator[Row]:
@@ -253,4 +253,4 @@ def rows(small: bool) -> Iterator[Row]:
         "asked": (MEMORY,),
     }  # fmt: skip
     # int8 products run at the rate of fp8's.
-    yield beside_floor(row, 0, operations, "fp8")
+    yield with_floor(row, 0, operations, "fp8")

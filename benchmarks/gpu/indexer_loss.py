@@ -1,4 +1,4 @@
-"""`indexer_loss` on one GPU, forward and gradients, beside dense attention forward and backward at the same shape.
+"""`indexer_loss` on one GPU, forward and gradients, next to dense attention forward and backward at the same shape.
 
 Shapes: `B` batch, `T` query tokens, `S` key tokens, `Hi`/`Di` index heads / index head dim, `H`/`G` query / KV heads,
 `D` head dim, `K` selected tokens.
@@ -72,10 +72,10 @@ def rows(small: bool) -> Iterator[Row]:
     tensors = make(length, length, heads, dim, index)
     shape = f"n {length} {heads[0]}/{heads[1]}/{dim} Hi {index[0]} Di {index[1]}"
     took = milliseconds(lambda: both_passes(tensors, None), 3)
-    beside = milliseconds(lambda: dense_both_passes(*tensors[3:]), 3)
+    dense_took = milliseconds(lambda: dense_both_passes(*tensors[3:]), 3)
     yield {
-        "what": "indexer_loss, both", "form": "dense", "shape": shape, "ms": took, "sdpa both ms": beside,
-        "times SDPA": took / beside, "extra MB": extra_memory(lambda: both_passes(tensors, None)),
+        "what": "indexer_loss, both", "form": "dense", "shape": shape, "ms": took, "sdpa both ms": dense_took,
+        "times SDPA": took / dense_took, "extra MB": extra_memory(lambda: both_passes(tensors, None)),
         "asked": (("times SDPA", "<=", 2),),
     }  # fmt: skip
     tokens, top_k = (3, 20) if small else (4096, 2048)

@@ -1,7 +1,7 @@
 """`sparse_attention` over FP8 rows of 656 bytes on one GPU: in one piece and in pages, decode and prefill.
 
-The floating-point operations are counted as in `sparse_attention.py`. The vendor's decode kernel runs beside where it
-is installed.
+The floating-point operations are counted as in `sparse_attention.py`. The vendor's decode kernel runs next to ours
+where it is installed.
 
 Shapes: `B` batch, `T` query tokens, `S` key tokens, `H` heads, `L`/`R` latent / rotated dims, `K` selected tokens.
 """
@@ -17,12 +17,12 @@ from benchmarks.gpu.common import (
     DEVICE,
     MEMORY,
     Row,
-    beside_floor,
     error,
     expect,
     extra_memory,
     milliseconds,
     normal,
+    with_floor,
     with_vendor,
 )
 from benchmarks.gpu.sparse_attention import exact, selection
@@ -94,7 +94,7 @@ def measure(what: str, form: str, inputs: Inputs, asked: tuple[tuple[str, str, f
     selected = indices.numel() * data.shape[-1]
     gap = vendor.gap(q, rows, None, None, None)
     row = with_vendor(row, gap, lambda: attend(inputs, "vendor"))
-    return beside_floor(row, min(selected, data.nbytes) + 2 * q.nbytes + indices.nbytes, operations)
+    return with_floor(row, min(selected, data.nbytes) + 2 * q.nbytes + indices.nbytes, operations)
 
 
 def candidate_rows(form: str, inputs: Inputs) -> Iterator[Row]:

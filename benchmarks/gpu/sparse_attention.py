@@ -2,7 +2,7 @@
 
 Checks come first, against fp64 on fresh inputs with every uninitialised buffer filled with NaN. The floating-point
 operations of a forward pass are counted as `2 * queries * heads * K * (D + Dv)`, those of a backward pass as
-`2 * queries * heads * K * (3 D + 2 Dv)`. Dense attention through `scaled_dot_product_attention` runs beside it.
+`2 * queries * heads * K * (3 D + 2 Dv)`. Dense attention through `scaled_dot_product_attention` runs next to it.
 
 Shapes: `B` batch, `T` query tokens, `S` key tokens, `H`/`G` query / KV heads, `D`/`Dv` head dims of keys / values,
 `K` selected tokens.
@@ -19,13 +19,13 @@ from benchmarks.gpu.common import (
     DEVICE,
     MEMORY,
     Row,
-    beside_floor,
     error,
     expect,
     extra_memory,
     milliseconds,
     normal,
     replayed,
+    with_floor,
     with_vendor,
 )
 from dsa.ops import sparse_attention
@@ -121,7 +121,7 @@ def forward_row(what: str, form: str, tensors: Tensors, asked: Asked = (), repea
     moved = q.nbytes * (1 + v.shape[3] / q.shape[3]) + rows * row_bytes + indices.nbytes
     gap = vendor.gap(q, k, v, None, None)
     row = with_vendor(row, gap, lambda: sparse_attention(*tensors, impl="vendor"))
-    return beside_floor(row, moved, operations)
+    return with_floor(row, moved, operations)
 
 
 def candidate_rows(form: str, tensors: Tensors) -> Iterator[Row]:
@@ -148,7 +148,7 @@ def backward_row(form: str, tensors: Tensors, forward_rate: float, asked: Asked 
         "what": "backward", "form": form, "shape": shape_of(tensors), "ms": took, "TFLOP/s": rate,
         "of the forward's rate": rate / forward_rate, "extra MB": extra_memory(launch), "asked": asked,
     }  # fmt: skip
-    return beside_floor(row, 3 * q.nbytes + 2 * (k.nbytes + v.nbytes), operations)
+    return with_floor(row, 3 * q.nbytes + 2 * (k.nbytes + v.nbytes), operations)
 
 
 def shape_of(tensors: Tensors) -> str:
@@ -184,7 +184,7 @@ def decode_row(form: str, sets: list[Tensors], asked: Asked, peers: bool) -> Row
         row["sdpa ms"] = milliseconds(dense(q, k, v, causal=False))
         row["packed sdpa ms"] = milliseconds(packed_dense(q, k, v))
         row["times faster"] = min(row["sdpa ms"], row["packed sdpa ms"]) / took
-    return beside_floor(row, moved, 0)
+    return with_floor(row, moved, 0)
 
 
 def rows(small: bool) -> Iterator[Row]:

@@ -1,4 +1,4 @@
-"""Sparse prefill with everything it takes, index, selection and attention, beside dense attention through SDPA.
+"""Sparse prefill with everything it takes, index, selection and attention, compared with dense attention through SDPA.
 
 Selections: those that random index tensors make, which hardly overlap; synthetic ones whose neighbours share nearly
 all; and those recorded from a trained model (`record_selections.py`), where a file is given. How far neighbours share

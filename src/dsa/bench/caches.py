@@ -26,7 +26,7 @@ def filled_cache(model: Any, tokens: int, *, sparse: bool, reserved: int = 0) ->
         model: Gives the shapes.
         tokens: How many are cached.
         sparse: Whether to make dsa's layers with index keys, as a sparse model does, or transformers' own.
-        reserved: Room behind the tokens, in dsa's layers.
+        reserved: Room after the tokens, in dsa's layers.
     """
     config = model.config.get_text_config()
     born = born_with_dsa(config)
@@ -67,7 +67,7 @@ def _shapes(config: Any) -> list[tuple[int, int]]:
 
 
 def check_caches(model: Any, lengths: tuple[int, ...]) -> None:
-    """Refuses, before anything is filled, caches of all these lengths that would not fit, a plain one beside them.
+    """Refuses caches of all these lengths that would not fit next to a plain one, before anything is filled.
 
     Raises:
         ValueError: They need more memory than is free.
@@ -107,7 +107,7 @@ def check_prompt(config: Any, tokens: int) -> None:
 def masked_prefill_bytes(config: Any, tokens: int) -> int:
     """What one layer of a model born with DSA takes at most when transformers reads a prompt: an estimate.
 
-    Index scores `[n, Hi, n]` in fp32 are there twice while they are scaled, beside masks and expanded keys and values.
+    Index scores `[n, Hi, n]` in fp32 are there twice while they are scaled. Masks, expanded keys and values are added.
     """
     return tokens**2 * (8 * config.index_n_heads + 16) + _expanded_bytes(config, tokens)
 

@@ -1,4 +1,4 @@
-"""One decode step of attention: index, select, attend, beside dense attention and beside what the machine allows.
+"""One decode step of attention: index, select, attend, compared with dense attention and with what the machine allows.
 
 Shapes: `S` keys, `H`/`G` query / KV heads, `D` head dim, `Hi`/`Di` index heads / index head dim, `K` top-k.
 """

@@ -1,4 +1,4 @@
-"""A whole model: prefill and decoding, sparse beside the same model as transformers runs it.
+"""A whole model: prefill and decoding, sparse compared with the same model as transformers runs it.
 
 Two copies of the model are loaded, so that both can take turns. Positions beyond those that the model was trained on
 are extrapolated by both alike, which changes no time.
@@ -42,7 +42,7 @@ FEWEST_DECODED = 2
 LEAST_TURNS = 5
 MOST_TURNS = 100
 RESERVED_TOKENS = 2 * DECODED * (MOST_TURNS + 2)
-"""Room behind a cache for the turns of a row and those of the growth with the cache."""
+"""Room after a cache for the turns of a row and those of the growth with the cache."""
 TURNS = (
     f"Decoding takes turns of {DECODED} tokens ({FEWEST_DECODED} where a token takes more than "
     f"{LONG_TOKEN_SECONDS:g} s); a turn's time is that of all its tokens, the first included."

@@ -1,4 +1,4 @@
-"""llama.cpp with the default model's own GGUF file, beside the attached model on the same prompt.
+"""llama.cpp with the default model's own GGUF file, compared with the attached model on the same prompt.
 
 It runs in a process of its own, and may live in an environment of its own: both bring their threads and their OpenMP.
 """

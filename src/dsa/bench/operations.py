@@ -1,4 +1,4 @@
-"""Single operations beside their peers: the index, the training signal, the quantisation of keys.
+"""Single operations compared with their peers: the index, the training signal, the quantisation of keys.
 
 Shapes: `S` keys, `T` queries, `Hi`/`Di` index heads / index head dim, `K` top-k.
 """
@@ -32,7 +32,7 @@ QUANTIZE_TOKENS = 32768
 
 
 def index(settings: Settings, progress: Progress, status: Status) -> Iterator[Row]:
-    """`index_topk` for the last queries of a text, beside torch and beside transformers' own indexer."""
+    """`index_topk` for the last queries of a text, compared with torch and with transformers' own indexer."""
     queries = 32 if settings.quick else INDEX_QUERIES
     for length in settings.lengths_or(INDEX_LENGTHS, (160,)):
         for data in settings.data:

@@ -1,4 +1,4 @@
-"""Causal prefill of one layer's attention: index, select and attend in blocks of queries, beside dense attention.
+"""Causal prefill of one layer's attention: index, select and attend in blocks of queries, next to dense attention.
 
 Shapes: `n` tokens, `H`/`G` query / KV heads, `D` head dim, `K` top-k.
 """
@@ -65,7 +65,7 @@ def sparse_prefill(tensors: LayerTensors, sizes: Sizes, out: Tensor, phases: Pha
         out[:, begin:stop] = block
         index += selected - began
         attend += time.perf_counter() - selected
-        # A model's chunk ends here and frees them: kept, they would lie beside the next block's.
+        # A model's chunk ends here and frees them: kept, they would take memory together with the next block's.
         del indices, block
     if phases is not None:
         phases.index.append(index)

@@ -1,7 +1,7 @@
 """The tensors of one layer of an attached model on real text: what the kernels meet in use.
 
 The text is the Python language reference, continued from its beginning where it is too short. It is read in chunks
-with the cache, and reading stops behind the layer. The recording of the default model is kept in the cache directory.
+with the cache, and reading stops after the layer. The recording of the default model is kept in the cache directory.
 
 Shapes: `n` tokens, `H`/`G` query / KV heads, `D` head dim, `Hi`/`Di` index heads / index head dim.
 """
@@ -47,7 +47,7 @@ class Recording:
 
 
 class _Recorded(Exception):
-    """Ends a forward behind the layer that was recorded."""
+    """Ends a forward after the layer that was recorded."""
 
 
 def recording(model: str, tokens: int, *, top_k: int | None, status: Status, progress: Progress) -> Recording:

@@ -1,4 +1,4 @@
-"""What a benchmark writes down: rows with their times, figures and surroundings, kept in one JSON file per run."""
+"""What a benchmark writes down: rows with their times, figures and environment, kept in one JSON file per run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the user asked of a benchmark."""
+"""The options of a benchmark."""
 
 from __future__ import annotations
 
