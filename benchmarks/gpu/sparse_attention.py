@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from benchmarks.gpu import common
 from benchmarks.gpu.common import (
     DEVICE,
     MEMORY,
@@ -31,7 +32,6 @@ from benchmarks.gpu.common import (
 from dsa.ops import sparse_attention
 from dsa.ops.sparse_attention import triton as kernels
 from dsa.ops.sparse_attention import vendor
-from gpu import common
 
 Asked = tuple[tuple[str, str, float], ...]
 

@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks.gpu import index_topk as index
 from benchmarks.gpu.common import DEVICE, MEMORY, Row, error, expect, extra_memory, milliseconds
 from benchmarks.gpu.sparse_attention import dense, exact, gqa, overlapping
 from dsa.ops import index_topk, sparse_attention
-from gpu import index_topk as index
 
 NEIGHBOURS = 16
 
