@@ -92,7 +92,7 @@ def measure(what: str, form: str, inputs: Inputs, asked: tuple[tuple[str, str, f
     }  # fmt: skip
     data = rows.data if isinstance(rows, PackedLatents) else rows.pages
     selected = indices.numel() * data.shape[-1]
-    gap = vendor.gap(q, rows, None, None, None)
+    gap = vendor.gap(q, rows, None, None, None, indices.shape[-1])
     row = with_vendor(row, gap, lambda: attend(inputs, "vendor"))
     return with_floor(row, min(selected, data.nbytes) + 2 * q.nbytes + indices.nbytes, operations)
 

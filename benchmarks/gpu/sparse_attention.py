@@ -119,7 +119,7 @@ def forward_row(what: str, form: str, tensors: Tensors, asked: Asked = (), repea
     row_bytes = k.element_size() * k.shape[2] * (k.shape[3] + (0 if kernels.values_in_keys(k, v, 512) else v.shape[3]))
     rows = min(indices.numel(), k.shape[0] * k.shape[1])
     moved = q.nbytes * (1 + v.shape[3] / q.shape[3]) + rows * row_bytes + indices.nbytes
-    gap = vendor.gap(q, k, v, None, None)
+    gap = vendor.gap(q, k, v, None, None, indices.shape[-1])
     row = with_vendor(row, gap, lambda: sparse_attention(*tensors, impl="vendor"))
     return with_floor(row, moved, operations)
 
