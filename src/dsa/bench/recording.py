@@ -25,6 +25,7 @@ from dsa.models.checkpoint import SHIPPED
 from dsa.models.context import AttentionCall, DSAContext
 from dsa.models.default_model import DEFAULT_MODEL, Status, cache_dir, default_model_dir
 from dsa.models.loading import LoadedModel, load_model
+from dsa.models.rope import angles_for
 from dsa.models.sparse import attach_indexers
 from dsa.modules import memory
 from dsa.ops import QuantizedKeys
@@ -117,7 +118,7 @@ def record_layer(loaded: LoadedModel, tokens: int, *, progress: Progress, chunk:
     starts = range(0, tokens, chunk)
     with progress(f"Recording layer {layer} over {tokens:,} tokens", len(starts)) as advance:
         for start in starts:
-            with contextlib.suppress(_Recorded):
+            with contextlib.suppress(_Recorded), angles_for(loaded.model, tokens):
                 loaded.model(
                     ids[:, start : start + chunk],
                     past_key_values=cache,

@@ -15,6 +15,7 @@ import torch
 
 from dsa.eval.comparison import CHUNK, ContextMaker, new_cache
 from dsa.eval.interval import mean_interval
+from dsa.models.rope import angles_for
 from dsa.modules.cache import IndexedLayer
 
 
@@ -47,29 +48,30 @@ def choices(
     ids = ids.to(model.device)
     cache = new_cache(model, ids.shape[1] + new_tokens)
     found, done = [], 0
-    for number, place in enumerate(places):
-        # The last token of the prompt is read with what follows it.
-        for chunk in ids[:, done : place - 1].split(CHUNK, dim=1):
-            if chunk.shape[1]:
-                model(chunk, past_key_values=cache, use_cache=True, logits_to_keep=1, dsa_context=context())
-        done = place - 1
-        can_crop = bool(cache.layers) and all(isinstance(layer, IndexedLayer) for layer in cache.layers)
-        own = cache if can_crop else copy.deepcopy(cache)
-        last = ids[:, place - 1 : place]
-        if forced is not None:
-            following = torch.tensor([list(forced[number][:-1])], dtype=ids.dtype, device=ids.device)
-            read = torch.cat((last, following), dim=1)
-            output = model(read, past_key_values=own, use_cache=True, dsa_context=context())
-            found.append(output.logits[0].argmax(dim=-1).tolist())
-        else:
-            made: list[int] = []
-            for _ in range(new_tokens):
-                output = model(last, past_key_values=own, use_cache=True, logits_to_keep=1, dsa_context=context())
-                last = output.logits[:, -1:].argmax(dim=-1)
-                made.append(int(last))
-            found.append(made)
-        if can_crop:
-            cache.crop(-new_tokens)
+    with angles_for(model, ids.shape[1] + new_tokens):
+        for number, place in enumerate(places):
+            # The last token of the prompt is read with what follows it.
+            for chunk in ids[:, done : place - 1].split(CHUNK, dim=1):
+                if chunk.shape[1]:
+                    model(chunk, past_key_values=cache, use_cache=True, logits_to_keep=1, dsa_context=context())
+            done = place - 1
+            can_crop = bool(cache.layers) and all(isinstance(layer, IndexedLayer) for layer in cache.layers)
+            own = cache if can_crop else copy.deepcopy(cache)
+            last = ids[:, place - 1 : place]
+            if forced is not None:
+                following = torch.tensor([list(forced[number][:-1])], dtype=ids.dtype, device=ids.device)
+                read = torch.cat((last, following), dim=1)
+                output = model(read, past_key_values=own, use_cache=True, dsa_context=context())
+                found.append(output.logits[0].argmax(dim=-1).tolist())
+            else:
+                made: list[int] = []
+                for _ in range(new_tokens):
+                    output = model(last, past_key_values=own, use_cache=True, logits_to_keep=1, dsa_context=context())
+                    last = output.logits[:, -1:].argmax(dim=-1)
+                    made.append(int(last))
+                found.append(made)
+            if can_crop:
+                cache.crop(-new_tokens)
     return found
 
 

@@ -21,6 +21,7 @@ from dsa.models.acceleration import cache_of
 from dsa.models.attachment import Attachment, detach, put_on
 from dsa.models.context import DSAContext
 from dsa.models.decoder import decoder_output
+from dsa.models.rope import angles_for
 from dsa.modules.cache import reserve
 
 CHUNK = 8192
@@ -81,16 +82,20 @@ def text_losses(model: Any, ids: torch.Tensor, start: int, context: ContextMaker
 
 
 @torch.no_grad()
-def read_chunks(model: Any, ids: torch.Tensor, cache: Any, context: ContextMaker) -> None:
-    """Reads `ids` `[1, n]`, a chunk at a time where there is a cache to put them in."""
-    for chunk in ids.split(CHUNK, dim=1) if cache is not None else [ids]:
-        model(
-            chunk,
-            past_key_values=cache,
-            use_cache=cache is not None,
-            logits_to_keep=1,
-            dsa_context=context(),
-        )
+def read_chunks(model: Any, ids: torch.Tensor, cache: Any, context: ContextMaker, *, length: int | None = None) -> None:
+    """Reads `ids` `[1, n]`, a chunk at a time where there is a cache to put them in.
+
+    `length` says how long the text is to become, for RoPE whose angles depend on it; by default `n`.
+    """
+    with angles_for(model, length or ids.shape[1]):
+        for chunk in ids.split(CHUNK, dim=1) if cache is not None else [ids]:
+            model(
+                chunk,
+                past_key_values=cache,
+                use_cache=cache is not None,
+                logits_to_keep=1,
+                dsa_context=context(),
+            )
 
 
 def new_cache(model: Any, tokens: int) -> DynamicCache:

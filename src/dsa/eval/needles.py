@@ -21,6 +21,7 @@ import torch
 
 from dsa.eval.comparison import ContextMaker, new_cache, read_chunks
 from dsa.eval.needle_kinds import DEPTHS, Needle, make_needles
+from dsa.models.rope import angles_for
 from dsa.modules.cache import IndexedLayer
 
 _SENTENCE_ENDS = (".", "!", "?", "\n")
@@ -147,7 +148,7 @@ def ask(model: Any, haystack: Haystack, context: ContextMaker) -> list[Reply]:
         ValueError: The model's output is not finite.
     """
     cache = new_cache(model, haystack.length)
-    read_chunks(model, haystack.ids.to(model.device), cache, context)
+    read_chunks(model, haystack.ids.to(model.device), cache, context, length=haystack.length)
     can_crop = all(isinstance(layer, IndexedLayer) for layer in cache.layers)
     replies: list[Reply] = []
     for depth, parts in enumerate(zip(haystack.prompts, haystack.answers, strict=True)):
@@ -155,9 +156,10 @@ def ask(model: Any, haystack: Haystack, context: ContextMaker) -> list[Reply]:
         spans, asked = _spans(*parts)
         first = spans[0].start - 1
         ids = torch.tensor([asked], device=model.device)
-        output = model(
-            ids, past_key_values=own, use_cache=True, logits_to_keep=len(asked) - first, dsa_context=context()
-        )
+        with angles_for(model, haystack.length):
+            output = model(
+                ids, past_key_values=own, use_cache=True, logits_to_keep=len(asked) - first, dsa_context=context()
+            )
         if can_crop:
             cache.crop(-len(asked))
         logits = output.logits[0].float().cpu()

@@ -19,6 +19,7 @@ import torch
 
 from dsa.models.context import DSAContext
 from dsa.models.decoder import LOGITS_AT_ONCE, decoder_output, head_logits, layer_progress
+from dsa.models.rope import angles_for, length_read
 from dsa.runs.machine import peak_rss_mb, reset_peak_rss
 from dsa.runs.progress import Progress, silent
 
@@ -81,17 +82,18 @@ def read(
     def options() -> dict[str, Any]:
         return {"use_cache": True, "logits_to_keep": 1, **({} if context is None else {"dsa_context": context()})}
 
-    model(ids[:, :WARM_UP_TOKENS], **options())
-    can_reset = reset_peak_rss()
-    with layer_progress(model, f"{label}: prefill", progress), decoder_output(model) as captured:
-        _synchronise(model)
-        began = time.perf_counter()
-        output = model(ids, **options())
-        _synchronise(model)
-        prefill_s = time.perf_counter() - began
-    losses = token_losses(model, captured[0], ids, start, label=f"{label}: perplexity", progress=progress)
-    captured.clear()
-    continuation, per_second = _decode(model, output, new_tokens, options, f"{label}: decode", progress)
+    with angles_for(model, length_read(model.config, tokens, new_tokens)):
+        model(ids[:, :WARM_UP_TOKENS], **options())
+        can_reset = reset_peak_rss()
+        with layer_progress(model, f"{label}: prefill", progress), decoder_output(model) as captured:
+            _synchronise(model)
+            began = time.perf_counter()
+            output = model(ids, **options())
+            _synchronise(model)
+            prefill_s = time.perf_counter() - began
+        losses = token_losses(model, captured[0], ids, start, label=f"{label}: perplexity", progress=progress)
+        captured.clear()
+        continuation, per_second = _decode(model, output, new_tokens, options, f"{label}: decode", progress)
     peak = peak_rss_mb() if can_reset else None
     return Reading(math.exp(float(losses.mean())), tokens - 1 - start, prefill_s, per_second, peak, continuation)
 

@@ -25,6 +25,7 @@ from transformers import DynamicCache
 from dsa.generation.sampling import GREEDY, Chooser, Sampling
 from dsa.models.context import DSAContext
 from dsa.models.decoder import decoder_layers
+from dsa.models.rope import angle_set, angles_for, depends_on_length, is_two_sets, length_read
 from dsa.modules.cache import IndexedLayer, reserve
 from dsa.runs.progress import Advance, Progress, silent
 from dsa.store import ModelStore
@@ -128,6 +129,9 @@ class Session:
         self._recorder: Recorder | None = None
         self._kept_s = 0.0
         self._prompts = 0
+        # The length that the angles are those of, and which angles what is held was turned by; `None` is unknown.
+        self._length = 0
+        self._angles = None if self.token_ids and depends_on_length(model.config) else angle_set(model.config, 0)
 
     @contextmanager
     def using(self, context: ContextMaker) -> Iterator[None]:
@@ -174,11 +178,15 @@ class Session:
         self.close()
         self.timings = timings = Timings()
         self.crop(min(common_prefix(self.token_ids, ids), len(ids) - 1))
+        self._turn_by(length_read(self.model.config, len(ids), new_tokens))
         self._open_stored(ids)
         reserve(self.cache, len(ids) + new_tokens)
         timings.held = held = len(self.token_ids)
         kept = list(ids[: len(ids) if keep is None else keep])
-        self._recorder = None if self.store is None else self.store.recorder(kept, self.document)
+        if self.store is not None and depends_on_length(self.model.config):
+            self.store.not_kept("the model's keys depend on how long the text around them is (its RoPE scaling)")
+        elif self.store is not None:
+            self._recorder = self.store.recorder(kept, self.document)
         waited = 0.0
         with progress(f"Reading {len(ids) - held:,} tokens", len(ids) - held) as advance:
             for start, end in self._pieces(held, len(kept), len(ids)):
@@ -208,7 +216,8 @@ class Session:
 
     def _open_stored(self, ids: Sequence[int]) -> None:
         """Exchanges the cache for a stored one that has more of a prompt, where there is one."""
-        if self.store is None:
+        # What is stored does not say which angles its keys were turned by.
+        if self.store is None or depends_on_length(self.model.config):
             return
         opened = self.store.open(ids[:-1], held=len(self.token_ids))
         if opened is None:
@@ -280,10 +289,17 @@ class Session:
 
     def feed(self, ids: Sequence[int]) -> None:
         """Reads these tokens in one pass after what is held; `logits` are then those of the token after them."""
+        length = max(self._length, len(self.token_ids) + len(ids))
+        if is_two_sets(self.model.config) and angle_set(self.model.config, length) != self._angles:
+            # Longer than was planned: what is held has the angles of a short text, and is read again.
+            held = self.token_ids
+            self._turn_by(length)
+            for start in range(0, len(held), self.chunk):
+                self.feed(held[start : start + self.chunk])
         options = {} if self._context is None else {"dsa_context": self._context()}
         tokens = torch.tensor([list(ids)], device=self.model.device)
         try:
-            with torch.no_grad():
+            with torch.no_grad(), angles_for(self.model, length):
                 output = self.model(tokens, past_key_values=self.cache, use_cache=True, logits_to_keep=1, **options)
         except BaseException:
             # Some layers may have these tokens already.
@@ -310,6 +326,13 @@ class Session:
             self.token_ids = kept
         except (RuntimeError, NotImplementedError, ValueError):
             self.empty()
+
+    def _turn_by(self, length: int) -> None:
+        """Has what is read from here on turned by the angles of a text of this length, and forgets what was not."""
+        angles = angle_set(self.model.config, length)
+        if angles != self._angles and self.token_ids:
+            self.empty()
+        self._length, self._angles = length, angles
 
     def empty(self) -> None:
         """Forgets everything, and lets go of the cache."""
