@@ -54,7 +54,8 @@ KERNEL_PLACES = {
     "testing/counting.py",
     "testing/fuzz/__main__.py",
     "testing/fuzz/draw.py",
-    "testing/fuzz/indexing.py",
+    "testing/fuzz/projection.py",
+    "testing/fuzz/quantizing.py",
     "testing/fuzz/run.py",
 }
 """Files outside `ops` that may say "native": each means the compiled kernels, and nothing else may be called so."""

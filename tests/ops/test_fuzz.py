@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dsa.ops.quantize.types import QuantizedKeys
-from dsa.testing.fuzz import attention, indexing, loss
+from dsa.testing.fuzz import attention, indexing, loss, projection, quantizing
 from dsa.testing.fuzz.__main__ import main
 from dsa.testing.fuzz.run import OPERATIONS, fuzz, try_case
 
@@ -64,10 +64,14 @@ BREAKS: dict[str, tuple[Any, str, str, Callable[..., Any]]] = {
         attention, "sparse_attention", "sparse_attention",
         lambda result, _: (result[0] * 0.9 + result[0].detach() * 0.1, result[1]),
     ),
+    "head weights without their last digits": (
+        projection, "index_projection", "index_projection",
+        lambda made, _: made and (made[0], made[1] * (1 + 1e-4)),
+    ),
     "a loss one in a hundred too large": (loss, "indexer_loss", "indexer_loss", lambda result, _: result * 1.01),
     "a wrong token": (indexing, "index_topk", "index_topk", last_place_moved),
     "a scale one place off": (
-        indexing, "quantize_index_keys", "quantize",
+        quantizing, "quantize_index_keys", "quantize",
         lambda keys, _: QuantizedKeys(keys.data, keys.scale * (1 + 2.0**-20)),
     ),
 }  # fmt: skip

@@ -188,3 +188,23 @@ def test_weights_that_were_exchanged_are_noticed(impl: str) -> None:
     out, _ = project(SIZES[0], "fp32", hidden, weights, rope, impl=impl)
     with torch.no_grad():
         torch.testing.assert_close(out, indexer.keys(hidden, rope), atol=2e-5, rtol=0)
+
+
+def test_strides_of_dims_without_neighbours_do_not_matter(impl: str) -> None:
+    """Found by the fuzzer: a hidden size of one, and no tokens at all."""
+    weights = IndexWeights(torch.ones(2, 1), torch.ones(2, 1), torch.ones(1, 1), torch.ones(2), torch.zeros(2))
+    hidden = torch.ones(1, 1, 2)[..., ::2]
+    assert hidden.stride(-1) == 2
+    for tokens in (1, 0):
+        made = index_projection(hidden[:, :tokens], weights, None, torch.zeros(1, 3, 2), impl=impl)
+        assert made is not None
+        assert made[0].shape == (1, tokens, 1, 2)
+        assert (made[0] == 1).all()
+
+
+@pytest.mark.skipif(native_support.missing() is not None, reason="the compiled kernels are missing")
+def test_the_kernel_says_which_tensor_has_gaps_in_its_rows() -> None:
+    indexer, (hidden, rope) = indexer_of(SIZES[1]), inputs(SIZES[1])
+    wide = hidden.repeat_interleave(2, dim=-1)[..., ::2]
+    with pytest.raises(NotImplementedError, match=r"hidden has strides \[\d+, \d+, 2\]"):
+        index_projection(wide, weights_of(indexer), rope, storage(SIZES[1], "fp32"), impl="native")

@@ -13,16 +13,17 @@ import torch
 
 from dsa.ops import native_support
 from dsa.ops.types import Impl
-from dsa.testing.fuzz import attention, indexing, loss
+from dsa.testing.fuzz import attention, indexing, loss, projection, quantizing
 from dsa.testing.fuzz.draw import Draws
 
 OPERATIONS: dict[str, Callable[[Draws], None]] = {
     "dense_attention": attention.fuzz_dense,
     "sparse_attention": attention.fuzz_sparse,
     "packed_attention": attention.fuzz_packed,
+    "index_projection": projection.fuzz_index_projection,
     "indexer_loss": loss.fuzz_indexer_loss,
     "index_topk": indexing.fuzz_index_topk,
-    "quantize": indexing.fuzz_quantize,
+    "quantize": quantizing.fuzz_quantize,
 }
 """By name, what draws one call of an operation and judges it."""
 
