@@ -39,8 +39,8 @@ A file imports its own folder and lower floors. Two names of one floor do not im
 """
 
 MOST_PARAMETERS = 12
-"""Of a public function or method, `self` and `cls` not counted. All of `ops` is exempt: an operation and its kernels
-take tensors and constants one by one."""
+"""Of a public function or method, `self` and `cls` not counted. Exempt are Triton kernels, and operations, which an
+`ops/<op>/api.py` defines: they take tensors and constants one by one."""
 
 MOST_LINES = 80
 """From the first statement after the docstring to the last line. Only Triton kernels (`@jit`) are exempt."""
@@ -213,12 +213,14 @@ def is_kernel(function: ast.FunctionDef) -> bool:
 
 
 def many_parameters(tree: Tree) -> Iterator[Problem]:
-    """Public functions outside `ops` with more than `MOST_PARAMETERS` parameters."""
+    """Public functions with more than `MOST_PARAMETERS` parameters, operations and kernels aside."""
     for module, syntax in tree.syntax.items():
-        if tree.folder(module) != "ops":
-            for name, public, function in functions(syntax):
-                if public and parameters(function) > MOST_PARAMETERS:
-                    yield Problem("parameters", f"{tree.path(module)}:{name}")
+        where = tree.path(module)
+        if re.fullmatch(r"ops/\w+/api\.py", where):
+            continue
+        for name, public, function in functions(syntax):
+            if public and parameters(function) > MOST_PARAMETERS and not is_kernel(function):
+                yield Problem("parameters", f"{where}:{name}")
 
 
 def long_bodies(tree: Tree) -> Iterator[Problem]:
@@ -344,8 +346,10 @@ def test_many_parameters_are_found(tmp_path: Path) -> None:
     twelve = ", ".join(f"p{number}" for number in range(MOST_PARAMETERS))
     text = f"def kept({twelve}): ...\ndef much({twelve}, *, more): ...\ndef _own({twelve}, more): ...\n"
     text += f"class C:\n    def __init__(self, {twelve}): ...\n    def call(self, {twelve}, **more): ...\n"
-    tree = made_up(tmp_path, {"models/a.py": text, "ops/a.py": text})
-    assert [problem.where for problem in many_parameters(tree)] == ["models/a.py:much", "models/a.py:C.call"]
+    kernel = f"@triton.jit\ndef kernel({twelve}, more): ...\n"
+    tree = made_up(tmp_path, {"models/a.py": text, "ops/b/api.py": text, "ops/b/triton.py": kernel + text})
+    found = [f"{name}:{function}" for name in ("models/a.py", "ops/b/triton.py") for function in ("much", "C.call")]
+    assert [problem.where for problem in many_parameters(tree)] == found
 
 
 def test_long_bodies_are_found(tmp_path: Path) -> None:
