@@ -32,8 +32,8 @@ struct Job {
 using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 std::atomic<GompParallel> gomp_parallel{nullptr};
 
-// The library's own threads. One job at a time; who comes while it is busy, from another thread or from within a
-// job, works alone.
+// The library's own threads. One job at a time; a caller that comes while it is busy, from another thread or from
+// within a job, works alone.
 class Pool {
   public:
     void run(Job& job) {
@@ -48,7 +48,7 @@ class Pool {
         job.run();
         {
             std::unique_lock<std::mutex> lock(mutex_);
-            wanted_ = 0;  // Whoever has not begun by now need not.
+            wanted_ = 0;  // A thread that has not begun by now need not.
             done_.wait(lock, [this] { return active_ == 0; });
             job_ = nullptr;
         }

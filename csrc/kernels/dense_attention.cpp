@@ -4,7 +4,7 @@
 namespace dsa::DSA_ISA {
 namespace {
 
-constexpr int64_t kTileBytes = 256 << 10;  // of queries and sums, beside which keys and values fit a core's cache
+constexpr int64_t kTileBytes = 256 << 10;  // of queries and sums: keys and values still fit a core's cache
 constexpr int64_t kSmallestTile = 56;      // rows; fewer do not pay for packing the keys
 constexpr int64_t kItemsWanted = 32;       // so that many threads find work; the split never depends on their number
 constexpr int64_t kSmallestChunk = 256;    // keys

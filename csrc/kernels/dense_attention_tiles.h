@@ -18,7 +18,7 @@
 namespace dsa::DSA_ISA {
 namespace {
 
-// As many sums as the registers hold, beside a row of the panel and one factor.
+// As many sums as the registers hold along with a row of the panel and one factor.
 #if defined(__AVX512F__)
 constexpr int kStripRows = 14;
 #elif defined(__AVX2__)
@@ -87,7 +87,7 @@ struct Rows {
     int64_t row_step, step;
 };
 
-// Columns become rows: panels [columns of the strip or panel][kGroup of rows], zeros behind the last row.
+// Columns become rows: panels [columns of the strip or panel][kGroup of rows], zeros after the last row.
 // out[(i / kGroup * columns + c) * kGroup + i % kGroup] = factor * row i, column c.
 template <int kGroup, class T>
 void pack_transposed(Rows<T> rows, int64_t count, int64_t columns, float factor, float* DSA_RESTRICT out) {
@@ -124,7 +124,7 @@ void pack_transposed(Rows<T> rows, int64_t count, int64_t columns, float factor,
     }
 }
 
-// Rows stay rows: panels [capacity][kPanel of columns], zeros behind the last column. Returns whether every number
+// Rows stay rows: panels [capacity][kPanel of columns], zeros after the last column. Returns whether every number
 // is finite.
 // out[(c / kPanel * capacity + i) * kPanel + c % kPanel] = row i, column c.
 template <class T>

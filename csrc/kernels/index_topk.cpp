@@ -10,7 +10,7 @@ namespace {
 // Keys that a threshold is guessed from, and how many queries make looking at them worth it.
 constexpr int64_t kSampledKeys = 1024;
 constexpr int64_t kQueriesForSample = 8;
-// Queries that, beside as many keys as above, a basis for outlines is found from.
+// A basis for outlines is found from this many queries and from as many keys as above.
 constexpr int64_t kSampledQueries = 256;
 // Keys whose outlines a thread makes at a time.
 constexpr int64_t kKeysToOutline = 1024;
@@ -149,7 +149,7 @@ void pack_e4m3_tile(const Problem& p, const Workspace& space, int64_t b, int64_t
     }
 }
 
-// Packs `count` keys from `newest` down, every `step`-th. Lanes behind them keep what they held; no query's range
+// Packs `count` keys from `newest` down, every `step`-th. Lanes after them keep what they held; no query's range
 // includes them.
 void pack_tile(const Problem& p, const Workspace& space, int64_t b, int64_t newest, int64_t count, int64_t step = 1) {
     switch (p.args.key.dtype) {

@@ -45,10 +45,10 @@ inline bool cholesky(double* m, int64_t dim) {
 inline void eigenvectors(double* m, double* vectors, int64_t dim) {
     for (int64_t i = 0; i < dim * dim; ++i) vectors[i] = i % (dim + 1) == 0 ? 1.0 : 0.0;
     for (int sweep = 0; sweep < 12; ++sweep) {
-        double beside = 0.0, diagonal = 0.0;
+        double off_diagonal = 0.0, diagonal = 0.0;
         for (int64_t i = 0; i < dim; ++i)
-            for (int64_t j = 0; j < dim; ++j) (i == j ? diagonal : beside) += m[i * dim + j] * m[i * dim + j];
-        if (beside <= 1e-20 * diagonal) return;
+            for (int64_t j = 0; j < dim; ++j) (i == j ? diagonal : off_diagonal) += m[i * dim + j] * m[i * dim + j];
+        if (off_diagonal <= 1e-20 * diagonal) return;
         for (int64_t p = 0; p < dim; ++p) {
             for (int64_t q = p + 1; q < dim; ++q) {
                 const double off = m[p * dim + q];

@@ -120,7 +120,7 @@ class Candidates {
             count_ = 0;
             return;
         }
-        store(order_ + count_, broadcast(INT32_MIN));  // Behind the last, less than any score.
+        store(order_ + count_, broadcast(INT32_MIN));  // After the last, less than any score.
         // More than `most` exceed `low`, fewer than `wanted` exceed `high`.
         int64_t low = kept_ == INT32_MIN ? INT32_MIN : int64_t{kept_} - 1, high = highest(), equals = 0;
         int64_t above_low = count_, above_high = 0;

@@ -1,5 +1,5 @@
-// Vectors of integers beside simd.h's F32, comparisons that give bits, and stores of chosen lanes: what index_topk
-// needs of each instruction set.
+// Vectors of integers in addition to simd.h's F32, comparisons that give bits, and stores of chosen lanes: what
+// index_topk needs of each instruction set.
 #pragma once
 
 #include "kernels/simd.h"

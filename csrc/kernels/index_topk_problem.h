@@ -78,7 +78,7 @@ class Problem {
 
     const dsa_index_topk_args& args;
     const int64_t batch, tokens, heads, dim, keys, top_k;
-    const int64_t wanted;  // how many a query chooses beside sinks and local tokens
+    const int64_t wanted;  // how many a query chooses apart from sinks and local tokens
     const bool quantised;
     const int64_t words, query_words;  // of a key, and of a query's head
     const int64_t block;

@@ -63,7 +63,7 @@ struct Floats {
     DSA_INLINE static F32 relu(Sum sum) { return max(zero(), sum); }
 };
 
-// Heads whose sums fit the registers beside the keys.
+// Heads whose sums fit the registers along with the keys.
 #if defined(DSA_WORDS_IN_PAIRS)
 constexpr int kHeadsAtATime = 2;
 #else

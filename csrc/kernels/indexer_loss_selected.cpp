@@ -158,7 +158,7 @@ void Selected::attend(int64_t b, int64_t group, const Query& query, const Room& 
             }
             highest = max(logit, highest);
         }
-        // What softcap made of the places behind the last.
+        // What softcap made of the places after the last.
         for (int64_t i = count; i < whole; ++i) logits[i] = -INFINITY;
         const F32 top = broadcast(reduce_max(highest));
         F32 sums = zero();
@@ -171,9 +171,9 @@ void Selected::attend(int64_t b, int64_t group, const Query& query, const Room& 
         if (args_.sink_logits.data != nullptr) {
             const int64_t head = group * shared_ + h;
             const float sink = static_cast<const float*>(args_.sink_logits.data)[head * args_.sink_logits.stride[0]];
-            const F32 beside = exp(broadcast(sink) - top);
-            sum += beside;
-            share = select_below(broadcast(1e38f), beside, zero(), share);
+            const F32 of_sink = exp(broadcast(sink) - top);
+            sum += of_sink;
+            share = select_below(broadcast(1e38f), of_sink, zero(), share);
         }
         share = share / sum;
         for (int64_t i = 0; i < whole; i += kWidth)

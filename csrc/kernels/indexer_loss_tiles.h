@@ -11,8 +11,8 @@ namespace dsa::DSA_ISA {
 namespace {
 
 constexpr float kLowest = -FLT_MAX;
-// A query counts if the tokens that it compares hold this much of its heads' attention. Of less, shares that matter would be
-// subnormal and lose their digits.
+// A query counts if the tokens that it compares hold this much of its heads' attention. Of less, shares that matter
+// would be subnormal and lose their digits.
 constexpr float kLeastMass = FLT_MIN / FLT_EPSILON;
 
 // kVectors x kColumns sums in registers. How many columns go with how many vectors: as many as the registers hold.
@@ -145,7 +145,8 @@ inline void scale_gradient(const dsa_tensor& tensor, float share, int threads) {
 
 }  // namespace
 
-// Eq. 4, in a file of its own: adds to the sum of divergences and to the number of queries in it.
+// Eq. 3 and eq. 4, each in a file of its own: add to the sum of divergences and to the number of queries in it.
+int indexer_loss_visible(const dsa_indexer_loss_args& args, int threads, double* loss, int64_t* count);
 int indexer_loss_selected(const dsa_indexer_loss_args& args, int threads, double* loss, int64_t* count);
 
 }  // namespace dsa::DSA_ISA

@@ -216,7 +216,7 @@ DSA_INLINE F32 scale_by_power(F32 a, F32 power) {
 DSA_INLINE F32& operator+=(F32& a, F32 b) { return a = a + b; }
 DSA_INLINE F32& operator*=(F32& a, F32 b) { return a = a * b; }
 
-// The first `count` lanes (fewer than kWidth); zeros behind.
+// The first `count` lanes (fewer than kWidth); zeros after them.
 template <class T>
 DSA_INLINE F32 load_partial(const T* p, int64_t count) {
     float lanes[kWidth] = {};

@@ -19,7 +19,7 @@ constexpr int64_t kNeighbours = 16;
 constexpr int64_t kTileBytes = 128 << 10;
 constexpr int64_t kFewShared = 8;
 constexpr int64_t kWidestVector = 16;
-// Rows of scores between scoring and mixing: the first cache holds them beside the rows of a tile.
+// Rows of scores between scoring and mixing: the first cache holds them and the rows of a tile.
 constexpr int64_t kScoreRows = 48;
 
 struct Problem {
@@ -80,7 +80,7 @@ struct Unit {
 };
 
 // Scores every unit, then weighs, then mixes, so that units which share their rows find them in the first cache: keys and
-// values together would not fit. `ahead[i]` is the unit behind the i-th, whose rows are asked for meanwhile.
+// values together would not fit. `ahead[i]` is the unit after the i-th, whose rows are asked for meanwhile.
 void attend_units(const Problem& p, int64_t b, const Tile* tiles, const Unit* units, const Unit* ahead, int count,
                   float* floats) {
     alignas(64) float scores[kScoreRows * kTileKeys];

@@ -11,7 +11,7 @@ namespace {
 
 constexpr int kTileKeys = 64;
 
-// How many query heads one pass over the rows serves: what the registers hold beside the rows themselves.
+// How many query heads one pass over the rows serves: what the registers hold in addition to the rows.
 #if defined(__AVX512F__)
 constexpr int kRowsAtOnce = 4;
 #else
@@ -72,7 +72,7 @@ DSA_INLINE int select_places(const int32_t* DSA_RESTRICT indices, int places, in
     return count;
 }
 
-// Asks for a row of a tile to come, and perhaps for the line behind it: two lines a round, because a branch for each costs
+// Asks for a row of a tile to come, and perhaps for the line after it: two lines a round, because a branch for each costs
 // more than asking.
 DSA_INLINE void prefetch_row(const char* row, int64_t bytes) {
     for (int64_t at = 0; at < bytes; at += 128) {

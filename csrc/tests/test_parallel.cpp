@@ -1,4 +1,4 @@
-// Work shared among threads, on the library's own: every item once, no worker twice at a time, whoever calls.
+// Work shared among threads, on the library's own: every item once, no worker twice at a time, from any caller.
 #include "common/parallel.h"
 
 #include <atomic>
