@@ -31,11 +31,12 @@ from benchmarks.gpu.common import (
 from dsa.ops import PagedKeys, QuantizedKeys, hadamard_transform, index_topk, quantize_index_keys, triton_support
 from dsa.ops.index_topk import reference, vendor
 from dsa.ops.index_topk import triton as kernels
+from dsa.ops.index_topk import triton_rounds as rounds
 from dsa.ops.index_topk.selection import select_highest
 from dsa.ops.paging.types import BLOCK
 from dsa.ops.ranges import resolve_ranges
 
-DEFAULT = kernels.Limits()
+DEFAULT = rounds.Limits()
 ONE_ROUND = replace(DEFAULT, one_round=1 << 62)
 SINKS, LOCAL = 4, 32
 Inputs = tuple[Tensor, Tensor | QuantizedKeys | PagedKeys, Tensor]
@@ -54,7 +55,7 @@ def options(q: Tensor, k: Tensor | QuantizedKeys) -> dict[str, Any]:
     return {"scale": q.shape[-1] ** -0.5, "sinks": SINKS, "local": LOCAL, "ranges": ranges}
 
 
-def fused(inputs: Inputs, top_k: int, limits: kernels.Limits = DEFAULT) -> Tensor:
+def fused(inputs: Inputs, top_k: int, limits: rounds.Limits = DEFAULT) -> Tensor:
     q, k, w = inputs
     return kernels.select(q, k, w, top_k, limits=limits, **options(q, k))
 
@@ -72,9 +73,9 @@ class StoredScores:
         operands = kernels._operands(q, k, w, self.settings["scale"])
         every = slice(None), slice(None)
         chunk_options = (self.settings["sinks"], self.settings["local"], self.settings["ranges"], every, ONE_ROUND)
-        self.chunk = kernels._Chunk(operands, 1, *chunk_options)
-        configs = kernels._score_configs(operands, q.shape[1])
-        self.extent = max(kernels._round_up(self.chunk._extent(tile["BLOCK_M"])) for tile in configs)
+        self.chunk = rounds.Chunk(operands, 1, *chunk_options)
+        configs = rounds.score_configs(operands, q.shape[1])
+        self.extent = max(rounds.round_up(self.chunk._extent(tile["BLOCK_M"])) for tile in configs)
         self.chunk._capacity = self.extent // 2
         self.chunk._candidates = torch.empty(1, dtype=torch.int64, device=DEVICE)
         # Hidden tokens that no block of queries comes to keep the lowest number.
@@ -99,7 +100,7 @@ class StoredScores:
         return select_highest(oldest_first, top_k) + (self.newest() - self.extent).unsqueeze(1)
 
 
-def check(inputs: Inputs, top_k: int, form: str, limits: kernels.Limits) -> Row:
+def check(inputs: Inputs, top_k: int, form: str, limits: rounds.Limits) -> Row:
     """Raises if a selection is wrong, and gives the error of the scores against fp64."""
     q, k, w = inputs
     torch.manual_seed(0)
@@ -188,7 +189,7 @@ def decode(sets: list[Inputs], top_k: int, form: str) -> Row:
 def tiles(inputs: Inputs, form: str) -> Iterator[Row]:
     """Every candidate tile of the score kernel."""
     q, k, w = inputs
-    for config in kernels._score_configs(kernels._operands(q, k, w, 1.0), q.shape[1]):
+    for config in rounds.score_configs(kernels._operands(q, k, w, 1.0), q.shape[1]):
         stored = StoredScores(inputs, config)
         took = milliseconds(stored.store)
         operations = 2 * q.shape[0] * q.shape[1] * k.shape[1] * q.shape[2] * q.shape[3]

@@ -33,6 +33,7 @@ from dsa.ops.indexer_loss import triton as loss_kernels
 from dsa.ops.packed_latents import triton as row_kernels
 from dsa.ops.ranges import resolve_ranges
 from dsa.ops.sparse_attention import triton as attention_kernels
+from dsa.ops.sparse_attention import triton_gradients as gradient_kernels
 from dsa.ops.sparse_attention import triton_packed as packed_kernels
 
 INSTRUCTIONS = ("HGMMA", "HMMA", "UTCHMMA", "LDGSTS", "RED", "REDG", "STL", "LDL")
@@ -66,19 +67,25 @@ class Recorder:
         options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages") if name in kwargs}
         bound = inspect.signature(self.kernel.fn).bind(*args, **kwargs).arguments
         signature, constants, attributes = {}, {}, {}
-        for place, (name, value) in enumerate(bound.items()):
+
+        def specialised(path: tuple[int, ...], name: str, value: Any) -> Any:
+            """The type of an argument, or of each element of a tuple; notes what the compiler may count on."""
             if isinstance(value, Tensor):
-                signature[name] = POINTERS[value.dtype]
-                attributes[(place,)] = [["tt.divisibility", 16]]
-            elif isinstance(value, float):
-                signature[name] = "fp32"
-            elif type(value) is int and value != 1 and name.islower():
-                signature[name] = "i32"
+                attributes[path] = [["tt.divisibility", 16]]
+                return POINTERS[value.dtype]
+            if isinstance(value, float):
+                return "fp32"
+            if isinstance(value, tuple) and name.islower():
+                return tuple(specialised((*path, place), name, each) for place, each in enumerate(value))
+            if type(value) is int and value != 1 and name.islower():
                 if value % 16 == 0:
-                    attributes[(place,)] = [["tt.divisibility", 16]]
-            else:
-                signature[name] = "constexpr"
-                constants[name] = value
+                    attributes[path] = [["tt.divisibility", 16]]
+                return "i32"
+            constants[path] = value
+            return "constexpr"
+
+        for place, (name, value) in enumerate(bound.items()):
+            signature[name] = specialised((place,), name, value)
         source = ASTSource(self.kernel, signature, constants, attributes)
         compiled = triton.compile(source, target=GPUTarget("cuda", self.capability, 32), options=options)
         limits = {
@@ -143,8 +150,8 @@ def compile_all(capability: int, wanted: str) -> Iterator[dict[str, Any]]:
                 )  # fmt: skip
             out, lse = torch.zeros(*q.shape[:3], v.shape[-1], dtype=q.dtype), torch.zeros(q.shape[:3])
             yield from record(
-                attention_kernels, ["attend_backward"], f"{label} backward", capability, wanted,
-                lambda a=(out, q, k, v, indices, None, out, lse): attention_kernels.backward(*a, 0.1, None),
+                gradient_kernels, ["attend_backward"], f"{label} backward", capability, wanted,
+                lambda a=(out, q, k, v, indices, None, out, lse): gradient_kernels.backward(*a, 0.1, None),
             )  # fmt: skip
             if label == "gqa bfloat16":
                 sinks, options = torch.zeros(q.shape[2]), f"{label} with sinks, softcap, fixed order,"
@@ -161,8 +168,8 @@ def compile_all(capability: int, wanted: str) -> Iterator[dict[str, Any]]:
                     )  # fmt: skip
                 torch.use_deterministic_algorithms(True)
                 yield from record(
-                    attention_kernels, ["attend_backward", "sum_by_key"], f"{options} backward", capability, wanted,
-                    lambda a=(out, q, k, v, indices, sinks, out, lse): attention_kernels.backward(*a, 0.1, 3.0),
+                    gradient_kernels, ["attend_backward", "sum_by_key"], f"{options} backward", capability, wanted,
+                    lambda a=(out, q, k, v, indices, sinks, out, lse): gradient_kernels.backward(*a, 0.1, 3.0),
                 )  # fmt: skip
                 torch.use_deterministic_algorithms(False)
         yield from compile_packed(capability, wanted)

@@ -127,7 +127,7 @@ def forward_row(what: str, form: str, tensors: Tensors, asked: Asked = (), repea
 def candidate_rows(form: str, tensors: Tensors) -> Iterator[Row]:
     """Every candidate tile of the forward kernel, for the log."""
     q, k, v, _ = tensors
-    for config in kernels._forward_candidates(q, k, v):
+    for config in kernels.forward_candidates(q, k, v):
         took = milliseconds(lambda c=config: kernels.forward(*tensors, None, q.shape[-1] ** -0.5, None, config=c))
         yield {"what": "tile", "form": form, "shape": shape_of(tensors), "ms": took, "config": config}
 

@@ -304,15 +304,26 @@ from triton.compiler import ASTSource
 from dsa.ops.index_topk import triton_kernels as kernels
 from dsa.ops.quantize import triton as quantize
 
-def check(kernel, capability, pointers, **constants):
+# Of tuples of strides, those that are constants.
+ones = {"q_strides": (None, None, None, 1), "k_strides": (None, None, 1), "scale_strides": (None, 1),
+        "table_strides": (None, None), "start_strides": (None, None), "end_strides": (None, None)}
+of_rows = {"x_strides": (None,) * 4, "weight_strides": (None,) * 3, "data_strides": (None,) * 4,
+           "scale_strides": (None,) * 3}
+
+def check(kernel, capability, pointers, tuples=ones, **constants):
     signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in kernel.arg_names}
+    constants = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    for name in signature.keys() & tuples.keys():
+        signature[name] = tuple("i32" if value is None else "constexpr" for value in tuples[name])
+        constants |= {(kernel.arg_names.index(name), place): value
+                      for place, value in enumerate(tuples[name]) if value is not None}
     target = GPUTarget("cuda", capability, 32)
     compiled = triton.compile(ASTSource(kernel, signature, constants), target=target, options={"num_warps": 4})
     assert compiled.asm["cubin"]
 
 int32 = dict.fromkeys(("first_ptr", "last_ptr", "bound_ptr", "dense_ptr", "count_ptr", "count_in_ptr",
                        "count_out_ptr", "selection_ptr", "table_ptr"), "*i32")
-tile = dict(HEADS=4, DIM=128, BLOCK_D=128, BLOCK_N=64, STAGES=3, stride_qd=1, stride_kd=1, stride_ss=1)
+tile = dict(HEADS=4, DIM=128, BLOCK_D=128, BLOCK_N=64, STAGES=3)
 kinds = (80, "int8", "i8"), (80, "fp8_as_fp16", "u8"), (90, "fp8", "fp8e4nv"), (90, "half", "bf16")
 for capability, kind, element in kinds:
     pointers = int32 | {"q_ptr": "*" + element, "k_ptr": "*" + element, "coefficient_ptr": "*fp32",
@@ -327,7 +338,7 @@ check(kernels.fill_kernel, 80, {"start_ptr": "*i64", "end_ptr": "*i64", "selecti
 for fp8 in False, True:
     pointers = {"x_ptr": "*bf16", "weight_ptr": "*bf16", "data_ptr": "*u8" if fp8 else "*i8", "scale_ptr": "*fp32",
                 "coefficient_ptr": "*fp32", "normalizer": "fp32", "levels": "fp32", "factor": "fp32"}
-    check(quantize._quantize_kernel, 80, pointers, DIM=128, BLOCK_D=128, BLOCK_ROWS=32, ROTATE=True, FP8=fp8,
+    check(quantize._quantize_kernel, 80, pointers, of_rows, DIM=128, BLOCK_D=128, BLOCK_ROWS=32, ROTATE=True, FP8=fp8,
           POWER_OF_TWO=fp8, WEIGHTED=fp8)
 """
 

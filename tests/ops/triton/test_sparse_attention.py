@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dsa.ops import sparse_attention
 from dsa.ops.sparse_attention import triton as kernels
+from dsa.ops.sparse_attention import triton_gradients
 from dsa.testing import oracles
 from dsa.testing.cases import CASES, Case, Inputs, make_inputs
 from dsa.testing.tolerance import assert_within_yardstick
@@ -198,7 +199,7 @@ def test_padding_never_reads_row_zero(device: str) -> None:
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_backward_in_turns(scratch: int, deterministic: bool, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bounded memory, with and without the fixed order; several programs add to every key."""
-    monkeypatch.setattr(kernels, "SCRATCH_BYTES", scratch)
+    monkeypatch.setattr(triton_gradients, "SCRATCH_BYTES", scratch)
     case = Case("turns", batch=2, tokens=3, keys=6, heads=6, groups=2, head_dim=20, value_dim=17, top_k=5)
     inputs = make_inputs(case, device)
     torch.use_deterministic_algorithms(deterministic)

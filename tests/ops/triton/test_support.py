@@ -84,6 +84,6 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     assert "need an NVIDIA GPU, or CPU tensors with TRITON_INTERPRET=1" in triton_support.gap(None, tensor)
     assert "the tensors are on meta" in triton_support.gap(tensor.to("meta"))
-    assert list(triton_support.beside({"reference": None}, tensor)) == ["reference", "triton"]
+    assert list(triton_support.with_triton({"reference": None}, tensor)) == ["reference", "triton"]
     monkeypatch.setattr(triton_support, "_INSTALLED", False)
     assert "pip install" in triton_support.gap(tensor)

@@ -45,20 +45,11 @@ def _append_kernel(
     scale_ptr,
     rows,
     tokens,
-    stride_xb,
-    stride_xt,
-    stride_xd,
-    stride_cb,
-    stride_ct,
-    stride_cd,
-    stride_nb,
-    stride_nt,
-    stride_nd,
-    stride_db,
-    stride_dt,
-    stride_dd,
-    stride_sb,
-    stride_st,
+    x_strides,
+    cos_strides,
+    sin_strides,
+    data_strides,
+    scale_strides,
     epsilon,
     normalizer,
     levels,
@@ -71,6 +62,11 @@ def _append_kernel(
     FP8: tl.constexpr,
 ):
     """Rows of the projected keys `x[B, T, Di]` to `data[B, T, Di]` and `scale[B, T]`, the places of new tokens."""
+    stride_xb, stride_xt, stride_xd = x_strides
+    stride_cb, stride_ct, stride_cd = cos_strides
+    stride_nb, stride_nt, stride_nd = sin_strides
+    stride_db, stride_dt, stride_dd = data_strides
+    stride_sb, stride_st = scale_strides
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     present = row < rows
     b = (row // tokens).to(tl.int64)
@@ -142,15 +138,16 @@ def _append(
     rows = batch * tokens
     if not rows:
         return
-    strides = []
-    for table in (cos, sin):
-        # One row of tables serves every batch row.
-        strides += [0, 0, 0] if table is None else [table.stride(0) * (table.shape[0] > 1), *table.stride()[1:]]
+    # One row of tables serves every batch row.
+    table_strides = [
+        (0, 0, 0) if table is None else (table.stride(0) * (table.shape[0] > 1), *table.stride()[1:])
+        for table in (cos, sin)
+    ]
     with on(key.device):
         _append_kernel[(triton.cdiv(rows, _ROWS_PER_PROGRAM),)](
             key, norm.contiguous(), norm_bias.contiguous(), key if cos is None else cos, key if sin is None else sin,
             data, data if scale is None else scale, rows, tokens,
-            *key.stride(), *strides, *data.stride(), *((0, 0) if scale is None else scale.stride()),
+            key.stride(), *table_strides, data.stride(), (0, 0) if scale is None else scale.stride(),
             NORM_EPSILON, dim**-0.5, _LEVELS.get(data.dtype, 1.0),
             DIM=dim, BLOCK_D=triton.next_power_of_2(dim), ROTATED=0 if cos is None else cos.shape[-1],
             BLOCK_ROWS=_ROWS_PER_PROGRAM, HADAMARD=dim & (dim - 1) == 0, QUANTISED=scale is not None,

@@ -105,17 +105,10 @@ def score_kernel(
     dense_ptr,
     candidate_ptr,
     count_ptr,
-    stride_qb,
-    stride_qt,
-    stride_qh,
-    stride_qd,
-    stride_kb,
-    stride_ks,
-    stride_kd,
-    stride_sb,
-    stride_ss,
-    stride_tb,
-    stride_te,
+    q_strides,
+    k_strides,
+    scale_strides,
+    table_strides,
     pages,
     tokens,
     round_begin,
@@ -149,6 +142,10 @@ def score_kernel(
 
     Grid: segments, blocks of queries, `B`.
     """
+    stride_qb, stride_qt, stride_qh, stride_qd = q_strides
+    stride_kb, stride_ks, stride_kd = k_strides
+    stride_sb, stride_ss = scale_strides
+    stride_tb, stride_te = table_strides
     segment, block, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     first, last, lowest, highest = _block_extent(first_ptr, last_ptr, batch, block, tokens, BLOCK_M)
     token = block * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -387,10 +384,10 @@ def select_kernel(
 
 
 @triton.jit
-def fill_kernel(
-    start_ptr, end_ptr, selection_ptr, top_k, stride_sb, stride_st, stride_eb, stride_et, stride_ob, BLOCK: tl.constexpr
-):
+def fill_kernel(start_ptr, end_ptr, selection_ptr, top_k, start_strides, end_strides, stride_ob, BLOCK: tl.constexpr):
     """Selects everything for the queries that see at most `K` tokens, and pads with `-1`. Grid: `T`, `B`."""
+    stride_sb, stride_st = start_strides
+    stride_eb, stride_et = end_strides
     token, batch = tl.program_id(0), tl.program_id(1)
     start = tl.load(start_ptr + batch * stride_sb + token * stride_st)
     end = tl.load(end_ptr + batch * stride_eb + token * stride_et)

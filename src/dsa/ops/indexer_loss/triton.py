@@ -268,12 +268,12 @@ def _dense(
     offsets, widths = split_width(index_dim, 128)
     dtype = product_dtype(q_index, k_index)
     attention_totals[(blocks, heads, batch)](
-        q, k, constants.sink_logits, *bounds, log_totals, masses, *q.stride(), *k.stride(), tokens,
+        q, k, constants.sink_logits, *bounds, log_totals, masses, q.stride(), k.stride(), tokens,
         constants.attention_scale, softcap, HAS_SINK=constants.sink_logits is not None, **main, **config,
     )  # fmt: skip
     index_totals[(blocks, batch)](
         q_index, k_index, w_index, *bounds[2:], index_log_totals,
-        *q_index.stride(), *k_index.stride(), *w_index.stride(), tokens, constants.index_scale,
+        q_index.stride(), k_index.stride(), w_index.stride(), tokens, constants.index_scale,
         HEADS=index_heads, SIZE=index_dim, OFFSETS=offsets, WIDTHS=widths,
         DTYPE=TILE_DTYPES[dtype], PRECISION=precision(dtype), **config,
     )  # fmt: skip
@@ -293,7 +293,7 @@ def _dense(
         divergence[(triton.cdiv(here, config["BLOCK_ROWS"]), chunks, batch)](
             q_index, k_index, w_index, q, k, *bounds[2:], log_totals, mass, index_log_totals, share, losses,
             grad_q, grad_k, grad_w,
-            *q_index.stride(), *k_index.stride(), *w_index.stride(), *q.stride(), *k.stride(),
+            q_index.stride(), k_index.stride(), w_index.stride(), q.stride(), k.stride(),
             tokens, keys, first, here, per_chunk, constants.index_scale, constants.attention_scale, softcap,
             INDEX_HEADS=index_heads, INDEX_SIZE=index_dim, INDEX_OFFSETS=offsets, INDEX_WIDTHS=widths,
             INDEX_DTYPE=TILE_DTYPES[dtype], INDEX_PRECISION=precision(dtype), GRADIENTS=bool(grads),
@@ -335,7 +335,7 @@ def _selected(
     head_blocks = triton.cdiv(heads // groups, config["BLOCK_HEADS"])
     selected_totals[(batch * tokens * groups * head_blocks,)](
         q, k, constants.sink_logits, indices, *bounds, log_totals, masses,
-        *q.stride(), *k.stride(), *indices.stride(), tokens, keys, indices.shape[-1],
+        q.stride(), k.stride(), indices.stride(), tokens, keys, indices.shape[-1],
         constants.attention_scale, softcap, HAS_SINK=constants.sink_logits is not None, **main, **config,
     )  # fmt: skip
     mass, share = _count(masses)
@@ -344,7 +344,7 @@ def _selected(
     grad_q, grad_w = (grads[0], grads[2]) if grads else (losses, losses)
     selected_divergence[(batch * tokens,)](
         q_index, k_index, w_index, q, k, indices, *bounds, log_totals, mass, share, losses, grad_q, grad_k, grad_w,
-        *q_index.stride(), *k_index.stride(), *w_index.stride(), *q.stride(), *k.stride(), *indices.stride(),
+        q_index.stride(), k_index.stride(), w_index.stride(), q.stride(), k.stride(), indices.stride(),
         tokens, keys, indices.shape[-1], constants.index_scale, constants.attention_scale, softcap,
         INDEX_HEADS=index_heads, BLOCK_INDEX_HEADS=_padded_heads(q_index),
         INDEX_SIZE=index_dim, INDEX_OFFSETS=offsets, INDEX_WIDTHS=widths,

@@ -43,14 +43,8 @@ def attention_totals(
     kept_end,
     log_totals,
     masses,
-    q_batch,
-    q_token,
-    q_head,
-    q_dim,
-    k_batch,
-    k_token,
-    k_head,
-    k_dim,
+    q_strides,
+    k_strides,
     tokens,
     scale,
     softcap,
@@ -68,6 +62,8 @@ def attention_totals(
     STAGES: tl.constexpr,
 ):
     """Writes `log_totals[B, H, T]`, base 2 and with the sink, and `masses[B, H, T]`."""
+    q_batch, q_token, q_head, q_dim = q_strides
+    k_batch, k_token, k_head, k_dim = k_strides
     blocks = tl.cdiv(tokens, BLOCK_ROWS)
     # The last queries see the most keys: begun first, their programs do not end alone.
     row = (blocks - 1 - tl.program_id(0)) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -127,16 +123,9 @@ def index_totals(
     kept_start,
     kept_end,
     log_totals,
-    q_batch,
-    q_token,
-    q_head,
-    q_dim,
-    k_batch,
-    k_token,
-    k_dim,
-    w_batch,
-    w_token,
-    w_head,
+    q_strides,
+    k_strides,
+    w_strides,
     tokens,
     scale,
     HEADS: tl.constexpr,
@@ -150,6 +139,9 @@ def index_totals(
     STAGES: tl.constexpr,
 ):
     """Writes `log_totals[B, T]`: natural logarithm of the sum of the exponentials of the compared keys' scores."""
+    q_batch, q_token, q_head, q_dim = q_strides
+    k_batch, k_token, k_dim = k_strides
+    w_batch, w_token, w_head = w_strides
     blocks = tl.cdiv(tokens, BLOCK_ROWS)
     row = (blocks - 1 - tl.program_id(0)) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     batch = tl.program_id(1).to(tl.int64)
@@ -228,24 +220,11 @@ def divergence(
     grad_q,
     grad_k,
     grad_w,
-    qi_batch,
-    qi_token,
-    qi_head,
-    qi_dim,
-    ki_batch,
-    ki_token,
-    ki_dim,
-    w_batch,
-    w_token,
-    w_head,
-    q_batch,
-    q_token,
-    q_head,
-    q_dim,
-    k_batch,
-    k_token,
-    k_head,
-    k_dim,
+    qi_strides,
+    ki_strides,
+    w_strides,
+    q_strides,
+    k_strides,
     tokens,
     keys,
     first_token,
@@ -278,6 +257,11 @@ def divergence(
     Writes `losses[C, B, T]`; adds to the fp32 `grad_q[B, tokens_here, Hi, Di]`, `grad_w[B, tokens_here, Hi]` and
     `grad_k[B, S, Di]`.
     """
+    qi_batch, qi_token, qi_head, qi_dim = qi_strides
+    ki_batch, ki_token, ki_dim = ki_strides
+    w_batch, w_token, w_head = w_strides
+    q_batch, q_token, q_head, q_dim = q_strides
+    k_batch, k_token, k_head, k_dim = k_strides
     blocks = tl.cdiv(tokens_here, BLOCK_ROWS)
     local = (blocks - 1 - tl.program_id(0)) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     chunk = tl.program_id(1)

@@ -41,17 +41,9 @@ def selected_totals(
     kept_end,
     log_totals,
     masses,
-    q_batch,
-    q_token,
-    q_head,
-    q_dim,
-    k_batch,
-    k_token,
-    k_head,
-    k_dim,
-    i_batch,
-    i_token,
-    i_place,
+    q_strides,
+    k_strides,
+    i_strides,
     tokens,
     keys,
     selected,
@@ -71,6 +63,9 @@ def selected_totals(
     STAGES: tl.constexpr,
 ):
     """Writes `log_totals[B, H, T]`, base 2 and with the sink, and `masses[B, H, T]`."""
+    q_batch, q_token, q_head, q_dim = q_strides
+    k_batch, k_token, k_head, k_dim = k_strides
+    i_batch, i_token, i_place = i_strides
     SHARED: tl.constexpr = HEADS // GROUPS
     HEAD_BLOCKS: tl.constexpr = (SHARED + BLOCK_HEADS - 1) // BLOCK_HEADS
     program = tl.program_id(0)
@@ -143,27 +138,12 @@ def selected_divergence(
     grad_q,
     grad_k,
     grad_w,
-    qi_batch,
-    qi_token,
-    qi_head,
-    qi_dim,
-    ki_batch,
-    ki_token,
-    ki_dim,
-    w_batch,
-    w_token,
-    w_head,
-    q_batch,
-    q_token,
-    q_head,
-    q_dim,
-    k_batch,
-    k_token,
-    k_head,
-    k_dim,
-    i_batch,
-    i_token,
-    i_place,
+    qi_strides,
+    ki_strides,
+    w_strides,
+    q_strides,
+    k_strides,
+    i_strides,
     tokens,
     keys,
     selected,
@@ -191,6 +171,12 @@ def selected_divergence(
     STAGES: tl.constexpr,
 ):
     """Writes `losses[B, T]`, `grad_q[B, T, Hi, Di]`, `grad_w[B, T, Hi]`; adds to the fp32 `grad_k[B, S, Di]`."""
+    qi_batch, qi_token, qi_head, qi_dim = qi_strides
+    ki_batch, ki_token, ki_dim = ki_strides
+    w_batch, w_token, w_head = w_strides
+    q_batch, q_token, q_head, q_dim = q_strides
+    k_batch, k_token, k_head, k_dim = k_strides
+    i_batch, i_token, i_place = i_strides
     SHARED: tl.constexpr = HEADS // GROUPS
     HEAD_BLOCKS: tl.constexpr = (SHARED + BLOCK_HEADS - 1) // BLOCK_HEADS
     own = tl.program_id(0)

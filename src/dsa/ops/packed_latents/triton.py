@@ -29,12 +29,8 @@ def _pack_kernel(
     data_ptr,
     rows,
     inner,
-    stride_xa,
-    stride_xb,
-    stride_xd,
-    stride_da,
-    stride_db,
-    stride_dd,
+    x_strides,
+    data_strides,
     largest,
     LATENT: tl.constexpr,
     ROPE: tl.constexpr,
@@ -45,6 +41,8 @@ def _pack_kernel(
     POWER_OF_TWO: tl.constexpr,
 ):
     """Rows of `x[outer, inner, LATENT + ROPE]`."""
+    stride_xa, stride_xb, stride_xd = x_strides
+    stride_da, stride_db, stride_dd = data_strides
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     present = row < rows
     a = (row // inner).to(tl.int64)
@@ -93,7 +91,7 @@ def _write_rows(rows: Tensor, data: Tensor, latent_dim: int, power_of_two: bool)
     rope_dim = width - latent_dim
     with on(rows.device):
         _pack_kernel[(triton.cdiv(batch * tokens, _ROWS_PER_PROGRAM),)](
-            rows, data, batch * tokens, tokens, *rows.stride(), *data.stride(), _FP8_LARGEST,
+            rows, data, batch * tokens, tokens, rows.stride(), data.stride(), _FP8_LARGEST,
             LATENT=latent_dim, ROPE=rope_dim, GROUPS=scales_of(latent_dim), GROUP=GROUP,
             BLOCK_ROPE=triton.next_power_of_2(max(1, 2 * rope_dim)), BLOCK_ROWS=_ROWS_PER_PROGRAM,
             POWER_OF_TWO=power_of_two, num_warps=4,

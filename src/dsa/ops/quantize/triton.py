@@ -103,20 +103,10 @@ def _quantize_kernel(
     rows,
     middle,
     inner,
-    stride_xa,
-    stride_xb,
-    stride_xc,
-    stride_xd,
-    stride_wa,
-    stride_wb,
-    stride_wc,
-    stride_da,
-    stride_db,
-    stride_dc,
-    stride_dd,
-    stride_sa,
-    stride_sb,
-    stride_sc,
+    x_strides,
+    weight_strides,
+    data_strides,
+    scale_strides,
     normalizer,
     levels,
     factor,
@@ -129,6 +119,10 @@ def _quantize_kernel(
     WEIGHTED: tl.constexpr,
 ):
     """Rows of `x[outer, middle, inner, DIM]`; `coefficient = (weight * scale) * factor` where `WEIGHTED`."""
+    stride_xa, stride_xb, stride_xc, stride_xd = x_strides
+    stride_wa, stride_wb, stride_wc = weight_strides
+    stride_da, stride_db, stride_dc, stride_dd = data_strides
+    stride_sa, stride_sb, stride_sc = scale_strides
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     present = row < rows
     c = (row % inner).to(tl.int64)
@@ -220,7 +214,7 @@ def _launch(
     with on(x.device):
         _quantize_kernel[(triton.cdiv(rows, _ROWS_PER_PROGRAM),)](
             x, weights, data, scale, scale, rows, *x.shape[1:3],
-            *x.stride(), *weights.stride(), *data.stride(), *scale.stride(), dim**-0.5, levels, factor,
+            x.stride(), weights.stride(), data.stride(), scale.stride(), dim**-0.5, levels, factor,
             DIM=dim, BLOCK_D=triton.next_power_of_2(dim), BLOCK_ROWS=_ROWS_PER_PROGRAM,
             ROTATE=rotate, FP8=data.dtype == torch.uint8, POWER_OF_TWO=power_of_two, WEIGHTED=weight is not None,
             num_warps=4,

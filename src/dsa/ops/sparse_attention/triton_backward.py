@@ -50,25 +50,11 @@ def attend_backward(
     grad_k,
     grad_v,
     delta,
-    q_batch,
-    q_token,
-    q_head,
-    q_dim,
-    k_batch,
-    k_token,
-    k_head,
-    k_dim,
-    v_batch,
-    v_token,
-    v_head,
-    v_dim,
-    i_batch,
-    i_token,
-    i_place,
-    g_batch,
-    g_token,
-    g_head,
-    g_dim,
+    q_strides,
+    k_strides,
+    v_strides,
+    i_strides,
+    g_strides,
     tokens,
     keys,
     selected,
@@ -104,6 +90,11 @@ def attend_backward(
     from `first_group` on, `GROUPS_HERE` of them. Without `WITH_KEYS` or `WITH_VALUES` it leaves out the gradients of
     keys and queries, or those of the values.
     """
+    q_batch, q_token, q_head, q_dim = q_strides
+    k_batch, k_token, k_head, k_dim = k_strides
+    v_batch, v_token, v_head, v_dim = v_strides
+    i_batch, i_token, i_place = i_strides
+    g_batch, g_token, g_head, g_dim = g_strides
     SHARED: tl.constexpr = HEADS // GROUPS
     HEAD_BLOCKS: tl.constexpr = (SHARED + BLOCK_HEADS - 1) // BLOCK_HEADS
     program = tl.program_id(0)

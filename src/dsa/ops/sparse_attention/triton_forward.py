@@ -44,21 +44,10 @@ def attend(
     flags,
     out,
     lse,
-    q_batch,
-    q_token,
-    q_head,
-    q_dim,
-    k_batch,
-    k_token,
-    k_head,
-    k_dim,
-    v_batch,
-    v_token,
-    v_head,
-    v_dim,
-    i_batch,
-    i_token,
-    i_place,
+    q_strides,
+    k_strides,
+    v_strides,
+    i_strides,
     tokens,
     keys,
     selected,
@@ -94,6 +83,10 @@ def attend(
     With `FLAGGED_QUERIES` above zero only the blocks of that many queries are computed whose `flags` are set: the
     others are done already (see `triton_shared.py`).
     """
+    q_batch, q_token, q_head, q_dim = q_strides
+    k_batch, k_token, k_head, k_dim = k_strides
+    v_batch, v_token, v_head, v_dim = v_strides
+    i_batch, i_token, i_place = i_strides
     SHARED: tl.constexpr = HEADS // GROUPS
     HEAD_BLOCKS: tl.constexpr = (SHARED + BLOCK_HEADS - 1) // BLOCK_HEADS
     # Programs that read the same rows run side by side, so that the rows are in the L2 for all but the first.

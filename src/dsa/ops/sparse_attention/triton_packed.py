@@ -14,13 +14,13 @@ from torch import Tensor
 
 from dsa.ops.packed_latents.types import GROUP, PackedLatents, scales_of
 from dsa.ops.paging.types import PagedLatents
-from dsa.ops.sparse_attention.triton import split_count
+from dsa.ops.sparse_attention.triton_configs import split_count
 from dsa.ops.sparse_attention.triton_forward import merge_splits
 from dsa.ops.sparse_attention.triton_packed_forward import attend_packed
 from dsa.ops.triton_support import Config, capability, fitting, has_fp8, launch_chosen, on
 from dsa.ops.triton_tiles import TILE_DTYPES, Parts, padded_width, split_width
 
-# Best guesses first. A decoded tile passes through registers and lies beside the bytes in flight, so tiles have fewer
+# Best guesses first. A decoded tile passes through registers and lies next to the bytes in flight, so tiles have fewer
 # keys than with rows of 16 bits; these spill little or nothing.
 _MANY_HEADS = (
     {"BLOCK_HEADS": 64, "BLOCK_KEYS": 32, "STAGES": 3, "num_warps": 8},
@@ -176,8 +176,7 @@ def _launch(
     with on(q.device):
         attend_packed[(programs * splits,)](
             q, codes, scales, rotated, indices, indices if table is None else table, sink_logits, parts, logs,
-            *q.stride(), *(stride for strides in row_strides for stride in strides), *indices.stride(),
-            *((0, 0) if table is None else table.stride()),
+            q.stride(), *row_strides, indices.stride(), (0, 0) if table is None else table.stride(),
             tokens, keys, data.shape[0] // max(1, page), selected, per_split, rows, scale, softcap or 1.0,
             HEADS=heads, LATENT=latent_dim, OFFSETS=offsets, WIDTHS=widths, GROUP=GROUP,
             ROPE=head_dim - latent_dim, ROPE_OFFSETS=rope_offsets, ROPE_WIDTHS=rope_widths, PAGE=page,

@@ -73,21 +73,12 @@ def attend_packed(
     sink_logits,
     out,
     lse,
-    q_batch,
-    q_token,
-    q_head,
-    q_dim,
-    c_batch,
-    c_token,
-    s_batch,
-    s_token,
-    r_batch,
-    r_token,
-    i_batch,
-    i_token,
-    i_place,
-    t_batch,
-    t_entry,
+    q_strides,
+    c_strides,
+    s_strides,
+    r_strides,
+    i_strides,
+    t_strides,
     tokens,
     keys,
     pages,
@@ -121,6 +112,12 @@ def attend_packed(
     `PAGE` above zero of a pool `[P * PAGE, ...]` that all batch rows share. A code stands for `CODE_FACTOR` times the
     number that its bits make.
     """
+    q_batch, q_token, q_head, q_dim = q_strides
+    c_batch, c_token = c_strides
+    s_batch, s_token = s_strides
+    r_batch, r_token = r_strides
+    i_batch, i_token, i_place = i_strides
+    t_batch, t_entry = t_strides
     HEAD_BLOCKS: tl.constexpr = (HEADS + BLOCK_HEADS - 1) // BLOCK_HEADS
     # Programs that read the same rows run side by side, so that the rows are in the L2 for all but the first.
     program = tl.program_id(0)

@@ -39,9 +39,7 @@ def mark(
     indices,
     table,
     flags,
-    i_batch,
-    i_token,
-    i_place,
+    i_strides,
     tokens,
     keys,
     selected,
@@ -51,6 +49,7 @@ def mark(
     BLOCK: tl.constexpr,
 ):
     """Sets bit `j` of the int32 `table[N, S]` for every token that query `j` of a block selected."""
+    i_batch, i_token, i_place = i_strides
     block = first_block + tl.program_id(0)
     query = tl.program_id(1)
     batch = (block // blocks_of_row).to(tl.int64)
@@ -101,18 +100,9 @@ def attend_union(
     sink_logits,
     out,
     lse,
-    q_batch,
-    q_token,
-    q_head,
-    q_dim,
-    k_batch,
-    k_token,
-    k_head,
-    k_dim,
-    v_batch,
-    v_token,
-    v_head,
-    v_dim,
+    q_strides,
+    k_strides,
+    v_strides,
     tokens,
     keys,
     capacity,
@@ -141,6 +131,9 @@ def attend_union(
 
     A block that turns out to hold a value that is not finite is flagged here; then what is written does not matter.
     """
+    q_batch, q_token, q_head, q_dim = q_strides
+    k_batch, k_token, k_head, k_dim = k_strides
+    v_batch, v_token, v_head, v_dim = v_strides
     SHARED: tl.constexpr = HEADS // GROUPS
     ROWS: tl.constexpr = QUERIES * PADDED_SHARED
     group = tl.program_id(0) % GROUPS
