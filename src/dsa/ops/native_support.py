@@ -214,7 +214,7 @@ def threads() -> int:
 
 
 def _find() -> Path:
-    """The library beside the package, wherever an (editable) installation has put it."""
+    """The library next to the package, wherever an (editable) installation has put it."""
     chosen = os.environ.get("DSA_NATIVE_LIBRARY")
     if chosen:
         if not Path(chosen).is_file():

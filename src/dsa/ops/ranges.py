@@ -214,7 +214,7 @@ def ranges_for_kernels(
 ) -> VisibleRanges:
     """`resolve_ranges` without the copies between host and device that a graph cannot capture.
 
-    While one is captured, given ranges are cut to `[0, S]` in place of being checked, and the host believes that every
+    While one is captured, given ranges are cut to `[0, S]` in place of being checked, and the host assumes that every
     query sees all keys: that says how far kernels go, and they look at the ranges themselves.
     """
     given = key_start is not None or key_end is not None

@@ -21,7 +21,7 @@ from torch import Tensor
 LOWEST_CAPABILITY = (8, 0)
 
 CHECKED_ON_A_GPU = False
-"""Whether `python -m benchmarks.gpu` has passed on a GPU. Until then `auto` leaves them to those who ask for them."""
+"""Whether `python -m benchmarks.gpu` has passed on a GPU. Until then `auto` does not take them."""
 
 SHARED_MEMORY = {(8, 0): 163, (8, 6): 99, (8, 7): 163, (8, 9): 99, (9, 0): 227, (10, 0): 227, (10, 3): 227, (12, 0): 99}
 """KiB that one block may use, by compute capability (CUDA C++ programming guide); 99 is the least of all."""
@@ -83,7 +83,7 @@ def by_default() -> bool:
     return os.environ.get("DSA_TRITON", "1" if CHECKED_ON_A_GPU else "0") == "1"
 
 
-def beside(others: Mapping[str, str | None], *tensors: Tensor | None) -> dict[str, str | None]:
+def with_triton(others: Mapping[str, str | None], *tensors: Tensor | None) -> dict[str, str | None]:
     """The gaps of an operation's implementations, with Triton's first where `auto` takes it and last elsewhere.
 
     Args:
@@ -225,7 +225,7 @@ def choose(
 
     Args:
         kernel: Name of the kernel.
-        shape: What the choice depends on besides the device.
+        shape: What the choice depends on, apart from the device.
         configs: Candidates, best guess first; see `fitting`.
         device: Where the tensors are.
         launch: Runs the kernel with a candidate; it must bear being run many times.
@@ -244,7 +244,7 @@ def launch_chosen(
 ) -> Result:
     """Runs the chosen configuration; where the device turns out too small for it, the next candidate that fits.
 
-    The estimates behind `fitting` cannot know every layout a compiler picks. Arguments as for `choose`.
+    The estimates that `fitting` uses cannot know every layout a compiler picks. Arguments as for `choose`.
 
     Raises:
         NotImplementedError: No candidate fits.

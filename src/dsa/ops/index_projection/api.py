@@ -63,7 +63,7 @@ def index_projection(
     gap = gap or _native_gap(hidden, rope, out)
     chosen = "native"
     if impl != "auto" or gap is not None:
-        gaps = triton_support.beside({"native": gap, "reference": None}, hidden, *weights.tensors, *(rope or ()))
+        gaps = triton_support.with_triton({"native": gap, "reference": None}, hidden, *weights.tensors, *(rope or ()))
         chosen = resolve_impl(_OP, impl, gaps)
     if chosen == "triton":
         from dsa.ops.index_projection import triton

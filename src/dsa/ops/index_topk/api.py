@@ -96,7 +96,7 @@ def index_topk(
     native_gap = _native_gap(q, k, w)
     if impl == "auto" and native_gap is None:
         return _run("native", q, k, w, top_k, options)
-    gaps = triton_support.beside({"native": native_gap, "reference": None}, *_floating(q, k, w))
+    gaps = triton_support.with_triton({"native": native_gap, "reference": None}, *_floating(q, k, w))
     if gaps["triton"] is None and head_dim > _TRITON_LARGEST_DIM:
         gaps["triton"] = f"the kernels take index heads of at most {_TRITON_LARGEST_DIM} dims, got {head_dim}"
     if vendor_support.considered(impl):

@@ -102,7 +102,7 @@ def indexer_loss(
     index_scale = check_scale(_OP, "index_scale", index_scale, index_dim**-0.5)
     attention_scale = check_scale(_OP, "attention_scale", attention_scale, head_dim**-0.5)
     floating = (q, k, sink_logits, q_index, k_index, w_index)
-    gaps = triton_support.beside({"native": native_support.gap(*floating), "reference": None}, *floating)
+    gaps = triton_support.with_triton({"native": native_support.gap(*floating), "reference": None}, *floating)
     chosen = resolve_impl(_OP, impl, gaps)
     if indices is not None and (chosen != "triton" or triton_support.checks_indices()):
         check_indices(_OP, indices, keys)

@@ -29,7 +29,7 @@ def pack_latents(
     scale NaN and zeros as data.
 
     Args:
-        rows: `[B, S, L + R]`: the latent, and behind it the key dims that carry RoPE; converted to fp32 first. No
+        rows: `[B, S, L + R]`: the latent, followed by the key dims that carry RoPE; converted to fp32 first. No
             gradient passes.
         latent_dim: `L`.
         power_of_two: Round each scale up to a power of two, as caches do that keep no more than its exponent (ue8m0).
@@ -49,7 +49,7 @@ def pack_latents(
     if rows.shape[-1] < latent_dim:
         raise ValueError(
             f"{_OP}: rows must have at least latent_dim={latent_dim} dims, got {list(rows.shape)}; "
-            "they are the latent and behind it the dims with RoPE"
+            "they are the latent followed by the dims with RoPE"
         )
     if out is not None and (out.shape, out.latent_dim, out.device) != (rows.shape, latent_dim, rows.device):
         raise ValueError(
@@ -57,7 +57,7 @@ def pack_latents(
             f"got {list(out.shape)} with latent_dim={out.latent_dim} on {out.device}; slice it"
         )
     others = {"native": native_support.gap(rows), "reference": None}
-    chosen = resolve_impl(_OP, impl, triton_support.beside(others, rows))
+    chosen = resolve_impl(_OP, impl, triton_support.with_triton(others, rows))
     if chosen == "triton":
         from dsa.ops.packed_latents import triton
 

@@ -17,7 +17,7 @@ def pack_rows(rows: Tensor, latent_dim: int, power_of_two: bool) -> Tensor:
     """`[..., L + R]` to bytes `[..., row_bytes]`."""
     rows = rows.float()
     latent, rotated = rows[..., :latent_dim], rows[..., latent_dim:]
-    # Zeros behind the last group change neither its scale nor its values.
+    # Zeros after the last group change neither its scale nor its values.
     groups = F.pad(latent, (0, scales_of(latent_dim) * GROUP - latent_dim)).unflatten(-1, (-1, GROUP))
     codes, scale = round_to_fp8(groups, power_of_two)
     parts = (codes.flatten(-2)[..., :latent_dim], scale, rotated.to(torch.bfloat16))

@@ -55,7 +55,7 @@ def quantize_index_keys(
             f"got {out.dtype} {list(out.shape)} on {out.device}; slice it"
         )
     native_gap = native_support.gap(k) if dtype == "int8" else "the CPU kernels keep index keys in int8 or fp32"
-    gaps = triton_support.beside({"native": native_gap, "reference": None}, k)
+    gaps = triton_support.with_triton({"native": native_gap, "reference": None}, k)
     if power_of_two:
         gaps["native"] = "the CPU kernels do not round scales to powers of two"
     chosen = resolve_impl(op, impl, gaps)

@@ -75,7 +75,7 @@ def sparse_attention(
     native_gap = native_support.gap(q, k, v, sink_logits)
     if impl == "auto" and native_gap is None:
         return _run("native", q, k, v, indices, scale, softcap, sink_logits)
-    gaps = triton_support.beside({"native": native_gap, "reference": None}, q, k, v, sink_logits)
+    gaps = triton_support.with_triton({"native": native_gap, "reference": None}, q, k, v, sink_logits)
     chosen = _resolve(impl, gaps, q, k, v, indices, scale, softcap, sink_logits)
     return _run(chosen, q, k, v, indices, scale, softcap, sink_logits)
 
@@ -172,7 +172,7 @@ def _over_packed(
         check_tensor(_OP, "sink_logits", sink_logits, "[H]", (heads,), device=q.device)
     check_tensor(_OP, "indices", indices, "[B, T, K]", (batch, tokens, None), device=q.device, integer=True)
     scale = check_scale(_OP, "scale", scale, width**-0.5)
-    gaps = triton_support.beside({"native": native_support.gap(q, sink_logits), "reference": None}, q, sink_logits)
+    gaps = triton_support.with_triton({"native": native_support.gap(q, sink_logits), "reference": None}, q, sink_logits)
     if gaps["triton"] is None:
         gaps["triton"] = _row_gap(k)
     chosen = _resolve(impl, gaps, q, k, None, indices, scale, softcap, sink_logits)

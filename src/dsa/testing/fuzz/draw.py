@@ -120,7 +120,7 @@ class Draws:
             start = np.where(self.numbers.random((batch, tokens)) < 0.3, end, start)
         dtype = self.pick((torch.int32, torch.int64))
         given_start, given_end = (self.lay_out(np.ascontiguousarray(edge), dtype) for edge in (start, end))
-        # A start without an end may lie behind the causal end, which sees nothing.
+        # A start without an end may lie after the causal end, which sees nothing.
         return self.pick(((given_start, given_end), (given_start, given_end), (None, given_end), (given_start, None)))
 
     def implementation(self) -> Impl:
