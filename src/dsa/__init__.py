@@ -15,6 +15,9 @@ from dsa.config import DSAConfig, LayerConfig
 
 if TYPE_CHECKING:
     from dsa import ops
+    from dsa.generation.document import open_document
+
+    open = open_document
     from dsa.models import (
         AccelerateReport,
         AttachReport,
@@ -58,13 +61,16 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name == "ops":
         return import_module("dsa.ops")
+    if name == "open":
+        return import_module("dsa.generation.document").open_document
     if name in __all__:
         return getattr(import_module("dsa.models"), name)
     raise AttributeError(f"module 'dsa' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return list(__all__)
+    # Not in `__all__`: `from dsa import *` would take the place of Python's own `open`.
+    return sorted([*__all__, "open"])
 
 
 _auto_classes.find_when_looked_up()

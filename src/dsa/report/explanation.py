@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from dsa.documents.prompt import Prompt
-from dsa.generation.passages import Passage
+from dsa.generation.passages import Passage, tells
 from dsa.models.attached import AttachReport
 from dsa.report.passages import Reading, most_read, shares
 from dsa.report.recording import Recorder
@@ -88,7 +88,13 @@ class Explanation:
 
     def most_read(self, query: int, count: int = 10) -> list[Reading]:
         """The passages that distinguish what a query read, over all layers that select."""
-        return most_read(self._shares[query], self._usual, count)
+        return most_read(self._shares[query], self._usual, count, torch.tensor(self.says))
+
+    @cached_property
+    def says(self) -> list[bool]:
+        """Which passages say something: white space, bare numbers and running headers do not. Of the document only."""
+        told = tells(self.passages, [self.text(each.start, each.end) for each in self.passages])
+        return [says or each.part != "document" for each, says in zip(self.passages, told, strict=True)]
 
     @cached_property
     def _shares(self) -> dict[int, torch.Tensor]:

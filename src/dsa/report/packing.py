@@ -118,7 +118,10 @@ def meta(explanation: Explanation) -> dict[str, Any]:
         ],
         "probabilities": [round(each.probability, 4) for each in explanation.answer],
         "answer_tokens": len(explanation.answer),
-        "passages": [[each.start, each.page or 0, each.part] for each in explanation.passages],
+        "passages": [
+            [each.start, each.page or 0, each.part, int(says)]
+            for each, says in zip(explanation.passages, explanation.says, strict=True)
+        ],
         "parts": PARTS,
         "has_pages": any(page is not None for page in prompt.pages),
     }

@@ -42,6 +42,8 @@ def render(explanation: Explanation) -> str:
         config=explanation.report.config,
         kept=explanation.mass_kept,
         kept_window=explanation.mass_kept_window,
+        answer=visible(explanation.answer_text.strip()),
+        recording=explanation.recorder.seconds,
         costs=_costs(explanation.dsa, explanation.dense),
         is_estimated=explanation.dense.is_estimated,
         environment=explanation.environment,

@@ -52,7 +52,7 @@ def shares(rows: dict[int, Row], query: int, passage_of: Tensor, sinks: int, loc
     return found
 
 
-def most_read(own: Tensor, usual: Tensor, count: int) -> list[Reading]:
+def most_read(own: Tensor, usual: Tensor, count: int, says: Tensor | None = None) -> list[Reading]:
     """The passages that one token read most beyond what is usual.
 
     Args:
@@ -60,7 +60,8 @@ def most_read(own: Tensor, usual: Tensor, count: int) -> list[Reading]:
         usual: The median of that over all kept queries: a mean would be high on the very passages that a question is
             about, since its own tokens and those of the answer read them.
         count: How many to return at most; passages that were not read are none of them.
+        says: bool `[passages]`: which of them say something; `None` takes all.
     """
-    read = own.nonzero().flatten()
+    read = (own if says is None else own * says).nonzero().flatten()
     best = (own - usual)[read].sort(descending=True, stable=True).indices[:count]
     return [Reading(int(each), float(own[each]), float(usual[each])) for each in read[best]]

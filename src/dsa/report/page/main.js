@@ -178,7 +178,9 @@ async function start() {
   for (const radio of document.querySelectorAll("[name=map]")) radio.addEventListener("change", () => { state.map = radio.value; showMap(); });
   byId("page").max = meta.has_pages ? Math.max(...pane.pages.keys()) : meta.document[1];
   byId("page").addEventListener("change", (event) => {
-    const wanted = Math.max(0, Math.floor(Number(event.target.value)));
+    const { min, max } = event.target;
+    const wanted = Math.min(Number(max), Math.max(Number(min), Math.floor(Number(event.target.value)) || 0));
+    event.target.value = wanted;
     if (meta.has_pages) pane.goToPage(wanted);
     else lead(Math.min(wanted, meta.document[1] - 1), Math.min(wanted, meta.document[1] - 1) + 1, 0);
   });
@@ -188,6 +190,9 @@ async function start() {
   state.query = Math.max(0, first);
   update();
   shadeText();
+  const opened = panel.mostRead(state.query, layersChosen(), 10).find(({ passage }) => meta.passages[passage][2] === "document");
+  if (opened) pane.goTo(passageStart(opened.passage), passageEnd(opened.passage));
+  addEventListener("beforeprint", () => { pane.paintAll(); showMap(); });
   byId("main").setAttribute("aria-busy", "false");
 }
 

@@ -52,7 +52,7 @@ class Panel {
 
   mostRead(query, layers, count) {
     const shares = this.sharesOf(layers), read = [];
-    shares[query].forEach((share, passage) => { if (share) read.push({ passage, share }); });
+    shares[query].forEach((share, passage) => { if (share && meta.passages[passage][3]) read.push({ passage, share }); });
     read.sort((a, b) => b.share - a.share || a.passage - b.passage);
     const column = new Float32Array(shares.length), middle = (shares.length - 1) >> 1;
     let best = [];

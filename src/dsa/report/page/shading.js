@@ -110,6 +110,11 @@ class TextPane {
     if (bottom < 120 || top > innerHeight - 120) this.pane.scrollIntoView({ block: "center" });
   }
 
+  // On paper all of the text is seen.
+  paintAll() {
+    for (const each of this.blocks) this.paint(each);
+  }
+
   goToPage(page) {
     const heading = this.pages.get(page);
     if (!heading) return;
