@@ -32,9 +32,10 @@ def text(tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def dsa(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+def dsa(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Result]:
     """Runs the command with these arguments; `stdout` and `stderr` are told apart."""
     monkeypatch.delenv("DSA_DEBUG", raising=False)
+    monkeypatch.setenv("DSA_STORE", str(tmp_path / "dsa-store"))
     threads = torch.get_num_threads()
 
     def run(*arguments: str, stdin: str | None = None) -> Result:

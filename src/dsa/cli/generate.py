@@ -14,7 +14,7 @@ from dsa.cli import options
 from dsa.cli.commands import add_command
 from dsa.cli.console import notes, quietly
 from dsa.cli.generate_table import show_counted, show_sources, show_timings
-from dsa.cli.opening import ModelOptions, announced, check_question, open_model
+from dsa.cli.opening import ModelOptions, StoreOptions, announced, check_question, model_store, open_model, opened_store
 from dsa.cli.waiting import Steps
 
 if TYPE_CHECKING:
@@ -85,12 +85,13 @@ def register(app: typer.Typer) -> None:
     add_command(app, "generate", generate, short_help="Continue a prompt or a long file with sparse attention.")
 
 
-def generate(reading: PromptOptions, writing: WritingOptions, given: GeneratingModel) -> None:
+def generate(reading: PromptOptions, writing: WritingOptions, given: GeneratingModel, keeping: StoreOptions) -> None:
     """Continue a prompt with sparse attention, streaming to stdout.
 
     The prompt is --prompt, --file, or what is piped in; with a prompt and a file, the prompt follows the file. What is
     longer than the model's positions is read with stretched positions. The answer goes to stdout. What it took, and
-    the pages that the answer was read from, go to stderr.
+    the pages that the answer was read from, go to stderr. What was read of a long text is kept on disk, and the next
+    question about it begins to be answered at once.
 
     [bold]Examples[/]
 
@@ -104,11 +105,12 @@ def generate(reading: PromptOptions, writing: WritingOptions, given: GeneratingM
         from dsa.runs.files import check_writable
 
         check_writable(writing.json)
+    store = opened_store(keeping)
     document, follow = read_prompt(reading.prompt, reading.file, reading.pages)
     import torch
 
     from dsa.generation.figures import run_figures
-    from dsa.generation.prompt import encode_prompt
+    from dsa.generation.prompt import encode_prompt, kept_tokens
     from dsa.generation.sampling import Sampling
     from dsa.generation.session import Session
     from dsa.generation.sources import Watch
@@ -130,16 +132,21 @@ def generate(reading: PromptOptions, writing: WritingOptions, given: GeneratingM
 
     with quietly(writing.quiet), notes(), Steps(keep=False) as steps:
         loaded, report, prompt = open_model(
-            given, encode, steps, cache=given.cache, index_dtype=given.index_dtype, stats=writing.stats
+            given, encode, steps, cache=given.cache, index_dtype=given.index_dtype, stats=writing.stats, store=store
         )
-        session, watch = Session(loaded.model), Watch(report.config, len(prompt.ids))
+        kept = model_store(store, loaded, prompt)
+        session = Session(loaded.model, store=kept, document=Path(document.name).name)
+        session.open(prompt.ids)
+        watch = Watch(report.config, len(prompt.ids))
         progress = announced(loaded, report, session, prompt, steps)
-        session.read(prompt.ids, new_tokens=writing.max_new_tokens, progress=progress)
+        keep = kept_tokens(prompt)
+        session.read(prompt.ids, new_tokens=writing.max_new_tokens, keep=keep, progress=progress)
         steps.pause()
         with session.using(watch.context):
             tokens = session.write(writing.max_new_tokens, Sampling(writing.temperature, writing.top_p))
             answer = say(pieces(loaded.tokenizer, tokens))
         sources = watch.sources(prompt)
+        session.close()
         show_timings(session.timings)
         show_sources(sources, passages=writing.sources)
         if writing.stats or writing.json is not None:

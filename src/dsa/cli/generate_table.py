@@ -31,7 +31,10 @@ ROWS = (
 def show_timings(timings: Timings) -> None:
     """One line to stderr: what was read and written, and how long that took."""
     parts = []
-    if timings.held:
+    if timings.opened:
+        before = f"; reading them took {seconds(timings.opened_read_s)}" if timings.opened_read_s else ""
+        parts.append(f"opened {timings.opened:,} tokens in {seconds(timings.open_s)}{before}")
+    elif timings.held:
         parts.append(f"{timings.held:,} tokens were read before")
     parts.append(f"{timings.read:,} tokens read in {seconds(timings.read_s)}")
     speed = "" if timings.token_s is None else f" at {1 / timings.token_s:.1f} tokens/s"

@@ -16,7 +16,10 @@ from typer.core import TyperGroup
 from dsa.cli import ends
 from dsa.cli.console import print_error
 
-COMMANDS = ("demo", "info", "train", "calibrate", "generate", "eval", "explain", "export", "cost", "bench")
+COMMANDS = (
+    *("demo", "info", "train", "calibrate", "read", "generate", "store", "eval", "explain", "export", "cost"),
+    "bench",
+)
 
 HELP = """DeepSeek Sparse Attention for pretrained language models.
 

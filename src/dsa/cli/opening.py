@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from dsa.models.extension import Demand
     from dsa.models.loading import LoadedModel
     from dsa.runs.progress import Progress
+    from dsa.store import ModelStore, Store
 
 POSITIONS_WARNING = r"\d+ tokens are more than the \d+ positions"
 
@@ -52,6 +53,7 @@ def open_model(
     cache: str | None = None,
     index_dtype: str | None = None,
     stats: bool = False,
+    store: Store | None = None,
 ) -> tuple[LoadedModel, AttachReport, Prompt]:
     """Loads a model with positions enough for a prompt, attaches the indexers and says what was attached.
 
@@ -62,6 +64,7 @@ def open_model(
         cache: As in `dsa.accelerate`.
         index_dtype: How index keys are stored.
         stats: Say what every layer does.
+        store: Where the prompt will be kept, so that it may be larger than memory.
 
     Returns:
         The model, what attaching did, and the prompt.
@@ -102,7 +105,9 @@ def open_model(
     overrides = options.overrides(given.top_k, given.local, index_dtype)
     with without_messages(STRETCHED_INDEXERS if given.rope_scaling is None else None):
         report, _ = attach_indexers(loaded, given.indexers, cache=cache, **overrides)
-    check_room(loaded, report.config, demand, PREFILL_CHUNK)
+    in_file = check_room(loaded, report.config, demand, PREFILL_CHUNK, disk=None if store is None else store.limit)
+    if store is not None and in_file is not None:
+        note(f"{in_file / 1e9:,.1f} GB of keys and values do not fit into memory: they will lie in {store.folder}")
     if stats:
         err.print(str(report), markup=False, soft_wrap=True)
     elif not report.trained:
@@ -141,6 +146,38 @@ def announced(loaded: LoadedModel, report: AttachReport, session: Session, promp
             f"({fewer}) or a smaller --top-k take less"
         )
     return steps.growing(work, len(ids))
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreOptions:
+    """Where documents are kept."""
+
+    store: options.StoreFolder = None
+    no_store: options.NoStore = False
+
+
+def opened_store(given: StoreOptions) -> Store | None:
+    """The store that the user chose. Raises `ValueError` for two choices, `OSError` where it is no folder."""
+    from dsa.store import Store
+
+    if given.no_store and given.store is not None:
+        raise ValueError("store: got no-store too, expected one of them")
+    return None if given.no_store else Store(given.store)
+
+
+def model_store(store: Store | None, loaded: LoadedModel, prompt: Prompt) -> ModelStore | None:
+    """The store for a model; `None` without one, and for what no later call could open.
+
+    That is a prompt too short to be kept, and untrained indexers: they are other ones in every process.
+    """
+    from dsa.generation.prompt import kept_tokens
+    from dsa.models.sparse import sparse_report_of
+    from dsa.store import ModelStore
+    from dsa.store.kept import LEAST_TOKENS
+
+    if store is None or kept_tokens(prompt) < LEAST_TOKENS or not sparse_report_of(loaded.model).trained:
+        return None
+    return ModelStore(store, loaded.model, loaded.name)
 
 
 def check_question(ask: str | None, prompt: str | None, file: Path | None) -> None:

@@ -70,6 +70,17 @@ Json = Annotated[Path | None, typer.Option("--json", metavar="OUT", help="Write 
 Threads = Annotated[int | None, typer.Option(min=1, metavar="N", help="CPU threads; by default torch's choice.")]
 Device = Annotated[str | None, typer.Option(metavar="DEVICE", help="`cpu` or `cuda`; by default cuda if there is one.")]
 
+StoreFolder = Annotated[
+    Path | None,
+    typer.Option(
+        "--store",
+        metavar="DIR",
+        help="Where documents that were read are kept, to be opened at once the next time; by default `$DSA_STORE`, "
+        "else `store` in dsa's cache folder. What is kept can be read by whoever may read your files.",
+    ),
+]
+NoStore = Annotated[bool, typer.Option("--no-store", help="Keep nothing, and open nothing that was kept.")]
+
 
 def overrides(top_k: int | None, local: int | None, index_dtype: str | None = None) -> dict[str, Any]:
     """The fields of `DSAConfig` that the user set."""

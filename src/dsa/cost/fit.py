@@ -29,10 +29,16 @@ class Room:
     chunk: int
     storage: Storage
 
-    def bytes(self, tokens: int) -> float:
-        """Of keys, values, index keys and one pass, for so many tokens; the model's weights are not counted."""
+    def bytes(self, tokens: int, *, in_file: bool = False) -> float:
+        """Of keys, values, index keys and one pass, for so many tokens; the model's weights are not counted.
+
+        Args:
+            tokens: How many.
+            in_file: Whether keys and values lie in a file and take no memory that cannot be given back.
+        """
         held = memory(self.shape, self.config, tokens, self.storage)
-        return held.keys_and_values + held.index_keys + self._one_pass(min(tokens, self.chunk))
+        keys_and_values = 0 if in_file else held.keys_and_values
+        return keys_and_values + held.index_keys + self._one_pass(min(tokens, self.chunk))
 
     def tokens(self, available: float) -> int:
         """The most tokens that take no more than `available` bytes; 0 where not even one does."""

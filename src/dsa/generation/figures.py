@@ -25,7 +25,10 @@ def run_figures(loaded: LoadedModel, report: AttachReport, timings: Timings) -> 
         problem = str(error)
     return {
         "tokens_read": timings.read,
+        "tokens_opened": timings.held,
         "tokens_written": timings.written,
+        "first_token_s": timings.first_token_s,
+        "token_ms": None if timings.token_s is None else 1e3 * timings.token_s,
         "measured": {"read_s": timings.read_s, "token_s": timings.token_s},
         "counted": counted,
         "not_counted": problem,

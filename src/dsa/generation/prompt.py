@@ -15,6 +15,12 @@ def demand_of(prompt: Prompt, new_tokens: int) -> Demand:
     return Demand(read, len(prompt.ids) - read, new_tokens)
 
 
+def kept_tokens(prompt: Prompt) -> int:
+    """How many of a prompt's first tokens are the same whatever is asked: those up to the document's last."""
+    last = next((place for place, part in enumerate(reversed(prompt.parts)) if part == "document"), len(prompt.parts))
+    return len(prompt.parts) - last
+
+
 def encode_prompt(
     tokenizer: Any,
     document: SourceDocument,

@@ -13,7 +13,9 @@ from dsa.models.loading import LoadedModel
 from dsa.runs.memory import available_memory
 
 
-def check_room(loaded: LoadedModel, config: DSAConfig | None, demand: Demand, chunk: int) -> None:
+def check_room(
+    loaded: LoadedModel, config: DSAConfig | None, demand: Demand, chunk: int, *, disk: int | None = None
+) -> float | None:
     """Refuses a run whose keys and values do not fit into memory, before it begins.
 
     A model whose sizes `dsa.cost` does not know, and a device that does not say what is free, are let through.
@@ -23,6 +25,10 @@ def check_room(loaded: LoadedModel, config: DSAConfig | None, demand: Demand, ch
         config: Its DSA; `None` for dense.
         demand: What is read and written.
         chunk: Tokens read in one pass.
+        disk: Bytes that a store may take for keys and values that do not fit; `None` without a store.
+
+    Returns:
+        Bytes of keys and values, where they will lie in the store's file; else `None`.
 
     Raises:
         ValueError: It does not fit; the message says how many tokens of the document would.
@@ -31,13 +37,16 @@ def check_room(loaded: LoadedModel, config: DSAConfig | None, demand: Demand, ch
     try:
         shape = loaded_shape(loaded)
     except ValueError:
-        return
+        return None
     if available is None:
-        return
+        return None
     room = Room(shape, config, chunk, storage_of(loaded.model))
     needed = room.bytes(demand.total)
     if needed <= available:
-        return
+        return None
+    in_file = room.bytes(demand.total, in_file=True)
+    if disk is not None and loaded.model.device.type == "cpu" and in_file <= available and needed - in_file <= disk:
+        return needed - in_file
     fitting = demand.fitting(room.tokens(available)) // 100 * 100
     advice = (
         f"about {fitting:,} tokens of the text would fit: give --tokens {fitting} or fewer --pages"

@@ -28,7 +28,7 @@ from dsa.models.decoder import decoder_layers
 from dsa.models.rope import angle_set, angles_for, depends_on_length, is_two_sets, length_read
 from dsa.modules.cache import IndexedLayer, reserve
 from dsa.runs.progress import Advance, Progress, silent
-from dsa.store import ModelStore
+from dsa.store import ModelStore, Opened
 from dsa.store.recording import Recorder
 
 PREFILL_CHUNK = 4096
@@ -128,6 +128,7 @@ class Session:
         self._context: ContextMaker | None = None
         self._recorder: Recorder | None = None
         self._kept_s = 0.0
+        self._opened: Opened | None = None
         self._prompts = 0
         # The length that the angles are those of, and which angles what is held was turned by; `None` is unknown.
         self._length = 0
@@ -175,11 +176,9 @@ class Session:
         began = time.perf_counter()
         self._prompts += 1
         prompt = self._prompts
-        self.close()
-        self.timings = timings = Timings()
-        self.crop(min(common_prefix(self.token_ids, ids), len(ids) - 1))
+        self.open(ids)
         self._turn_by(length_read(self.model.config, len(ids), new_tokens))
-        self._open_stored(ids)
+        self.timings = timings = self._taken_opening()
         reserve(self.cache, len(ids) + new_tokens)
         timings.held = held = len(self.token_ids)
         kept = list(ids[: len(ids) if keep is None else keep])
@@ -214,26 +213,45 @@ class Session:
                 yield start, min(start + self.chunk, end)
             held = end
 
-    def _open_stored(self, ids: Sequence[int]) -> None:
-        """Exchanges the cache for a stored one that has more of a prompt, where there is one."""
-        # What is stored does not say which angles its keys were turned by.
+    def open(self, ids: Sequence[int]) -> int:
+        """Keeps what is held of a prompt, or takes what the store has, if that is more. `chunks` does the same.
+
+        Args:
+            ids: The whole prompt, at least one token. Its last is never among what is held.
+
+        Returns:
+            How many of its tokens need not be read.
+        """
+        self.close()
+        self.crop(min(common_prefix(self.token_ids, ids), len(ids) - 1))
+        # What is stored does not say which angles its keys were turned by, where a model has several.
         if self.store is None or depends_on_length(self.model.config):
-            return
+            return len(self.token_ids)
         opened = self.store.open(ids[:-1], held=len(self.token_ids))
-        if opened is None:
-            return
-        self.cache, self.token_ids = opened.cache, opened.token_ids
-        self.timings.opened, self.timings.open_s = len(opened.token_ids), opened.seconds
-        self.timings.opened_read_s = opened.read_s
+        if opened is not None:
+            self.cache, self.token_ids, self._opened = opened.cache, opened.token_ids, opened
+        return len(self.token_ids)
+
+    def _taken_opening(self) -> Timings:
+        """Timings of a prompt that is about to be read, with what was opened for it."""
+        opened, self._opened = self._opened, None
+        if opened is None or opened.cache is not self.cache:
+            return Timings()
+        return Timings(opened=len(self.token_ids), open_s=opened.seconds, opened_read_s=opened.read_s)
 
     def _keep(self, end: int, seconds: float, total: int) -> None:
         """Has what was read so far written to the store, as far as it is to be kept."""
         recorder = self._recorder
-        if recorder is None or end > len(recorder.ids) or recorder.problem:
+        if recorder is None or end > len(recorder.ids):
             return
         recorder.add(self.cache, end, seconds - self._kept_s)
         self._kept_s = seconds
-        recorder.lie_in_file(self.cache, total)
+        lies_in_file = recorder.lie_in_file(self.cache, total)
+        if lies_in_file and recorder.problem:
+            raise OSError(
+                f"store: the text does not fit into memory, and no more of it can be written ({recorder.problem}); "
+                "free space, name another store, or give fewer tokens"
+            )
 
     def close(self) -> None:
         """Waits until what was read is on disk, where there is a store. The session can be used on.

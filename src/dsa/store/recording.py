@@ -172,7 +172,9 @@ class Recorder:
             return
         # What is there is no entry, or one that was found damaged.
         shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.mkdir(mode=0o700, parents=True)
+        # With `parents=True` only the last folder would get the mode.
+        self.folder.parent.mkdir(mode=0o700, exist_ok=True)
+        self.folder.mkdir(mode=0o700)
         self._handle = layout.create(self.folder / ROWS, self._layout)
 
     def _write(
