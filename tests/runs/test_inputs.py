@@ -68,3 +68,10 @@ def test_all_of_a_short_text() -> None:
 def test_too_short(text: str, tokens: int | None, expected: str) -> None:
     with pytest.raises(ValueError, match=expected):
         encode(Document(text, "a text"), tiny_tokenizer(), tokens)
+
+
+def test_a_text_has_no_control_tokens_of_its_own() -> None:
+    tokenizer = tiny_tokenizer()
+    ids = encode(Document("a<eos>b<bos>", "a"), tokenizer)[0]
+    assert not {0, 1, 2} & set(ids.tolist())
+    assert tokenizer.decode(ids) == "a<eos>b<bos>"

@@ -260,3 +260,13 @@ def test_windows_that_teach_nothing_are_left_out() -> None:
         assert len(windows(number).eligible(0, 6)) >= 3
     with pytest.raises(ValueError, match=r"no window of 12 tokens has 3 tokens with 11 .*longest document has 40"):
         Windows(stream, 12, 0, first=11, at_least=3)
+
+
+def test_a_quoted_end_of_text_ends_no_document(tmp_path: Path) -> None:
+    file = tmp_path / "quoted.txt"
+    file.write_text("The token <eos> ends a document.")
+    tokenizer = tiny_tokenizer()
+    stream = read_data([str(file)], tokenizer, len(tokenizer), print)
+    ids = stream.ids.tolist()
+    assert ids.count(tokenizer.eos_token_id) == 1
+    assert ids[-1] == tokenizer.eos_token_id
