@@ -176,3 +176,30 @@ def test_fingers_find_every_control(browser: Any, page_file: Path) -> None:
     small = opened.evaluate(SMALL)
     assert small == []
     context.close()
+
+
+def test_on_paper_everything_is_seen(page: Any) -> None:
+    """Bars, legend and shading are printed without the browser's backgrounds; nothing is cut to a screen."""
+    page.emulate_media(media="print")
+    for selector in (".passages .bar", "#legend .swatch", "#pane span"):
+        assert page.locator(selector).first.evaluate("each => getComputedStyle(each).printColorAdjust") == "exact"
+    for selector in ("#pane", "#tokens", "#panel"):
+        assert page.locator(selector).evaluate("each => each.scrollHeight - each.clientHeight") <= 1
+    chosen = page.locator("#tokens [aria-selected=true]")
+    assert chosen.evaluate("each => getComputedStyle(each).color") == "rgb(0, 0, 0)"
+    assert not page.locator("#page").is_visible()
+    assert page.pdf(format="A4")[:4] == b"%PDF"
+    page.emulate_media(media="screen")
+
+
+def test_the_page_box_keeps_to_the_pages(page: Any) -> None:
+    for given, kept in (("99", "3"), ("0", "1"), ("2", "2")):
+        page.locator("#page").fill(given)
+        page.keyboard.press("Enter")
+        assert page.locator("#page").input_value() == kept
+
+
+def test_question_and_answer_stand_as_text(page: Any, explanation: Explanation) -> None:
+    said = page.locator("header .said").all_inner_texts()
+    assert said[0].startswith("Question What <i>is</i> it")
+    assert said[1].startswith("Answer")

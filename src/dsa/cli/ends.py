@@ -49,7 +49,7 @@ def message(error: BaseException, arguments: Sequence[str] = (), options: Sequen
         remedy = _REMEDIES.get(error.errno)
         return f"{where}{error.strerror}" + (f"; {remedy}" if remedy else "")
     said = str(error) or type(error).__name__
-    first = re.match(r"[a-z_]+(?= (?:must|is|are|cannot|has|have|takes)\b|:)", said)
+    first = re.match(r"[a-z_-]+(?= (?:must|is|are|cannot|has|have|takes)\b|:)", said)
     option = "" if first is None else f"--{first[0].replace('_', '-')}"
     if first is None or option not in options:
         return said

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class EvalOptions:
     """The options of `dsa eval`."""
 
-    model: options.Model
+    model: options.Model = "default"
     file: Annotated[
         list[Path],
         typer.Option(metavar="FILE", help="PDF, HTML, Markdown or text; again for more.", show_default=False),

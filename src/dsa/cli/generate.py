@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from dsa.cli import options
+from dsa.cli.checks import at_most
 from dsa.cli.commands import add_command
 from dsa.cli.console import notes, quietly
 from dsa.cli.generate_table import show_counted, show_sources, show_timings
@@ -54,7 +55,15 @@ class PromptOptions:
 class WritingOptions:
     """What is written."""
 
-    max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens to write at most.")] = 128
+    max_new_tokens: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            metavar="N",
+            callback=at_most("--max-new-tokens", options.MOST_TOKENS),
+            help="Tokens to write at most.",
+        ),
+    ] = 128
     temperature: Annotated[
         float, typer.Option(min=0.0, metavar="T", help="0 takes the likeliest token; above 0 samples.")
     ] = 0.0
@@ -96,10 +105,14 @@ def generate(reading: PromptOptions, writing: WritingOptions, given: GeneratingM
     [bold]Examples[/]
 
       dsa generate default --prompt "The lightning indexer is"
+      dsa generate report.pdf --ask "Who wrote this report?"
       dsa generate default --file thesis.txt --prompt "In short," --top-k 1024
       dsa generate default --file report.pdf --ask "Who wrote this report?" --pages 1-50
       cat notes.txt | dsa generate default --chat --temperature 0.7 --seed 1
     """
+    if reading.file is None and given.model != "default" and Path(given.model).is_file():
+        # `dsa generate guide.pdf`: a file is no model.
+        reading, given = replace(reading, file=Path(given.model)), replace(given, model="default")
     check_question(reading.ask, reading.prompt, reading.file)
     if writing.json is not None:
         from dsa.runs.files import check_writable

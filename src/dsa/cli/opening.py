@@ -36,7 +36,7 @@ LONG_S = 60.0
 class ModelOptions:
     """Which model, and how it is attached and run."""
 
-    model: options.Model
+    model: options.Model = "default"
     top_k: options.TopK = None
     local: options.Local = None
     indexers: options.Indexers = None

@@ -7,9 +7,14 @@ from typing import Annotated, Any
 
 import typer
 
+from dsa.cli.checks import at_most, check_model, check_threads
+
 MODEL_HELP = "Hugging Face id, local directory, or `default`."
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=False)]
+MOST_TOKENS = 1 << 24
+"""Of a context: more than any model reads."""
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=False, callback=check_model)]
 Indexers = Annotated[
     str | None,
     typer.Option(
@@ -18,7 +23,10 @@ Indexers = Annotated[
         "or untrained ones.",
     ),
 ]
-TopK = Annotated[int | None, typer.Option("--top-k", metavar="K", help="Tokens each query reads.")]
+TopK = Annotated[
+    int | None,
+    typer.Option("--top-k", metavar="K", callback=at_most("--top-k", MOST_TOKENS), help="Tokens each query reads."),
+]
 Local = Annotated[int | None, typer.Option(metavar="N", help="How many of the K are always the most recent tokens.")]
 Cache = Annotated[
     str | None,
@@ -67,7 +75,10 @@ Tokens = Annotated[
     ),
 ]
 Json = Annotated[Path | None, typer.Option("--json", metavar="OUT", help="Write the figures to this file as JSON.")]
-Threads = Annotated[int | None, typer.Option(min=1, metavar="N", help="CPU threads; by default torch's choice.")]
+Threads = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="N", callback=check_threads, help="CPU threads; by default torch's choice."),
+]
 Device = Annotated[str | None, typer.Option(metavar="DEVICE", help="`cpu` or `cuda`; by default cuda if there is one.")]
 
 StoreFolder = Annotated[

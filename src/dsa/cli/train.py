@@ -75,12 +75,20 @@ def train(ctx: typer.Context, options: TrainOptions, data: DataOptions, indexers
     import torch
 
     from dsa.train import RunOptions, start_processes
+    from dsa.train.extras import needed
+    from dsa.train.state import RunFolder
 
     refuse_other_stages(ctx, options.stage)
     if ctx.params["start"] == "fitted" and indexers.indexers is not None:
         raise ValueError("--start fitted sets new indexers; leave it out where training goes on with --indexers")
     processes, device = start_processes(options.device, options.shard)
     settings = settings_of(ctx.params, processes.size)
+    if processes.is_main:
+        # Before the model and the texts are read, which takes a while.
+        if options.tensorboard:
+            needed("tensorboard", "writing scalars for TensorBoard")
+        if not options.resume:
+            RunFolder(options.out).check_new()
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     with only_from(processes.is_main):

@@ -73,21 +73,24 @@ class RunFolder:
         Raises:
             OSError: Something is there already, or the folder cannot be made.
         """
+        self.check_new()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(f"out: the folder {self.path} cannot be made: {error.strerror or error}") from error
+
+    def check_new(self) -> None:
+        """Refuses a folder with something in it. Raises `OSError`."""
         if self.path.exists() and not self.path.is_dir():
             raise NotADirectoryError(f"out: {self.path} is a file; expected a folder to write to")
         if self.state_file.exists():
             raise FileExistsError(
-                f"out: {self.path} holds a training run already; continue it with --resume (resume=True), or "
-                "choose another folder"
+                f"out: {self.path} holds a training run already; continue it with --resume, or choose another folder"
             )
         if self.path.exists() and set(self.path.iterdir()) - set(_leftovers(self.path)):
             raise FileExistsError(
                 f"out: the folder {self.path} is not empty; choose another one, so that nothing is overwritten"
             )
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OSError(f"out: the folder {self.path} cannot be made: {error.strerror or error}") from error
 
     def check_space(self, state_bytes: int, copies: int = COPIES) -> None:
         """Refuses to begin a run, or a checkpoint, where so many states of that size would not fit.
