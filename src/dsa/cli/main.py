@@ -17,7 +17,8 @@ from dsa.cli import ends
 from dsa.cli.console import print_error
 
 COMMANDS = (
-    *("demo", "info", "train", "calibrate", "read", "generate", "store", "eval", "explain", "export", "cost"),
+    *("demo", "info", "train", "calibrate", "read", "generate", "eval", "explain", "export", "cost"),
+    "store",
     "bench",
 )
 
