@@ -6,6 +6,9 @@ nothing is registered ahead of time. In transformers' two tables of registered c
 its configuration class makes the class at that moment; every other look-up is answered as before. The tables are
 prepared when the modules that hold them have been imported: a finder notices those two imports, leaves their loaders
 to do their work, and then exchanges a dictionary.
+
+PEFT has tables by `model_type`, too: which layers an adapter goes to where its configuration names none. There the
+types of ours that exist get the row of their family, when the type is made or PEFT is imported, whichever is later.
 """
 
 from __future__ import annotations
@@ -50,6 +53,8 @@ _TABLES: Mapping[str, tuple[str, Callable[[object], type | None]]] = {
     "transformers.models.auto.modeling_auto": ("MODEL_FOR_CAUSAL_LM_MAPPING", _model_class),
 }
 
+_ADAPTER_TARGETS = "peft.utils.constants"
+
 
 class _Registered(dict[Any, Any]):
     """Registered classes. Ours are made when they are looked up; until then they are not among keys and values."""
@@ -70,6 +75,11 @@ class _Registered(dict[Any, Any]):
 
 def _prepare(name: str) -> None:
     """Prepares the table of a module that has been imported; a module without such a table is left alone."""
+    if name == _ADAPTER_TARGETS:
+        saving = sys.modules.get(_HOME)
+        if saving is not None and hasattr(saving, "share_adapter_targets"):
+            saving.share_adapter_targets()
+        return
     attribute, make = _TABLES[name]
     table = getattr(sys.modules.get(name), attribute, None)
     registered = getattr(table, _REGISTERED, None)
@@ -95,17 +105,17 @@ class _ThenPrepare(Loader):
 
 
 class _TableFinder(MetaPathFinder):
-    """Finds the two modules as the finders after it do, and has their tables prepared."""
+    """Finds the modules with tables as the finders after it do, and has their tables prepared."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if not fullname.startswith("transformers."):
+        if not fullname.startswith(("transformers.", "peft.")):
             return None
-        for name in _TABLES:
+        for name in (*_TABLES, _ADAPTER_TARGETS):
             # One that another finder took before this one saw it, or that was half imported when dsa was.
             _prepare(name)
-        if fullname not in _TABLES:
+        if fullname not in _TABLES and fullname != _ADAPTER_TARGETS:
             return None
         finders = list(sys.meta_path)
         position = finders.index(self) + 1 if self in finders else len(finders)

@@ -1,5 +1,6 @@
 """Saved models load in a fresh process through plain transformers."""
 
+import copy
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, PreTrainedModel, pipeline
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    LlamaModel,
+    PreTrainedModel,
+    pipeline,
+)
 
 import dsa
 from dsa.models.attached import config_of
@@ -87,3 +95,43 @@ def test_class_needs_its_config() -> None:
 
     with pytest.raises(ValueError, match=r"needs config\.dsa"):
         DSALlamaForCausalLM(tiny_model("llama").config)
+
+
+class Subclassed(LlamaForCausalLM):
+    """A user's own."""
+
+
+@pytest.mark.parametrize("kept", [LlamaForSequenceClassification, LlamaModel, Subclassed])
+def test_a_class_that_is_kept_says_how_its_indexers_are_saved(
+    kept: type[PreTrainedModel], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = tiny_model("llama").config
+    config.pad_token_id = 0
+    model = kept(config).eval()
+    dsa.attach(model, TINY_CONFIG)
+    assert type(model) is kept
+    sparse = model(tiny_tokens(2, 40))[0]
+    for saving in (model, copy.deepcopy(model)):
+        caplog.clear()
+        saving.save_pretrained(tmp_path)
+        assert f"{kept.__name__} was saved as a dense model" in caplog.text
+        assert "dsa.save_indexers(model, DIR)" in caplog.text
+        assert "dsa.attach(model, indexers=DIR)" in caplog.text
+    # What the words say works.
+    dsa.save_indexers(model, tmp_path / "indexers")
+    loaded = kept.from_pretrained(tmp_path).eval()
+    assert not dsa.is_attached(loaded)
+    dsa.attach(loaded, indexers=tmp_path / "indexers")
+    torch.testing.assert_close(loaded(tiny_tokens(2, 40))[0], sparse)
+    dsa.detach(model)
+    caplog.clear()
+    model.save_pretrained(tmp_path)
+    assert not caplog.text
+
+
+def test_one_that_is_saved_with_its_indexers_says_nothing(
+    model: PreTrainedModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.clear()
+    model.save_pretrained(tmp_path)
+    assert not caplog.text

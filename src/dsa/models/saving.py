@@ -8,8 +8,11 @@ carries a stub for processes that did not import dsa: there `trust_remote_code=T
 
 from __future__ import annotations
 
+import logging
+import sys
 from pathlib import Path
 from threading import Lock
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 from dsa.config import DSAConfig
@@ -18,10 +21,13 @@ from dsa.models.families import ATTACHABLE, Family, family_of
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
+logger = logging.getLogger("dsa")
+
 STUB_MODULE = "modeling_dsa"
 
 _config_classes: dict[str, type[PreTrainedConfig]] = {}
 _model_classes: dict[str, type[PreTrainedModel]] = {}
+_SAVE = "save_pretrained"
 _making = Lock()
 """Two threads that load models must not make two classes of one name: transformers looks models up by class."""
 
@@ -36,7 +42,21 @@ def dsa_config_class(model_type: str) -> type[PreTrainedConfig]:
                 made = type(f"DSA{base.__name__}", (base,), attributes)
                 _register_config(model_type, base, made)
                 _config_classes[model_type] = made
+        share_adapter_targets()
     return _config_classes[model_type]
+
+
+def share_adapter_targets() -> None:
+    """Gives the model types made so far their family's rows in PEFT's tables, where PEFT was imported.
+
+    The tables say which layers an adapter goes to whose configuration names none.
+    """
+    tables = vars(sys.modules["peft.utils.constants"]) if "peft.utils.constants" in sys.modules else {}
+    for name, table in list(tables.items()):
+        if name.startswith("TRANSFORMERS_MODELS_TO_") and isinstance(table, dict):
+            for model_type in list(_config_classes):
+                if model_type in table:
+                    table.setdefault(f"dsa_{model_type}", table[model_type])
 
 
 def dsa_model_class(model_type: str) -> type[PreTrainedModel]:
@@ -140,7 +160,7 @@ def become_savable(model: PreTrainedModel, config: DSAConfig) -> None:
     """Gives an attached causal language model the classes that save and load its indexers.
 
     Models that are not exactly the family's causal language model (a classifier, a user's subclass) keep their
-    class: they run sparse, and their indexers are saved with `save_indexers`.
+    class: they run sparse, and their indexers are saved with `save_indexers`. Their `save_pretrained` says so.
     """
     family = family_of(model)
     if type(model) is family.model_class():
@@ -152,12 +172,31 @@ def become_savable(model: PreTrainedModel, config: DSAConfig) -> None:
             "AutoConfig": f"{STUB_MODULE}.{model.config.__class__.__name__}",
             "AutoModelForCausalLM": f"{STUB_MODULE}.{model.__class__.__name__}",
         }
+    else:
+        vars(model)[_SAVE] = MethodType(_saving_dense(), model)
+
+
+def _saving_dense() -> Any:
+    # Copied and pickled with the model, a method of the model is found again by this name.
+    def save_pretrained(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        """The class's own, which then says what the folder is."""
+        saved = type(self).save_pretrained(self, *args, **kwargs)
+        logger.warning(
+            "dsa: %s was saved as a dense model: nothing will load its indexers from there, only the family's causal "
+            "language model is saved with them. Save them with dsa.save_indexers(model, DIR); after from_pretrained, "
+            "dsa.attach(model, indexers=DIR) makes it sparse again",
+            type(self).__name__,
+        )
+        return saved
+
+    return save_pretrained
 
 
 def become_plain(model: PreTrainedModel) -> None:
     """The inverse of `become_savable`."""
     family = family_of(model)
     if not isinstance(model, dsa_model_class(family.model_type)):
+        vars(model).pop(_SAVE, None)
         return
     model.__class__ = family.model_class()
     model.config.__class__ = family.config_class()

@@ -5,10 +5,12 @@ Shapes: `B` batch, `T` tokens, `Hi`/`Di` index heads / index head dim, `R` rotat
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from dsa.config import DSAConfig
 from dsa.ops.index_projection import IndexWeights, Rope, rotate_half_split
@@ -23,6 +25,32 @@ class IndexInputs(NamedTuple):
     query: torch.Tensor
     key: torch.Tensor
     weight: torch.Tensor
+
+
+class IndexProjection(nn.Module):
+    """`x @ weight.T`, initialised as `nn.Linear` is, and not one.
+
+    What goes over every linear layer of a model, as adapters on `"all-linear"` and quantizers do, shall leave the
+    indexers alone: they have no part in the model's gradient, and what they select depends on small differences.
+
+    Args:
+        inputs: Width of `x`.
+        outputs: Width of the result.
+    """
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outputs, inputs))
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[..., inputs]` to `[..., outputs]`."""
+        return F.linear(x, self.weight)
+
+    def extra_repr(self) -> str:
+        """The widths, as `nn.Linear` prints them."""
+        outputs, inputs = self.weight.shape
+        return f"inputs={inputs}, outputs={outputs}"
 
 
 class Indexer(nn.Module):
@@ -41,10 +69,10 @@ class Indexer(nn.Module):
         self.heads = config.index_heads
         self.head_dim = config.index_head_dim
         self.rope_dim = config.rope_dim
-        self.wq = nn.Linear(hidden_size, self.heads * self.head_dim, bias=False)
-        self.wk = nn.Linear(hidden_size, self.head_dim, bias=False)
+        self.wq = IndexProjection(hidden_size, self.heads * self.head_dim)
+        self.wk = IndexProjection(hidden_size, self.head_dim)
         self.k_norm = nn.LayerNorm(self.head_dim, eps=1e-6)
-        self.weights_proj = nn.Linear(hidden_size, self.heads, bias=False)
+        self.weights_proj = IndexProjection(hidden_size, self.heads)
         self._looked: tuple[int, IndexWeights | None] = -1, None
 
     def forward(self, hidden_states: torch.Tensor, rope: Rope | None = None) -> IndexInputs:
@@ -58,7 +86,7 @@ class Indexer(nn.Module):
         return IndexInputs(query, self.keys(hidden_states, rope), weight)
 
     @property
-    def query_projection(self) -> nn.Linear:
+    def query_projection(self) -> IndexProjection:
         """What makes the index queries, under whatever name a checkpoint has it."""
         return self.wq
 
@@ -99,13 +127,13 @@ class Indexer(nn.Module):
     def plain_weights(self) -> IndexWeights | None:
         """The weights, for `index_projection` to compute with; `None` where that would skip something.
 
-        Such as a hook on one of the projections, a bias, or a module that replaces one (an adapter).
+        Such as a hook on one of the projections, or a module that replaces one (an adapter).
         """
         query, key, head, norm = self.wq, self.wk, self.weights_proj, self.k_norm
         if type(norm) is not nn.LayerNorm or _is_watched(norm):
             return None
         for projection in (query, key, head):
-            if type(projection) is not nn.Linear or projection.bias is not None or _is_watched(projection):
+            if type(projection) is not IndexProjection or _is_watched(projection):
                 return None
         return IndexWeights(query.weight, key.weight, head.weight, norm.weight, norm.bias)
 
@@ -124,10 +152,10 @@ class LatentIndexer(Indexer):
     def __init__(self, hidden_size: int, config: DSAConfig, query_latent: int | None) -> None:
         super().__init__(hidden_size, config)
         del self.wq
-        self.wq_b = nn.Linear(query_latent or hidden_size, self.heads * self.head_dim, bias=False)
+        self.wq_b = IndexProjection(query_latent or hidden_size, self.heads * self.head_dim)
 
     @property
-    def query_projection(self) -> nn.Linear:
+    def query_projection(self) -> IndexProjection:
         return self.wq_b
 
     @property

@@ -32,7 +32,7 @@ FUNCTIONS = {
 
 SERVES = {
     "flash_mla": "FlashMLA at commit ba89a346 serves, the last with kernels for DeepSeek-V3.2 on Hopper",
-    "deep_gemm": "a DeepGEMM that has fp8_mqa_logits serves, as release 2.1 and those after it",
+    "deep_gemm": "a DeepGEMM that has fp8_mqa_logits serves; its news of 2025-09-28 say that it was added",
 }
 """What to install where the library at hand does not do."""
 
