@@ -16,6 +16,7 @@ import torch
 import transformers  # noqa: F401
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM  # noqa: F401
 
+import dsa.cli.console as console
 import dsa.models.attachment  # noqa: F401
 from dsa.__main__ import run
 
@@ -36,18 +37,19 @@ def _streams(asked: dict[str, Any], errors: int) -> None:
     os.dup2(errors, 2)
     for name, number in (("stdout", 1), ("stderr", 2)):
         setattr(sys, name, os.fdopen(os.dup(number), "w", buffering=1))
-    import dsa.cli.console as console
-
     console.out.file, console.err.file = sys.stdout, sys.stderr
 
 
 def ended(asked: dict[str, Any]) -> dict[str, Any]:
     """`code` as a shell tells it, and what stood on stderr."""
     with tempfile.TemporaryFile() as errors:
+        ready, told = os.pipe()
         child = os.fork()
         if child == 0:
             _streams(asked, errors.fileno())
             signal.signal(signal.SIGINT, signal.default_int_handler)
+            # A signal is meant for the command, not for what stands before it here.
+            os.write(told, b"!")
             sys.argv = ["dsa", *asked["arguments"]]
             try:
                 run()
@@ -65,6 +67,9 @@ def ended(asked: dict[str, Any]) -> dict[str, Any]:
             except OSError:
                 code = 120
             os._exit(code)
+        os.close(told)
+        os.read(ready, 1)
+        os.close(ready)
         if asked.get("signal"):
             began = time.monotonic()
             while os.fstat(errors.fileno()).st_size == 0 and time.monotonic() - began < asked.get("wait_s", 0.5):

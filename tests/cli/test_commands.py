@@ -89,7 +89,7 @@ def generated(folder: str, prompt: str, tokens: int) -> str:
 
 def test_generate_streams_the_continuation(dsa: Run, tiny: str) -> None:
     # with so few tokens everything is selected, and the output is the plain model's
-    result = dsa("generate", tiny, "--prompt", "hello", "--max-new-tokens", "12")
+    result = dsa("generate", tiny, "--prompt", "hello", "--max-new-tokens", "12", "--stats")
     assert result.exit_code == 0, result.output
     assert result.stdout.rstrip("\n") == generated(tiny, "hello", 12).rstrip("\n")
     assert "UNTRAINED" in result.stderr
@@ -149,9 +149,9 @@ def test_a_saved_attached_model(dsa: Run, tiny: str, text: str, tmp_path: Path) 
     folder = str(tmp_path / "attached")
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(tiny).save_pretrained(folder)
-    own = dsa("generate", folder, "--prompt", "hello", "--max-new-tokens", "4")
+    own = dsa("generate", folder, "--prompt", "hello", "--max-new-tokens", "4", "--stats")
     assert "reads 24 tokens per query" in own.stderr
-    changed = dsa("generate", folder, "--prompt", "hello", "--max-new-tokens", "4", "--top-k", "16")
+    changed = dsa("generate", folder, "--prompt", "hello", "--max-new-tokens", "4", "--top-k", "16", "--stats")
     assert "reads 16 tokens per query" in changed.stderr
     evaluated = dsa("eval", folder, "--file", text, "--tokens", "100")
     assert evaluated.exit_code == 0, evaluated.output

@@ -42,7 +42,7 @@ def test_trained_in_both_stages_and_exported(
     again = str(tmp_path / "again")
     result = dsa("export", f"{sparse}/model", "--out", again)
     assert result.exit_code == 0, result.output
-    result = dsa("generate", again, "--prompt", "What is kept?", "--max-new-tokens", "3", "--device", "cpu")
+    result = dsa("generate", again, "--prompt", "What is kept?", "--max-new-tokens", "3", "--device", "cpu", "--stats")
     assert result.exit_code == 0, result.output
     assert "DeepseekV32Attention replaced by LatentAttention" in result.stderr
 

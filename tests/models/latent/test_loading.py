@@ -42,7 +42,8 @@ def test_it_is_accelerated_without_being_told(saved: Path) -> None:
 
 
 def test_generate_command(saved: Path) -> None:
-    result = CliRunner().invoke(app, ["generate", str(saved), "--prompt", "What is kept?", "--max-new-tokens", "4"])
+    command = ["generate", str(saved), "--prompt", "What is kept?", "--max-new-tokens", "4", "--stats"]
+    result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
     assert "GlmMoeDsaAttention replaced by LatentAttention" in result.stderr
 
@@ -50,7 +51,7 @@ def test_generate_command(saved: Path) -> None:
 def test_generate_with_a_compact_cache(saved: Path, tmp_path: Path) -> None:
     out = tmp_path / "figures.json"
     command = ["generate", str(saved), "--prompt", "What is kept?", "--max-new-tokens", "4", "--json", str(out)]
-    result = CliRunner().invoke(app, [*command, "--cache", "fp8", "--index-dtype", "fp8"])
+    result = CliRunner().invoke(app, [*command, "--cache", "fp8", "--index-dtype", "fp8", "--stats"])
     assert result.exit_code == 0, result.output
     row, key = 20 + 4 + 2 * 8, 16 + 4
     assert f"a cache keeps FP8 rows of {row} bytes (112 as float32)" in result.stderr
