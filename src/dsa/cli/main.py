@@ -40,6 +40,13 @@ class Commands(TyperGroup):
         ctx.meta["arguments"] = list(args)
         return super().parse_args(ctx, args)
 
+    def make_context(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().make_context(*args, **kwargs)
+        except KeyboardInterrupt:
+            # typer would end with the same code and say nothing.
+            raise SystemExit(ends.stopped()) from None
+
     def invoke(self, ctx: Any) -> Any:
         try:
             result = super().invoke(ctx)
