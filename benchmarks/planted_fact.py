@@ -25,7 +25,8 @@ from typing import Any
 import torch
 
 from dsa.bench.result import environment
-from dsa.cli.console import Steps, notes
+from dsa.cli.console import notes
+from dsa.cli.waiting import Steps
 from dsa.documents import Page, SourceDocument, read_source
 from dsa.documents.prompt import Prompt, make_prompt
 from dsa.eval.interval import mean_interval
