@@ -75,7 +75,9 @@ def row_of(
             )
             off = off + 4 * SMALLEST * softcap
             slope = 1.0 - ratio**2
-            slope_error = 2 * np.abs(ratio) * off / softcap + 8 * EPS
+            # Of 1 - ratio², both orders: a score that is lost near zero has the steepest slope and a first order of 0.
+            lost = off / softcap
+            slope_error = np.minimum((2 * np.abs(ratio) + lost) * lost, 1.0) + 8 * EPS
             scores = softcap * ratio
         top = scores.max(axis=-1)
         shift = np.where(top == -np.inf, 0.0, top)
