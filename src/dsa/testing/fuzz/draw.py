@@ -175,7 +175,8 @@ def compare(what: str, actual: Tensor, expected: Bounded) -> None:
         allowed = expected.error + 2 * info.eps * (np.abs(exact) + expected.error) + 4 * smallest(actual.dtype)
         finite = np.isfinite(exact)
         near_overflow = np.abs(exact) + allowed >= 0.3 * info.max
-        wrong = np.where(finite, ~(np.abs(got - exact) <= allowed) & ~near_overflow, np.isfinite(got))
+        off = ~(np.abs(got - exact) <= allowed) & (got != exact) & ~near_overflow
+        wrong = np.where(finite, off, np.isfinite(got))
     if wrong.any():
         place = tuple(int(i) for i in np.argwhere(wrong)[0])
         raise Difference(

@@ -157,7 +157,7 @@ class _Oracle:
         off_grad = np.minimum(probability * np.expm1(np.minimum(off_predicted, 50)), 1.0) + 8 * EPS * probability
         off_grad += off_target + 4 * EPS * target + FLUSHED
         # A product so near to zero that it may pass the ReLU or not.
-        unsure = (np.abs(dots) <= off_dots) * np.abs(grad)
+        unsure = (np.abs(dots) <= off_dots) * (np.abs(grad) + off_grad)
         open_heads = dots > 0
         by_head = grad * open_heads
         off_head = off_grad + unsure + (count + 16) * EPS * np.abs(grad)
@@ -165,7 +165,7 @@ class _Oracle:
         grad_q, grad_k, grad_w = self.grads
         grad_w.exact[b, t] += self.index_scale * (passed @ grad)
         grad_w.error[b, t] += abs(self.index_scale) * (
-            passed @ (off_grad + rounding * np.abs(grad)) + off_dots @ np.abs(grad)
+            passed @ (off_grad + rounding * np.abs(grad)) + off_dots @ (np.abs(grad) + off_grad)
         )
         grad_q.exact[b, t] += factor[:, None] * (by_head @ index_keys)
         grad_q.error[b, t] += np.abs(factor)[:, None] * (off_head @ np.abs(index_keys)) + SMALLEST * count

@@ -109,7 +109,7 @@ def row_of(
         off = np.minimum(off, 1e30) + whole_error[:, None] + 4 * EPS * np.abs(np.where(weights > 0, exponent, 0.0))
         # An error of 1e30 is no bound at all: the score itself is lost.
         rounding = (count + 32) * EPS
-        high = np.minimum(1.0, np.exp(np.minimum(exponent + off, 0.0)) * (1 + rounding) + FLUSHED)
+        high = np.exp(np.minimum(exponent + off, 0.0)) * (1 + rounding) + FLUSHED
         low = np.maximum(0.0, np.exp(np.minimum(exponent - off, 0.0)) * (1 - rounding) - FLUSHED)
     return Row(
         scores, slope, slope_error, lse, lse_error, weights, low, np.maximum(high, weights), sink_share, sink_error
