@@ -9,7 +9,7 @@ import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,9 +17,9 @@ from transformers import PreTrainedModel
 
 from dsa.config import DSAConfig
 from dsa.models.attached import config_of, indexers_of
-from dsa.models.decoder import decoder_of
 from dsa.models.families import full_attention_layers
-from dsa.models.rope import RopeScaling, scaling_of
+from dsa.models.fingerprint import SIZES, describe_base_model, distance, is_same
+from dsa.models.rope import RopeScaling
 from dsa.models.rope import describe as describe_scaling
 from dsa.runs.files import write_tensors
 
@@ -29,14 +29,6 @@ FORMAT = "dsa-indexers"
 VERSION = 1
 FILE_NAME = "indexers.safetensors"
 SHIPPED = Path(__file__).parent / "shipped" / FILE_NAME
-
-_SIZES = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-_SAMPLES = 64
-_SAME_MODEL = 0.05
-"""Relative distance of sampled base weights up to which a checkpoint is taken to be for this model.
-
-Rounding to bf16 is near 0.002 and light fine-tuning stays well below; another training run is near 1.4.
-"""
 
 
 @dataclass(frozen=True)
@@ -121,17 +113,16 @@ def check_indexers(stored: StoredIndexers, model: PreTrainedModel, config: DSACo
         ValueError: Names what differs.
     """
     ours, theirs = describe_base_model(model), stored.base_model
-    for key in _SIZES:
+    for key in SIZES:
         if ours[key] != theirs.get(key):
             raise ValueError(
                 f"indexers: {stored.path} was trained for another model: its {key} is {theirs.get(key)!r}, "
                 f"that of {type(model).__name__} is {ours[key]!r}; train indexers for this model"
             )
-    distance = _distance(ours["sample"], theirs.get("sample", []))
-    if distance > _SAME_MODEL:
+    if not is_same(ours, theirs):
         raise ValueError(
             f"indexers: {stored.path} was trained for another model of the same size "
-            f"({theirs.get('name') or 'unnamed'}): sampled base weights differ by {distance:.0%}; "
+            f"({theirs.get('name') or 'unnamed'}): sampled base weights differ by {distance(ours, theirs):.0%}; "
             "train indexers for this model"
         )
     _check_scaling(stored, ours["rope_scaling"])
@@ -189,56 +180,6 @@ def load_indexers(model: PreTrainedModel, source: str | Path) -> None:
     stored = read_indexers(source)
     check_indexers(stored, model, config_of(model))
     fill_indexers(model, stored)
-
-
-def describe_base_model(model: PreTrainedModel) -> dict[str, Any]:
-    """What identifies a base model: its sizes, its name, and a few of its weights.
-
-    Names change when a model is copied and dtypes when it is converted; a sample of weights, compared with a
-    tolerance, survives both.
-    """
-    config = model.config.get_text_config(decoder=True)
-    heads = config.num_attention_heads
-    return {
-        "model_type": config.model_type.removeprefix("dsa_"),
-        "name": Path(str(config.name_or_path)).name,
-        "hidden_size": config.hidden_size,
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": getattr(config, "num_key_value_heads", None) or heads,
-        "rope_scaling": scaling_of(config),
-        "sample": _sample(model),
-    }
-
-
-def _sample(model: PreTrainedModel) -> list[float]:
-    """Evenly spaced entries of the decoder's largest weights, half of them embeddings."""
-    decoder = decoder_of(model)
-    embeddings = cast(torch.Tensor, model.get_input_embeddings().weight)
-    # Adapters of PEFT are parameters of the same modules.
-    others = [
-        p
-        for n, p in decoder.named_parameters()
-        if ".indexer." not in n and ".lora_" not in n and p.ndim == 2 and p is not embeddings
-    ]
-    middle = others[len(others) // 2]
-    return [round(x, 6) for weight in (embeddings, middle) for x in _spread(weight, _SAMPLES // 2)]
-
-
-def _spread(weight: torch.Tensor, count: int) -> list[float]:
-    if hasattr(weight, "full_tensor"):
-        # In parts with all processes (FSDP2), which then call this together.
-        weight = weight.full_tensor()
-    positions = torch.arange(count, device=weight.device) * (weight.numel() - 1) // (count - 1)
-    rows, columns = positions // weight.shape[1], positions % weight.shape[1]
-    return weight.detach()[rows, columns].float().cpu().tolist()
-
-
-def _distance(ours: list[float], theirs: list[float]) -> float:
-    if len(ours) != len(theirs):
-        return float("inf")
-    a, b = torch.tensor(ours), torch.tensor(theirs)
-    return float((a - b).norm() / b.norm().clamp(min=1e-12))
 
 
 def _full_layers(model: PreTrainedModel) -> list[int]:

@@ -18,6 +18,7 @@ from dsa.models.families import Family, full_attention_layers
 from dsa.models.latent import attaching as latent
 from dsa.models.latent.attention import LatentAttention
 from dsa.models.layer import LayerPlan
+from dsa.models.weights import compute_dtype, execution_device
 from dsa.modules.indexer import Indexer, LatentIndexer
 
 
@@ -55,7 +56,7 @@ def install(model: PreTrainedModel, config: DSAConfig, *, family: Family, traine
             setattr(module, PLAN, HookedPlan(layer, config, family, parameters))
             handles.append(module.register_forward_pre_hook(before_attention, with_kwargs=True))
         if config.has_indexer(layer):
-            module.indexer = _new_indexer(model, module, config)
+            module.indexer = _new_indexer(model, block, module, config)
     handles.append(
         decoder_of(model).register_forward_pre_hook(partial(before_decoder, undo="dsa.detach"), with_kwargs=True)
     )
@@ -106,13 +107,11 @@ def _layer_report(config: DSAConfig, layer: int, full: bool) -> LayerReport:
     return LayerReport(layer, "sparse" if share is None else "shared", share=share, **budget)
 
 
-def _new_indexer(model: PreTrainedModel, attention: nn.Module, config: DSAConfig) -> Indexer:
-    reference = next(attention.parameters())
-    dtype = reference.dtype if reference.is_floating_point() else torch.float32
+def _new_indexer(model: PreTrainedModel, block: nn.Module, attention: nn.Module, config: DSAConfig) -> Indexer:
     text = model.config.get_text_config(decoder=True)
-    with torch.device(reference.device):
+    with torch.device(execution_device(block)):
         if isinstance(attention, LatentAttention):
             indexer: Indexer = LatentIndexer(text.hidden_size, config, text.q_lora_rank)
         else:
             indexer = Indexer(text.hidden_size, config)
-        return indexer.to(dtype).train(attention.training)
+        return indexer.to(compute_dtype(block)).train(attention.training)

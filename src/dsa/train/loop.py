@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from dsa.config import DSAConfig
-from dsa.models.checkpoint import describe_base_model
+from dsa.models.fingerprint import describe_base_model
 from dsa.runs.files import write_atomically
 from dsa.train.data import Windows
 from dsa.train.options import RunOptions

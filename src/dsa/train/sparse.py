@@ -19,8 +19,9 @@ from transformers import PreTrainedModel
 
 from dsa.config import DSAConfig
 from dsa.models import config_of
-from dsa.models.checkpoint import describe_base_model, save_indexers
+from dsa.models.checkpoint import save_indexers
 from dsa.models.context import AttentionCall, DSAContext
+from dsa.models.fingerprint import describe_base_model
 from dsa.runs.files import replace_folder
 from dsa.train.data import TokenStream, Window, seeded
 from dsa.train.language import language_losses, read_window
