@@ -60,7 +60,7 @@ def fuzz_index_topk(draws: Draws) -> None:
         q_given, stored, w_given, top_k, scale=scale, sinks=sinks, local=local, key_start=start, key_end=end, impl=impl
     )
     factor = dim**-0.5 if scale is None else scale
-    scores, off = _scores(q_given, k_given, w_given, factor, kind)
+    scores, off = _scores(q_given, k_given, w_given, factor, kind, impl == "reference")
     if whole and kind == "float" and scale == -1.0:
         off = np.zeros_like(off)
     for b, t in np.ndindex(batch, tokens):
@@ -81,8 +81,12 @@ def _in_pages(draws: Draws, keys: QuantizedKeys) -> PagedKeys:
     return paged
 
 
-def _scores(q: Tensor, k: Tensor, w: Tensor, scale: float, kind: str) -> tuple[np.ndarray, np.ndarray]:
-    """Scores `[B, T, S]` and how far each may be off. Those of int8 keys follow the documented roundings: no error."""
+def _scores(q: Tensor, k: Tensor, w: Tensor, scale: float, kind: str, wide: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Scores `[B, T, S]` and how far each may be off. Those of int8 keys follow the documented roundings: no error.
+
+    Args:
+        wide: Whether products are summed in fp64, as the reference does, and not in fp32.
+    """
     weights = w.detach().float().numpy()
     with np.errstate(all="ignore"):
         if kind == "int8":
@@ -111,7 +115,8 @@ def _scores(q: Tensor, k: Tensor, w: Tensor, scale: float, kind: str) -> tuple[n
         factor = weights.astype(np.float64) * scale
         scores = np.einsum("bth,bths->bts", factor, passed)
         rounding = (q.shape[2] + 6) * EPS * np.einsum("bth,bths->bts", np.abs(factor), passed)
-        off = rounding + 1e-12 * np.einsum("bth,bths->bts", np.abs(factor), sizes)
+        summing = 1e-12 if wide else (q.shape[-1] / 2 + 6) * EPS
+        off = rounding + summing * np.einsum("bth,bths->bts", np.abs(factor), sizes)
         # Numbers that become subnormal on the way, before they are multiplied by what comes next.
         lost = 8 * SMALLEST * q.shape[2] * (1 + np.abs(factor).max(axis=-1)[..., None] + sizes.max(axis=2))
         return scores, off + lost * (1 + key_scale[:, None])

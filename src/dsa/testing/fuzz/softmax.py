@@ -83,9 +83,9 @@ def row_of(
         shift = np.where(top == -np.inf, 0.0, top)
         total = np.exp(scores - shift[:, None]).sum(axis=-1)
         lse = np.log(total) + shift
-        # An error of scores far below the largest is nothing to the sum.
-        share = np.exp(scores - np.where(lse == -np.inf, 0.0, lse)[:, None])
-        off_lse = np.where(share > 0, np.minimum(off, 1e30), 0.0).max(axis=-1)
+        # Between all scores at their lowest and all at their highest: one far below the largest is nothing to the sum.
+        spread = np.minimum(np.nan_to_num(off, nan=1e30), 1e30)
+        off_lse = np.nan_to_num(np.maximum(_log_sum(scores + spread) - lse, lse - _log_sum(scores - spread)))
         lse_error = off_lse + (count + 32) * EPS + 6 * EPS * np.abs(np.where(lse == -np.inf, 0.0, lse))
         sink_share, sink_error, whole, whole_error = np.zeros(len(q)), np.zeros(len(q)), lse, lse_error
         if sink is not None:
@@ -114,3 +114,10 @@ def row_of(
     return Row(
         scores, slope, slope_error, lse, lse_error, weights, low, np.maximum(high, weights), sink_share, sink_error
     )
+
+
+def _log_sum(scores: np.ndarray) -> np.ndarray:
+    """The logarithm of the sum of exponentials along the last dim."""
+    top = scores.max(axis=-1)
+    shift = np.where(np.isfinite(top), top, 0.0)
+    return np.asarray(np.log(np.exp(scores - shift[:, None]).sum(axis=-1)) + shift)
