@@ -83,7 +83,7 @@ def read_bytes(path: str | Path, argument: str, expected: str = TEXT_FILE, most:
     if not file.exists():
         raise FileNotFoundError(f"{argument}: there is no file {path}; expected {expected}")
     if file.is_dir():
-        raise IsADirectoryError(f"{argument}: {path} is a directory; expected {expected}, such as {path}/*.txt")
+        raise IsADirectoryError(f"{argument}: {path} is a directory; expected {expected}")
     try:
         with file.open("rb") as opened:
             kind = file.stat().st_mode

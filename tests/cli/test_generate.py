@@ -142,3 +142,20 @@ def test_mistakes(
     assert expected.format(**names) in flat(result.stderr.replace("│", " "))
     assert "Traceback" not in result.output
     assert result.stdout == ""
+
+
+def test_several_files_are_one_document(dsa: Run, tiny: str, tmp_path: Path) -> None:
+    folder = tmp_path / "minutes"
+    folder.mkdir()
+    for name in ("b.txt", "a.txt", "c.txt"):
+        (folder / name).write_text(f"What {name} says. " * 30)
+    made = tmp_path / "made.json"
+    arguments = ("--file", str(folder / "c.txt"), "--file", str(folder), "--ask", "Who?", "--max-new-tokens", "2")
+    result = dsa("generate", tiny, *arguments, "--top-k", "272", "--json", str(made))
+    assert result.exit_code == 0, result.output
+    written = json.loads(made.read_text())
+    assert written["document"] == "c.txt, a.txt and 2 others"
+    places = {each["place"] for each in written["sources"]["pages"]}
+    assert places
+    assert places <= {"a.txt", "b.txt", "c.txt"}
+    assert "read above all: " + "; ".join(each["place"] for each in written["sources"]["pages"]) in result.stderr

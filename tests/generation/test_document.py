@@ -87,7 +87,7 @@ def test_sources_are_where_the_attention_is() -> None:
     # What lies on the question is no source.
     weights[-5:] = 1.0
     sources = sources_of(weights, prompt, pages=3, passages=1)
-    assert pages_in_words(sources.pages) == "p. 3, 1"
+    assert pages_in_words(sources.pages, DOCUMENT) == "p. 3, 1"
     assert [each.page for each in sources.passages] == [3]
     assert sum(each.share for each in sources.pages) == pytest.approx(1, abs=0.01)
     assert sources_of(torch.zeros(len(prompt.ids)), prompt, pages=3, passages=1).pages == ()

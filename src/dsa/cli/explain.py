@@ -81,7 +81,7 @@ def explain(reading: DocumentOptions, writing: ReportOptions, given: ModelOption
     from dsa.documents.prompt import check_places, make_prompt
     from dsa.runs.files import check_writable, write_json
 
-    check_question(reading.ask, None, reading.file)
+    check_question(reading.ask, None, [reading.file])
     check_writable(writing.report, "out")
     if writing.json is not None:
         check_writable(writing.json)

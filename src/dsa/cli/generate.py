@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,6 +21,7 @@ from dsa.cli.waiting import Steps
 if TYPE_CHECKING:
     from dsa.documents import SourceDocument
     from dsa.documents.prompt import Prompt
+    from dsa.generation.sources import Sources
     from dsa.models.extension import Demand
     from dsa.models.loading import LoadedModel
 
@@ -31,9 +32,14 @@ class PromptOptions:
 
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", metavar="TEXT", help="The prompt.")] = None
     file: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Read the prompt from a PDF, HTML, Markdown or text file; `-` is stdin."),
-    ] = None
+        list[Path],
+        typer.Option(
+            metavar="FILE",
+            show_default=False,
+            help="Read the prompt from a PDF, HTML, Markdown or text file, or from all of a folder; again for more; "
+            "`-` is stdin.",
+        ),
+    ] = field(default_factory=list)
     ask: Annotated[
         str | None,
         typer.Option(
@@ -108,11 +114,12 @@ def generate(reading: PromptOptions, writing: WritingOptions, given: GeneratingM
       dsa generate report.pdf --ask "Who wrote this report?"
       dsa generate default --file thesis.txt --prompt "In short," --top-k 1024
       dsa generate default --file report.pdf --ask "Who wrote this report?" --pages 1-50
+      dsa generate default --file minutes/ --file report.pdf --ask "Who signed it?"
       cat notes.txt | dsa generate default --chat --temperature 0.7 --seed 1
     """
-    if reading.file is None and given.model != "default" and Path(given.model).is_file():
+    if not reading.file and given.model != "default" and Path(given.model).is_file():
         # `dsa generate guide.pdf`: a file is no model.
-        reading, given = replace(reading, file=Path(given.model)), replace(given, model="default")
+        reading, given = replace(reading, file=[Path(given.model)]), replace(given, model="default")
     check_question(reading.ask, reading.prompt, reading.file)
     if writing.json is not None:
         from dsa.runs.files import check_writable
@@ -161,38 +168,48 @@ def generate(reading: PromptOptions, writing: WritingOptions, given: GeneratingM
         sources = watch.sources(prompt)
         session.close()
         show_timings(session.timings)
-        show_sources(sources, passages=writing.sources)
+        show_sources(sources, document, passages=writing.sources)
         if writing.stats or writing.json is not None:
             figures = run_figures(loaded, report, session.timings)
             if writing.stats:
                 show_counted(figures)
             if writing.json is not None:
                 asked = {"model": given.model, "document": document.name, "pages": reading.pages, "ask": reading.ask}
-                answered = {"answer": answer, "sources": asdict(sources)}
+                answered = {"answer": answer, "sources": placed(sources, document)}
                 write_figures(writing.json, {**asked, **answered, **figures}, loaded)
 
 
-def read_prompt(prompt: str | None, file: Path | None, pages: str | None) -> tuple[SourceDocument, str | None]:
+def read_prompt(prompt: str | None, files: list[Path], pages: str | None) -> tuple[SourceDocument, str | None]:
     """What is read, from wherever it comes, and what follows it.
 
     Raises:
         ValueError: No prompt, an empty one, or text that cannot be read.
-        OSError: The file cannot be read.
+        OSError: A file cannot be read.
     """
-    from dsa.documents import SourceDocument, read_source, read_stdin
+    from dsa.documents import SourceDocument, read_sources, read_stdin
     from dsa.text import checked
 
     prompt = None if prompt is None else checked(prompt, "prompt:")
-    if file is not None or (prompt is None and not (sys.stdin and sys.stdin.isatty())):
+    is_stdin = [str(file) for file in files] in ([], ["-"])
+    if files or (prompt is None and not (sys.stdin and sys.stdin.isatty())):
         with notes(), Steps(keep=False) as reading:
-            if file is not None and str(file) != "-":
-                return read_source(file, progress=reading, pages=pages), prompt
-            return read_stdin(progress=reading, pages=pages), prompt
+            if is_stdin:
+                return read_stdin(progress=reading, pages=pages), prompt
+            return read_sources(files, progress=reading, pages=pages), prompt
     if pages is not None:
         raise ValueError("pages: there is no PDF to take pages of; add --file FILE, or leave --pages out")
     if prompt is None or not prompt.strip():
         raise ValueError("the prompt is empty: give --prompt TEXT, --file FILE, or pipe text in")
     return SourceDocument(prompt, "the prompt"), None
+
+
+def placed(sources: Sources, document: SourceDocument) -> dict[str, Any]:
+    """Pages and passages as JSON has them; of several files each with its place."""
+    found = asdict(sources)
+    if document.is_joined:
+        for each in (*found["pages"], *found["passages"]):
+            each["place"] = document.place(each["page"])
+    return found
 
 
 def say(answer: Iterable[str]) -> str:

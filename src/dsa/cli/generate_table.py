@@ -12,6 +12,7 @@ from dsa.cli.cost_table import WIDTH, short
 from dsa.cli.waiting import duration
 
 if TYPE_CHECKING:
+    from dsa.documents import SourceDocument
     from dsa.generation.session import Timings
     from dsa.generation.sources import Sources
 
@@ -42,16 +43,17 @@ def show_timings(timings: Timings) -> None:
     err.print(", ".join(parts), style="dim", markup=False, soft_wrap=True)
 
 
-def show_sources(sources: Sources, *, passages: bool = False) -> None:
+def show_sources(sources: Sources, document: SourceDocument, *, passages: bool = False) -> None:
     """Which pages the answer was read from, in one line to stderr, or a passage a line."""
     if passages:
         for each in sources.passages:
-            place = "" if each.page is None else f"p. {each.page}, "
+            place = "" if each.page is None else f"{document.place(each.page)}, "
             err.print(f"{place}{100 * each.share:.0f} %: {each.text}", style="dim", markup=False, soft_wrap=True)
     elif sources.pages:
         from dsa.generation.sources import pages_in_words
 
-        err.print(f"read above all: {pages_in_words(sources.pages)}", style="dim", markup=False, soft_wrap=True)
+        pages = pages_in_words(sources.pages, document)
+        err.print(f"read above all: {pages}", style="dim", markup=False, soft_wrap=True)
 
 
 def seconds(value: float) -> str:

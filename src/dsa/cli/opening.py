@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -122,7 +122,7 @@ def what_fits(prompt: Prompt, demand: Demand, positions: int) -> str:
     fitting = demand.fitting(positions)
     pages = [page for page, part in zip(prompt.pages, prompt.parts, strict=True) if part == "document"]
     whole = sorted({page for page in pages[:fitting] if page is not None} - {*pages[fitting : fitting + 1]})
-    if not whole:
+    if not whole or prompt.is_joined:
         return fitting_tokens(demand, positions)
     pages_fit = "its first page fits" if len(whole) == 1 else f"its first {len(whole)} pages fit"
     return f"{pages_fit} (--pages {whole[0]}-{whole[-1]})"
@@ -140,7 +140,7 @@ def announced(loaded: LoadedModel, report: AttachReport, session: Session, promp
     held = common_prefix(session.token_ids, ids)
     seconds = expected_s(loaded, work(len(ids)) - work(held))
     if seconds is not None and seconds > LONG_S:
-        fewer = "--pages or --tokens" if any(page is not None for page in prompt.pages) else "--tokens"
+        fewer = "--pages or --tokens" if any(prompt.pages) and not prompt.is_joined else "--tokens"
         note(
             f"reading {len(ids) - held:,} tokens takes about {roughly(seconds)} on this machine; fewer tokens "
             f"({fewer}) or a smaller --top-k take less"
@@ -180,7 +180,7 @@ def model_store(store: Store | None, loaded: LoadedModel, prompt: Prompt) -> Mod
     return ModelStore(store, loaded.model, loaded.name)
 
 
-def check_question(ask: str | None, prompt: str | None, file: Path | None) -> None:
+def check_question(ask: str | None, prompt: str | None, files: Sequence[Path]) -> None:
     """Whether there is one, and something to ask it about.
 
     Raises:
@@ -192,7 +192,7 @@ def check_question(ask: str | None, prompt: str | None, file: Path | None) -> No
         return
     if not checked(ask, "ask:").strip():
         raise ValueError("ask: the question is empty; give --ask TEXT, or leave it out to continue the file")
-    if file is None:
+    if not files:
         raise ValueError("ask: there is no document to ask about; add --file FILE, or give the question as --prompt")
     if prompt is not None:
         raise ValueError("ask: got a prompt too, expected one of them; put all of it into --ask")

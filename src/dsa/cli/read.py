@@ -34,7 +34,12 @@ class DocumentOptions:
 
     file: Annotated[
         list[Path],
-        typer.Option("--file", metavar="FILE...", help="PDF, HTML, Markdown or text files.", show_default=False),
+        typer.Option(
+            "--file",
+            metavar="FILE...",
+            help="PDF, HTML, Markdown or text files; a folder is read as one document.",
+            show_default=False,
+        ),
     ]
     pages: options.Pages = None
     tokens: options.FirstTokens = None
@@ -72,7 +77,7 @@ def read(reading: DocumentOptions, given: ReadingModel, keeping: StoreOptions) -
       dsa read default --file report.pdf
       dsa read default --file a.pdf b.txt --top-k 1024
     """
-    from dsa.documents import read_source
+    from dsa.documents import read_sources
 
     store = opened_store(keeping)
     if store is None:
@@ -82,7 +87,7 @@ def read(reading: DocumentOptions, given: ReadingModel, keeping: StoreOptions) -
     with interruptible() as interruption:
         for file in reading.file:
             with notes(), Steps(keep=False) as steps:
-                document = read_source(file, progress=steps, pages=reading.pages)
+                document = read_sources([file], progress=steps, pages=reading.pages)
                 _read_one(document, reading, given, store, interruption, steps)
             if interruption():
                 raise typer.Exit(128 + interruption.signal)

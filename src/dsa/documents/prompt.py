@@ -37,6 +37,7 @@ class Prompt:
         parts: `"before"`, `"document"` or `"question"` for every token, and `"answer"` for earlier answers.
         document_tokens: Tokens of the whole document; `None` where it was not read to its end.
         is_cut: Whether only the first of them are in the prompt.
+        is_joined: Whether the document is several files, whose pages are counted through.
     """
 
     ids: list[int]
@@ -45,6 +46,7 @@ class Prompt:
     parts: list[str]
     document_tokens: int | None
     is_cut: bool = False
+    is_joined: bool = False
 
 
 @dataclass(frozen=True)
@@ -313,7 +315,8 @@ def _made(
         for token, start in enumerate(builder.document_starts, first):
             pages[token] = document.page_of(start + skipped)
     texts = builder.texts if encoder.tokenizer.is_fast else []
-    return Prompt(builder.ids, texts, pages, builder.parts, cut.tokens, cut.is_cut)
+    is_joined = document is not None and document.is_joined
+    return Prompt(builder.ids, texts, pages, builder.parts, cut.tokens, cut.is_cut, is_joined)
 
 
 def check_places(tokenizer: Any) -> None:

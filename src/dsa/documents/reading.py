@@ -15,7 +15,7 @@ from dsa.text import MOST_BYTES, bounded, decode_text, read_bytes
 EXPECTED = "a PDF, HTML, Markdown or UTF-8 text file"
 
 _PDF, _HTML, _TEXT = "PDF", "HTML", "text"
-_SUFFIXES = {".pdf": _PDF, ".html": _HTML, ".htm": _HTML, ".xhtml": _HTML, ".txt": _TEXT, ".md": _TEXT}
+SUFFIXES = {".pdf": _PDF, ".html": _HTML, ".htm": _HTML, ".xhtml": _HTML, ".txt": _TEXT, ".md": _TEXT}
 _PDF_MAGIC = b"%PDF-"
 # Readers of PDF look for its beginning so far into a file.
 _PDF_WITHIN = 1024
@@ -54,7 +54,7 @@ def read_source(
             larger than what is read of its kind, or a device; or it has no such pages.
     """
     raw = read_bytes(path, argument, EXPECTED, _MOST_OF_PDF if _begins_as_pdf(path) else MOST_BYTES)
-    return _read(raw, str(path), argument, _SUFFIXES.get(Path(path).suffix.lower()), progress, pages)
+    return _read(raw, str(path), argument, SUFFIXES.get(Path(path).suffix.lower()), progress, pages)
 
 
 def read_stdin(

@@ -14,12 +14,14 @@ class Page:
     Args:
         number: Counted from 1 as a viewer counts, whatever is printed on the page.
         start: First character.
-        end: The character behind the last; equal to `start` where the page has no text.
+        end: The character after the last; equal to `start` where the page has no text.
+        place: What to call it where the document is several files: `report.pdf, p. 7`.
     """
 
     number: int
     start: int
     end: int
+    place: str = ""
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class SourceDocument:
 
     @classmethod
     def of_pages(cls, name: str, texts: Sequence[str], numbers: Sequence[int] | None = None) -> SourceDocument:
-        """A document out of the texts of its pages; an empty line is put behind each page that has text.
+        """A document out of the texts of its pages; an empty line is put after each page that has text.
 
         Args:
             name: See above.
@@ -60,6 +62,15 @@ class SourceDocument:
             pages.append(Page(number, start, start + len(part)))
             start += len(part)
         return cls("".join(parts), name, tuple(pages))
+
+    def place(self, number: int) -> str:
+        """What to call a page of that number."""
+        return next((page.place for page in self.pages if page.number == number), "") or f"p. {number}"
+
+    @property
+    def is_joined(self) -> bool:
+        """Whether it is several files."""
+        return bool(self.pages[0].place)
 
     def page_of(self, offset: int) -> int:
         """The number of the page that a character is on.

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dsa.config import DSAConfig
+from dsa.documents import SourceDocument
 from dsa.documents.prompt import Prompt
 from dsa.generation.passages import cut, tells
 from dsa.models.context import AttentionCall, DSAContext
@@ -126,6 +127,8 @@ def sources_of(weights: Tensor, prompt: Prompt, *, pages: int, passages: int) ->
     )
 
 
-def pages_in_words(shares: Sequence[PageShare]) -> str:
-    """`p. 7, 12, 3`, most read first."""
+def pages_in_words(shares: Sequence[PageShare], document: SourceDocument) -> str:
+    """`p. 7, 12, 3`, most read first; of several files `a.pdf, p. 7; b.txt`."""
+    if document.is_joined:
+        return "; ".join(document.place(each.page) for each in shares)
     return f"p. {', '.join(str(each.page) for each in shares)}"
