@@ -10,7 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dsa.runs.files import check_writable, replace_folder, write_json, write_tensors
+from dsa.runs.files import (
+    check_folder_writable,
+    check_writable,
+    fill_folder,
+    replace_folder,
+    write_json,
+    write_tensors,
+)
 
 
 def test_written(tmp_path: Path) -> None:
@@ -106,10 +113,59 @@ def test_a_folder_that_cannot_be_written_loses_nothing(tmp_path: Path) -> None:
         (part / "one").write_text("half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match=r"cannot write .*folder: the disk is full"):
         replace_folder(folder, fail)
     assert (folder / "one").read_text() == "old"
     assert [each.name for each in tmp_path.iterdir()] == ["folder"]
+
+
+def test_filling_a_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "folder"
+    fill_folder(folder, write_one("old"))
+    (folder / "mine").write_text("stays")
+    fill_folder(folder, write_one("new"))
+    assert {each.name: each.read_text() for each in folder.iterdir()} == {"one": "new", "mine": "stays"}
+
+
+@pytest.mark.parametrize("there", [False, True])
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.ENOSPC, "No space left on device"), Exception("I/O error: No space left on device (os error 28)")],
+)
+def test_a_full_disk_fills_no_folder(tmp_path: Path, there: bool, error: Exception) -> None:
+    folder = tmp_path / "folder"
+    if there:
+        fill_folder(folder, write_one("old"))
+
+    def fail(part: Path) -> None:
+        (part / "one").write_text("half")
+        raise error
+
+    with pytest.raises(OSError, match=r"^out: cannot write .*folder: the disk is full") as caught:
+        fill_folder(folder, fail, "out")
+    assert caught.value.errno == errno.ENOSPC
+    assert [(each.name, each.read_text()) for each in tmp_path.rglob("*/*")] == ([("one", "old")] if there else [])
+    assert folder.exists() == there
+
+
+def test_an_error_that_is_not_the_disks_stays(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError):
+        fill_folder(tmp_path / "folder", lambda part: 1 / 0)
+
+
+def test_a_folder_to_write_later(tmp_path: Path) -> None:
+    assert check_folder_writable(tmp_path / "a" / "b", "out") == tmp_path / "a" / "b"
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").write_text("")
+    for name in ("file", "file/inside"):
+        with pytest.raises(NotADirectoryError, match=r"^out: .*file is a file; expected a folder"):
+            check_folder_writable(tmp_path / name)
+
+
+@pytest.mark.skipif(not Path("/proc/version").exists(), reason="needs a directory that even root cannot write in")
+def test_a_folder_that_nobody_may_write() -> None:
+    with pytest.raises(OSError, match=r"save-model: cannot write /proc/a/b .*give another folder"):
+        check_folder_writable("/proc/a/b", "save-model")
 
 
 def test_a_writer_killed_between_the_renames(tmp_path: Path) -> None:

@@ -94,12 +94,14 @@ def calibrate(ctx: typer.Context, options: CalibrateOptions) -> None:
     """
     asked = {"budgets": parse_budgets(options.top_k), "may_share": options.share, "effects": not options.quick}
     settings = build(CalibrationSettings, {**ctx.params, **asked})
-    from dsa.runs.files import check_writable, write_json
+    from dsa.runs.files import check_folder_writable, check_writable, write_json
     from dsa.runs.inputs import read_document
 
     if options.json is not None:
         check_writable(options.json)
     check_new(options.out_path)
+    if options.save_model is not None:
+        check_folder_writable(options.save_model, "save-model")
     documents = [read_document(path, "data") for path in options.data]
     others = [read_document(path, "verify") for path in options.verify or []]
     import torch
@@ -125,18 +127,23 @@ def calibrate(ctx: typer.Context, options: CalibrateOptions) -> None:
     if options.json is not None:
         write_json(options.json, found.to_json())
     show(found)
-    save(loaded, options)
+    keep(loaded, options)
 
 
-def save(loaded: LoadedModel, options: CalibrateOptions) -> None:
+def keep(loaded: LoadedModel, options: CalibrateOptions) -> None:
     """Writes the indexers and the model where they were asked for, and prints what was written."""
     if options.out_path is not None:
         from dsa.models import save_indexers
 
         out.print(f"Indexers written to {save_indexers(loaded.model, options.out_path)}", markup=False, soft_wrap=True)
     if options.save_model is not None:
-        loaded.model.save_pretrained(options.save_model)
-        loaded.tokenizer.save_pretrained(options.save_model)
+        from dsa.runs.files import fill_folder
+
+        def save(part: Path) -> None:
+            loaded.model.save_pretrained(part)
+            loaded.tokenizer.save_pretrained(part)
+
+        fill_folder(options.save_model, save, "save-model")
         out.print(f"Model written to {options.save_model}", markup=False, soft_wrap=True)
     if options.json is not None:
         out.print(f"Figures written to {options.json}", markup=False, soft_wrap=True)
@@ -163,10 +170,12 @@ def check_new(path: Path | None) -> None:
 
     Raises:
         ValueError: There is such a file, or the path is a file of another kind.
+        OSError: The folder cannot be written.
     """
     if path is None:
         return
     from dsa.models.checkpoint import FILE_NAME
+    from dsa.runs.files import check_folder_writable
 
     if path.suffix and path.suffix != ".safetensors":
         raise ValueError(f"out: expected a folder or a .safetensors file, got {path}")
@@ -176,6 +185,7 @@ def check_new(path: Path | None) -> None:
             f"out: {file} is there already; layers that share lose their indexers, so nothing is overwritten: give a "
             "new folder"
         )
+    check_folder_writable(file.parent)
 
 
 def show(found: Calibration) -> None:

@@ -37,6 +37,9 @@ def export(
     """
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise ValueError(f"out: {directory} is there already and not an empty folder; name another one")
+    from dsa.runs.files import check_folder_writable
+
+    check_folder_writable(directory)
     import dsa
     from dsa.models.families import born_with_dsa
     from dsa.models.loading import load_model

@@ -114,15 +114,11 @@ def _is_complete(copy: Path) -> bool:
 
 def _convert(gguf: Path, copy: Path) -> None:
     """Writes the GGUF file as `copy`, a directory that appears complete or not at all. The lock is held."""
-    from safetensors import SafetensorError
 
     def write(part: Path) -> None:
-        try:
-            with quiet_transformers():
-                for saved in _read_gguf(gguf):
-                    saved.save_pretrained(part)
-        except SafetensorError as error:
-            raise OSError(str(error)) from error
+        with quiet_transformers():
+            for saved in _read_gguf(gguf):
+                saved.save_pretrained(part)
         sizes = {file.name: file.stat().st_size for file in sorted(part.iterdir())}
         manifest = {"source": gguf.name, "sizes": sizes}
         (part / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")

@@ -6,14 +6,17 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+_SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
 def check_writable(path: str | Path, argument: str = "json") -> Path:
@@ -39,6 +42,28 @@ def check_writable(path: str | Path, argument: str = "json") -> Path:
             f"{argument}: cannot write in {file.parent} ({error.strerror or error}); give another path"
         ) from error
     return file
+
+
+def check_folder_writable(path: str | Path, argument: str = "out") -> Path:
+    """Makes sure that a folder can be written later on, whether it is there or has to be made. Nothing is made now.
+
+    Args:
+        path: The folder.
+        argument: Its name in messages.
+
+    Raises:
+        OSError: A file is in its place, or no permission.
+    """
+    folder = Path(path).expanduser()
+    there = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"{argument}: {there} is a file; expected a folder to write to")
+    try:
+        with tempfile.NamedTemporaryFile(dir=there, prefix=f".{folder.name}."):
+            pass
+    except OSError as error:
+        raise OSError(f"{argument}: cannot write {folder} ({error.strerror or error}); give another folder") from error
+    return folder
 
 
 def write_json(path: str | Path, plain: dict[str, Any], argument: str = "json") -> Path:
@@ -93,7 +118,8 @@ def replace_atomically(
         raise _explained(error, path, argument) from error
     part = Path(name)
     try:
-        write(part)
+        with _full_disks_as_os_errors():
+            write(part)
         _sync(part)
         # mkstemp's files can be read by their owner only; not every `write` leaves that as it is.
         part.chmod(0o600 if private else 0o666 & ~_umask())
@@ -105,7 +131,7 @@ def replace_atomically(
         part.unlink(missing_ok=True)
 
 
-def replace_folder(path: Path, write: Callable[[Path], object]) -> None:
+def replace_folder(path: Path, write: Callable[[Path], object], argument: str | None = None) -> None:
     """`replace_atomically` for a folder with everything in it. Only one process may write it at a time.
 
     A folder cannot replace another in one step: for a moment, between two renames, there is none. The next writer puts
@@ -114,21 +140,18 @@ def replace_folder(path: Path, write: Callable[[Path], object]) -> None:
     Args:
         path: The folder.
         write: Given the empty folder `.NAME.part` next to it, writes the content into it.
+        argument: What the user called the folder, for messages.
 
     Raises:
         OSError: No space or no permission; what was at `path` is still there.
     """
     part, old = path.with_name(f".{path.name}.part"), path.with_name(f".{path.name}.old")
-    if old.exists() and not path.exists():
-        old.rename(path)
-    for leftover in (part, old):
-        shutil.rmtree(leftover, ignore_errors=True)
     try:
-        part.mkdir(parents=True)
-        write(part)
-        for file in part.rglob("*"):
-            if file.is_file():
-                _sync(file)
+        if old.exists() and not path.exists():
+            old.rename(path)
+        for leftover in (part, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        _write_part(part, write)
         if path.exists():
             path.rename(old)
         try:
@@ -139,8 +162,51 @@ def replace_folder(path: Path, write: Callable[[Path], object]) -> None:
             raise
         _sync_folder(path.parent)
         shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise _explained(error, path, argument) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def fill_folder(path: Path, write: Callable[[Path], object], argument: str | None = None) -> None:
+    """Writes files into a folder that is there, such as one that is mounted, or is made. Others in it stay.
+
+    They are written to `.part` in it first and take their places when all are on disk, `config.json` last: without it a
+    model's folder is none.
+
+    Args:
+        path: The folder.
+        write: Given the empty folder `.part`, writes files into it.
+        argument: What the user called the folder, for messages.
+
+    Raises:
+        OSError: No space or no permission; nothing new is in the folder.
+    """
+    part, is_new = path / ".part", not path.exists()
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        _write_part(part, write)
+        for file in sorted(part.iterdir(), key=lambda each: (each.name == "config.json", each.name)):
+            file.replace(path / file.name)
+        _sync_folder(path)
+    except OSError as error:
+        raise _explained(error, path, argument) from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+        if is_new:
+            # Goes only where it is empty.
+            with contextlib.suppress(OSError):
+                path.rmdir()
+
+
+def _write_part(part: Path, write: Callable[[Path], object]) -> None:
+    """Makes a folder and lets it be filled, on disk when this returns."""
+    part.mkdir(parents=True)
+    with _full_disks_as_os_errors():
+        write(part)
+    for file in part.rglob("*"):
+        if file.is_file():
+            _sync(file)
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], *, private: bool = False) -> None:
@@ -149,18 +215,24 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     Raises:
         OSError: As `write_atomically`.
     """
-    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    def write(part: Path) -> None:
-        try:
-            save_file(tensors, part, metadata=metadata)
-        except SafetensorError as error:
-            # The library gives the system's reason as text only.
-            code = errno.ENOSPC if "space" in str(error) else errno.EIO
-            raise OSError(code, str(error)) from error
+    replace_atomically(path, lambda part: save_file(tensors, part, metadata=metadata), private=private)
 
-    replace_atomically(path, write, private=private)
+
+@contextlib.contextmanager
+def _full_disks_as_os_errors() -> Iterator[None]:
+    """What safetensors and tokenizers raise when a file cannot be written, as the system's own error."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        # They give the system's reason as text only.
+        found = _SYSTEM_ERROR.search(str(error))
+        if found is None:
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1]))) from error
 
 
 def _explained(error: OSError, path: Path, argument: str | None) -> OSError:

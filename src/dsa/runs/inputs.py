@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,13 +69,7 @@ def encode(
 
     encoder = TextEncoder(tokenizer)
     wanted = default if tokens is None else tokens
-    size = 8 * (wanted + CUT_MARGIN)
-    while True:
-        part = document.text[:size]
-        [ids] = encoder.texts([part])
-        if len(part) == len(document.text) or len(ids) >= wanted + CUT_MARGIN:
-            break
-        size *= 2
+    ids = first_tokens(document.text, wanted, lambda part: encoder.texts([part])[0])
     if len(ids) < MIN_TOKENS:
         raise ValueError(f"{argument}: {document.name} has {len(ids)} token(s); at least {MIN_TOKENS} are needed")
     if tokens is not None and len(ids) < tokens:
@@ -83,3 +78,23 @@ def encode(
             "ask for fewer or give a longer text"
         )
     return torch.tensor([ids[:wanted]], dtype=torch.int64)
+
+
+def first_tokens(text: str, wanted: int, count: Callable[[str], list[int]]) -> list[int]:
+    """The first tokens of a text, of which no more is tokenised than it takes.
+
+    Args:
+        text: All of it.
+        wanted: How many tokens are enough.
+        count: Tokenises a part that begins the text.
+
+    Returns:
+        At least so many, where the text has them. Those after them may be other ones than the whole text has.
+    """
+    size = 8 * (wanted + CUT_MARGIN)
+    while True:
+        part = text[:size]
+        ids = count(part)
+        if len(part) == len(text) or len(ids) >= wanted + CUT_MARGIN:
+            return ids
+        size *= 2

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from dsa.runs.files import write_atomically, write_tensors
+from dsa.runs.files import check_folder_writable, write_atomically, write_tensors
 
 STATE = "state.safetensors"
 INDEXERS = "indexers.safetensors"
@@ -34,6 +34,7 @@ VERSION = "2"
 # The file that is being replaced and its successor exist at the same time.
 COPIES = 2
 PART_END = ":"
+_UNITS = {"GB": 1e9, "MB": 1e6, "kB": 1e3}
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class RunFolder:
             raise OSError(f"out: the folder {self.path} cannot be made: {error.strerror or error}") from error
 
     def check_new(self) -> None:
-        """Refuses a folder with something in it. Raises `OSError`."""
+        """Refuses a folder with something in it, and one that cannot be written. Raises `OSError`."""
         if self.path.exists() and not self.path.is_dir():
             raise NotADirectoryError(f"out: {self.path} is a file; expected a folder to write to")
         if self.state_file.exists():
@@ -91,6 +92,7 @@ class RunFolder:
             raise FileExistsError(
                 f"out: the folder {self.path} is not empty; choose another one, so that nothing is overwritten"
             )
+        check_folder_writable(self.path)
 
     def check_space(self, state_bytes: int, copies: int = COPIES) -> None:
         """Refuses to begin a run, or a checkpoint, where so many states of that size would not fit.
@@ -98,13 +100,15 @@ class RunFolder:
         Raises:
             OSError: Too little disk.
         """
-        free = shutil.disk_usage(self.path).free
-        if free < copies * state_bytes:
-            raise OSError(
-                f"out: {self.path} has {free / 1e6:.0f} MB free, checkpoints need {copies * state_bytes / 1e6:.0f} MB; "
-                "free some and continue with --resume, or choose a folder on another disk. What was written before is "
-                "intact"
-            )
+        free, wanted = shutil.disk_usage(self.path).free, copies * state_bytes
+        if free >= wanted:
+            return
+        kept = self.state_file.exists()
+        remedy = "free some and continue with --resume" if kept else "free some, or choose a folder on another disk"
+        raise OSError(
+            f"out: {self.path} has {_size(free)} free, checkpoints need {_size(wanted)}; {remedy}. "
+            + ("What was written before is intact" if kept else "Nothing was trained yet")
+        )
 
     def save(self, state: TrainingState) -> None:
         """Replaces the state as a whole.
@@ -206,6 +210,12 @@ def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -
         elif old != new:
             changed = isinstance(old, (list, dict)) or isinstance(new, (list, dict)) or len(str(old)) > 40
             yield f"{prefix}{key} is another" if changed else f"{prefix}{key} was {old}, is now {new}"
+
+
+def _size(count: int) -> str:
+    """Bytes, as a person says them."""
+    unit = next((each for each in ("GB", "MB", "kB") if count >= _UNITS[each]), "bytes")
+    return f"{count:,} bytes" if unit == "bytes" else f"{count / _UNITS[unit]:,.1f} {unit}"
 
 
 def _leftovers(folder: Path) -> Iterator[Path]:

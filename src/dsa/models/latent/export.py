@@ -15,6 +15,7 @@ import torch
 from dsa.config import DSAConfig
 from dsa.models.attached import config_of
 from dsa.models.families import family_of
+from dsa.runs.files import fill_folder
 
 if TYPE_CHECKING:
     from transformers import DeepseekV32Config, PreTrainedConfig, PreTrainedModel
@@ -66,10 +67,14 @@ def export_deepseek_v32(
         )
     written.load_state_dict(weights, assign=True)
     written.generation_config = model.generation_config
+
+    def save(part: Path) -> None:
+        written.save_pretrained(part, max_shard_size=max_shard_size)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(part)
+
     path = Path(directory)
-    written.save_pretrained(path, max_shard_size=max_shard_size)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(path)
+    fill_folder(path, save, "out")
     return path
 
 
