@@ -28,12 +28,13 @@ from dsa.models.context import DSAContext
 from dsa.models.families import born_with_dsa
 from dsa.models.loading import LoadedModel
 from dsa.models.sparse import is_sparse, sparse_while
-from dsa.runs.inputs import Document, encode
+from dsa.runs.inputs import Document, encode, first_tokens
 from dsa.runs.machine import describe_machine
 from dsa.runs.progress import Progress, silent
 
 TASKS = ("comparison", "perplexity", "mass", "needles", "agreement")
 HAYSTACKS = 3
+PLACES = 64
 CONTINUATIONS = 8
 NEW_TOKENS = 32
 FORMAT = "dsa eval 1"
@@ -263,10 +264,14 @@ def _mean(values: Sequence[Any]) -> Any:
 def _haystacks(
     loaded: LoadedModel, documents: Sequence[Document], needles: NeedleOptions, seed: int
 ) -> dict[tuple[str, int], list[Haystack]]:
-    """Haystacks of every kind and length, the texts in turn; made before anything runs: a short text is refused."""
+    """Haystacks of every kind and length, the texts in turn; made before anything runs: a short text is refused.
+
+    Each begins at a random place of its text, as far as `PLACES` times the longest go.
+    """
     tokenizer = loaded.tokenizer
     encoder = TextEncoder(tokenizer)
-    texts = [encoder.text(each.text).ids for each in documents]
+    enough = PLACES * max(needles.lengths)
+    texts = [first_tokens(each.text, enough, lambda part: encoder.text(part).ids)[:enough] for each in documents]
     return {
         (kind, length): [
             make_haystack(texts[number % len(texts)], tokenizer, length, seed + number, kind)
