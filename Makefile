@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: install demo bench docs fuzz kernels test test-kernels test-kernels-aarch64 lint types clean
+.PHONY: install demo bench docs fuzz nightly kernels test test-kernels test-kernels-aarch64 lint types clean
 
 install: $(VENV)/.installed
 
@@ -71,6 +71,11 @@ test: $(VENV)/.installed-dev
 fuzz: $(VENV)/.installed-dev
 	$(BIN)/python -m dsa.testing.fuzz --minutes 9
 	if $(BIN)/python -c 'import triton' 2>/dev/null; then $(BIN)/python -m dsa.testing.fuzz --minutes 1 --impl triton; fi
+
+# What takes minutes and `make test` leaves out, and the fuzzer.
+nightly: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest --ignore tests/ops/triton -m nightly
+	$(MAKE) fuzz
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -82,7 +82,7 @@ class Draws:
 
     def lay_out(self, values: np.ndarray | Tensor, dtype: torch.dtype) -> Tensor:
         """A tensor of these values: dims in any order in memory, with gaps that hold NaN, at any offset."""
-        tensor = torch.as_tensor(np.array(values)).to(dtype)
+        tensor = (values.clone() if isinstance(values, Tensor) else torch.as_tensor(np.array(values))).to(dtype)
         if self.chance(0.4) or not tensor.numel():
             return tensor.contiguous()
         order = list(range(tensor.ndim))
