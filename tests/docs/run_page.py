@@ -154,6 +154,7 @@ def main(page: Path, folder: Path) -> None:
 
     folder.mkdir(parents=True, exist_ok=True)
     os.chdir(folder)
+    os.environ["DSA_STORE"] = str(folder / "dsa-store")
     furnish(Path())
     namespace: dict[str, Any] = {"__name__": "__main__"}
     ran = {"python": 0, "dsa": 0}

@@ -8,9 +8,10 @@ import torch
 
 import dsa
 from dsa.documents import SourceDocument
-from dsa.documents.prompt import make_prompt
+from dsa.documents.prompt import Turn, make_conversation, make_prompt
 from dsa.generation.passages import Passage, tells
 from dsa.generation.sources import Watch, pages_in_words, sources_of
+from dsa.store import ModelStore, Store
 from dsa.testing.tiny_models import TINY_CONFIG, tiny_model
 from dsa.testing.tiny_tokenizer import BYTE_VOCABULARY, tiny_tokenizer
 
@@ -100,6 +101,55 @@ def test_headers_and_white_space_say_nothing() -> None:
     assert tells(passages, texts) == [False] * 5 + [True]
 
 
+def test_a_follow_up_is_asked_after_what_was_said() -> None:
+    tokenizer, model = tiny_tokenizer(), made()
+    session = dsa.open(model, tokenizer, DOCUMENT)
+    first = session.ask("Which?", max_new_tokens=NEW)
+    second = session.ask("And who?", follow_up=True, max_new_tokens=NEW)
+    assert (first.turns, second.turns) == (0, 1)
+    turns = [Turn("Which?", first.token_ids), Turn("And who?")]
+    prompt = make_conversation(tokenizer, DOCUMENT, turns)
+    assert session.session.token_ids[: len(prompt.ids)] == prompt.ids
+    # Nothing but the new words, and the token that was written last.
+    assert second.timings.read == 1 + prompt.parts[::-1].index("answer")
+    assert [turn.ask for turn in session.turns] == ["Which?", "And who?"]
+    # Given as texts to a new session it is the same conversation.
+    told = [Turn("Which?", first.text)]
+    other = dsa.open(model, tokenizer, DOCUMENT, turns=told).ask("And who?", follow_up=True, max_new_tokens=NEW)
+    assert other.turns == 1
+    session.forget()
+    assert session.ask("Which?", follow_up=True, max_new_tokens=NEW).token_ids == first.token_ids
+    assert session.ask("Who?", max_new_tokens=NEW).turns == 0
+    assert [turn.ask for turn in session.turns] == ["Who?"]
+
+
+def test_a_conversation_needs_no_document() -> None:
+    session = dsa.open(made(), tiny_tokenizer())
+    session.ask("Which?", max_new_tokens=NEW)
+    answer = session.ask("And who?", follow_up=True, max_new_tokens=NEW)
+    assert answer.turns == 1
+    assert answer.timings.held > len("Which?")
+    with pytest.raises(ValueError, match="there is no document"):
+        dsa.open(made(), tiny_tokenizer(), tokens=5)
+
+
+def test_the_oldest_turns_give_way_to_the_positions() -> None:
+    session = dsa.open(made(), tiny_tokenizer(), DOCUMENT)
+    given = [session.ask("What is it about?", follow_up=True, max_new_tokens=20).turns for _ in range(6)]
+    assert given[:2] == [0, 1]
+    assert max(given) < 5
+    assert len(session.session.token_ids) <= 256
+    # The document is not read again for it.
+    assert session.answer is not None
+    assert session.answer.timings.held >= len(DOCUMENT.text)
+
+
+def test_stopped_before_the_prompt_was_read() -> None:
+    session = dsa.open(made(), tiny_tokenizer(), DOCUMENT, stop=lambda: True)
+    answer = session.ask("Which?", max_new_tokens=NEW)
+    assert (answer.text, answer.token_ids, session.turns) == ("", [], [])
+
+
 def test_a_store_outlives_the_session(tmp_path: Path) -> None:
     # Long enough to be worth a place.
     text = "A text of some length, to be read once and asked many times. " * 18
@@ -108,6 +158,16 @@ def test_a_store_outlives_the_session(tmp_path: Path) -> None:
     dsa.attach(model, TINY_CONFIG)
     with dsa.open(model, tiny_tokenizer(), text, store=tmp_path / "store") as first:
         expected = first.ask("Which?", max_new_tokens=NEW)
-    again = dsa.open(model, tiny_tokenizer(), text, store=tmp_path / "store").ask("Which?", max_new_tokens=NEW)
-    assert again.token_ids == expected.token_ids
-    assert again.timings.held > 1000
+        followed = first.ask("And who?", follow_up=True, max_new_tokens=NEW)
+        turns = first.turns
+    again = dsa.open(model, tiny_tokenizer(), text, store=tmp_path / "store")
+    answer = again.ask("Which?", max_new_tokens=NEW)
+    assert answer.token_ids == expected.token_ids
+    assert answer.timings.held > 1000
+    # The conversation goes on in another session, and its turns are not read again.
+    store = ModelStore(Store(tmp_path / "store"), model)
+    later = dsa.open(model, tiny_tokenizer(), text, store=store, turns=turns)
+    asked = later.ask("Why?", follow_up=True, max_new_tokens=NEW)
+    assert asked.timings.opened == len(first.session.token_ids)
+    assert asked.turns == 2
+    assert followed.timings.read < asked.timings.opened

@@ -20,47 +20,13 @@ from dsa.generation.session import Session
 from dsa.models.attached import indexers_of
 from dsa.store import Damaged, ModelStore, Store, binding_of
 from dsa.store.entry import Entry
-from dsa.testing.born_with_dsa import born_model
+from dsa.testing.stored import DOCUMENT, MODELS, NEW, QUESTION, attached, flip, only_entry, session
 from dsa.testing.tiny_models import TINY_CONFIG, tiny_model, tiny_tokens
-
-DOCUMENT = tiny_tokens(1, 90)[0].tolist()
-QUESTION = tiny_tokens(1, 9, seed=3)[0].tolist()
-NEW = 6
-
-
-def attached(family: str = "llama", **changes: Any) -> Any:
-    # fp64: runs of different batch shapes must not differ by rounding.
-    model = tiny_model(family, **changes).double()
-    model.generation_config.eos_token_id = None
-    dsa.attach(model, TINY_CONFIG)
-    return model
-
-
-def accelerated(cache: str) -> Any:
-    model = born_model("deepseek_v32")
-    model.generation_config.eos_token_id = None
-    dsa.accelerate(model, cache=cache)
-    return model
-
-
-MODELS = {
-    "llama": lambda: attached(),
-    "int8 index keys": lambda: attached("qwen3"),
-    "windows": lambda: attached("gemma3_text"),
-    "windows and sinks": lambda: attached("gpt_oss"),
-    "latent": lambda: attached("deepseek_v3"),
-    "born": lambda: accelerated("full"),
-    "fp8 rows": lambda: accelerated("fp8"),
-}
 
 
 @pytest.fixture(scope="module", params=MODELS)
 def model(request: pytest.FixtureRequest) -> Any:
     return MODELS[request.param]()
-
-
-def session(model: Any, folder: Path, chunk: int = 32) -> Session:
-    return Session(model, chunk=chunk, store=ModelStore(Store(folder), model, "tiny", least=16), document="text")
 
 
 def answer(session: Session, prompt: list[int], keep: int | None = None) -> list[int]:
@@ -94,11 +60,6 @@ def test_a_document_is_read_once(model: Any, tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def llama() -> Any:
     return attached()
-
-
-def only_entry(folder: Path) -> Entry:
-    [entry] = Store(folder).entries()
-    return entry
 
 
 def test_five_turns(llama: Any, tmp_path: Path) -> None:
@@ -169,14 +130,6 @@ def test_what_decides_the_rows_is_a_miss(llama: Any, tmp_path: Path) -> None:
         assert found == fields or (fields and found and found <= fields), (found, fields)
         opened = ModelStore(Store(tmp_path), model, least=16).open(DOCUMENT)
         assert (opened is None) == bool(fields)
-
-
-def flip(file: Path, place: int) -> None:
-    with file.open("r+b") as opened:
-        opened.seek(place)
-        byte = opened.read(1)
-        opened.seek(place)
-        opened.write(bytes([byte[0] ^ 4]))
 
 
 def damage_index(entry: Entry) -> None:

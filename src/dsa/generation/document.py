@@ -1,20 +1,21 @@
-"""A document that is read once and asked many times: what `dsa.open` returns."""
+"""A document that is read once and asked many times, or a conversation without one: what `dsa.open` returns."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dsa.documents import SourceDocument, read_source
-from dsa.documents.prompt import Prompt
-from dsa.generation.prompt import encode_prompt
+from dsa.documents.prompt import Prompt, Turn, make_conversation
+from dsa.generation.prompt import kept_tokens
 from dsa.generation.sampling import Sampling
 from dsa.generation.session import Session, Timings
 from dsa.generation.sources import Sources, Watch
 from dsa.generation.text import pieces
+from dsa.models.extension import positions_of
 from dsa.models.sparse import is_sparse, sparse_report_of
 from dsa.runs.progress import Progress, silent
 from dsa.store import ModelStore, Store
@@ -29,20 +30,23 @@ class Answer:
         token_ids: The tokens of it, one that ends the text included.
         sources: Pages and passages that were read for it; empty for dense models and where all was read.
         timings: What reading and writing took; `timings.held` tokens were not read again.
+        turns: How many earlier questions with their answers it was given.
     """
 
     text: str
     token_ids: list[int] = field(repr=False)
     sources: Sources = field(repr=False)
     timings: Timings
+    turns: int = 0
 
 
 class DocumentSession:
     """See `open_document`.
 
     Attributes:
-        document: What was opened.
+        document: What was opened; `None` for a conversation without one.
         session: The cache with what has been read.
+        turns: The conversation so far: what a question with `follow_up` follows.
         answer: The last one; `None` before there is one, and while one is being written.
     """
 
@@ -50,34 +54,52 @@ class DocumentSession:
         self,
         session: Session,
         tokenizer: Any,
-        document: SourceDocument,
+        document: SourceDocument | None,
         *,
+        turns: Sequence[Turn] = (),
         tokens: int | None,
         chat: bool | None,
         progress: Progress,
     ) -> None:
         self.session, self.tokenizer, self.document = session, tokenizer, document
+        self.turns = list(turns)
         self.answer: Answer | None = None
         self._tokens, self._chat, self._progress = tokens, chat, progress
 
-    def ask(self, question: str, *, max_new_tokens: int = 128, temperature: float = 0.0, top_p: float = 1.0) -> Answer:
+    def ask(
+        self,
+        question: str,
+        *,
+        follow_up: bool = False,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+    ) -> Answer:
         """Asks, and returns the whole answer. Arguments and errors as in `stream`."""
-        options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
-        for _ in self.stream(question, **options):  # type: ignore[arg-type]
+        sampling = Sampling(temperature, top_p)
+        for _ in self._asked(question, follow_up, max_new_tokens, sampling):
             pass
         assert self.answer is not None
         return self.answer
 
     def stream(
-        self, question: str, *, max_new_tokens: int = 128, temperature: float = 0.0, top_p: float = 1.0
+        self,
+        question: str,
+        *,
+        follow_up: bool = False,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
     ) -> Iterator[str]:
         """Asks, and yields the answer piece by piece; `answer` is there when it has ended, or was closed.
 
-        Each question is asked about the document alone: what an earlier one has in common with it, the document, is
-        not read again.
+        What a question has in common with what was read before is not read again: the document, and with `follow_up`
+        the conversation. Where the conversation has outgrown the model's positions, its oldest turns are left out.
 
         Args:
             question: In the model's chat template, if it has one.
+            follow_up: Ask it after the questions before and their answers. Without it, it is asked about the document
+                alone, and begins a new conversation.
             max_new_tokens: Tokens to write at most.
             temperature: 0 takes the likeliest token; above 0 samples.
             top_p: Sample from the likeliest tokens of this mass.
@@ -85,24 +107,44 @@ class DocumentSession:
         Raises:
             ValueError: The question is empty, or the model's output is not finite.
         """
+        yield from self._asked(question, follow_up, max_new_tokens, Sampling(temperature, top_p))
+
+    def forget(self) -> None:
+        """Begins a new conversation; the document stays."""
+        self.turns = []
+
+    def prompt(self, question: str, *, follow_up: bool = False, max_new_tokens: int = 128) -> tuple[Prompt, list[Turn]]:
+        """What `stream` reads for a question, and the turns in it. Arguments and errors as there."""
         if not question.strip():
             raise ValueError("question: expected a text, got an empty one")
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        turns = list(self.turns) if follow_up else []
+        positions = positions_of(self.session.model.config)
+        while True:
+            asked = [*turns, Turn(question)]
+            prompt = make_conversation(self.tokenizer, self.document, asked, tokens=self._tokens, chat=self._chat)
+            if not turns or positions is None or len(prompt.ids) + max_new_tokens <= positions:
+                return prompt, turns
+            del turns[0]
+
+    def _asked(self, question: str, follow_up: bool, max_new_tokens: int, sampling: Sampling) -> Iterator[str]:
+        prompt, turns = self.prompt(question, follow_up=follow_up, max_new_tokens=max_new_tokens)
         self.answer = None
-        prompt, _ = encode_prompt(
-            self.tokenizer, self.document, max_new_tokens, ask=question, tokens=self._tokens, chat=self._chat
-        )
         session = self.session
         watch = self._watch(prompt)
         # The question is another one next time.
-        keep = len(prompt.ids) - prompt.parts.count("question")
+        keep = None if self.document is None else kept_tokens(prompt)
         session.read(prompt.ids, new_tokens=max_new_tokens, keep=keep, progress=self._progress)
+        if session.logits is None:
+            # Stopped before its end: there is nothing to write.
+            self.answer = Answer("", [], Sources(), session.timings, len(turns))
+            return
         written: list[int] = []
         said: list[str] = []
 
         def tokens() -> Iterator[int]:
-            for token in session.write(max_new_tokens, Sampling(temperature, top_p)):
+            for token in session.write(max_new_tokens, sampling):
                 written.append(token)
                 yield token
 
@@ -113,7 +155,10 @@ class DocumentSession:
                     yield piece
         finally:
             sources = Sources() if watch is None else watch.sources(prompt)
-            self.answer = Answer("".join(said), written, sources, session.timings)
+            self.answer = Answer("".join(said), written, sources, session.timings, len(turns))
+            if written:
+                self.turns = [*turns, Turn(question, written)]
+            session.keep_answer()
 
     def close(self) -> None:
         """Waits until what was read is in the store, where there is one. Leaving the context calls it."""
@@ -133,9 +178,10 @@ class DocumentSession:
 def open_document(
     model: Any,
     tokenizer: Any,
-    document: str | Path | SourceDocument,
+    document: str | Path | SourceDocument | None = None,
     *,
-    store: Store | str | Path | None = None,
+    store: Store | ModelStore | str | Path | None = None,
+    turns: Sequence[Turn] = (),
     pages: str | None = None,
     tokens: int | None = None,
     chat: bool | None = None,
@@ -147,14 +193,17 @@ def open_document(
         session = dsa.open(model, tokenizer, Path("report.pdf"))
         answer = session.ask("Who signed it?")
         print(answer.text, answer.sources.pages)
+        answer = session.ask("And when?", follow_up=True)
 
     Args:
         model: A causal language model: attached, accelerated or plain.
         tokenizer: Its tokenizer.
         document: A `Path`, or the name of a file that exists: PDF, HTML, Markdown or text. Any other string is the
-            text itself.
-        store: Where what is read is kept, and found again by the next process: a folder, or a `dsa.store.Store`. By
-            default it is kept in memory only.
+            text itself. `None` is a conversation without a document.
+        store: Where what is read and answered is kept, and found again by the next process: a folder, a
+            `dsa.store.Store`, or one `dsa.store.ModelStore` for many sessions of the same model, whose weights are
+            then looked at once. By default it is kept in memory only.
+        turns: A conversation to go on with: what `turns` of another session was, or questions and answers as texts.
         pages: Of a PDF, as in `dsa generate --pages`.
         tokens: Read only so many of the document.
         chat: Put document and question into the chat template; `None` does so where there is one.
@@ -165,15 +214,19 @@ def open_document(
         OSError: The file cannot be read.
         ValueError: There is no text in it, no such pages, or a store is asked for a plain model.
     """
-    if not isinstance(document, SourceDocument):
+    if document is None:
+        if pages is not None or tokens is not None:
+            raise ValueError("pages, tokens: there is no document to take them of; give one, or leave them out")
+    elif not isinstance(document, SourceDocument):
         document = _read(document, pages, progress)
     elif pages is not None:
         raise ValueError("pages: the document has been read already; choose its pages when it is read")
     if isinstance(store, (str, Path)):
         store = Store(store)
-    kept = None if store is None else ModelStore(store, model)
-    session = Session(model, stop=stop, store=kept, document=document.name)
-    return DocumentSession(session, tokenizer, document, tokens=tokens, chat=chat, progress=progress)
+    if isinstance(store, Store):
+        store = ModelStore(store, model)
+    session = Session(model, stop=stop, store=store, document="" if document is None else Path(document.name).name)
+    return DocumentSession(session, tokenizer, document, turns=turns, tokens=tokens, chat=chat, progress=progress)
 
 
 def _read(document: str | Path, pages: str | None, progress: Progress) -> SourceDocument:

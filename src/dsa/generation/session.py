@@ -267,6 +267,16 @@ class Session:
             self.store.not_kept(recorder.problem)
         self.kept = Kept(recorder.name, recorder.tokens, recorder.bytes) if recorder.tokens else None
 
+    def keep_answer(self) -> None:
+        """Keeps what follows the stored document, question and answer, where there is a store: the next turn of the
+        conversation is then opened, by this process or another, and not read again.
+
+        The token that was written last is not in the cache, and is read with the next turn.
+        """
+        self.close()
+        if self.store is not None and not depends_on_length(self.model.config):
+            self.store.keep_tail(self.token_ids, self.cache)
+
     def write(self, max_new_tokens: int, sampling: Sampling = GREEDY) -> Iterator[int]:
         """Continues what was read, a token at each step. Closing the iterator stops.
 

@@ -4,6 +4,7 @@
     state.json           how many tokens count; written after them, as a whole
     checks.json          sums of every chunk of rows
     window-N.safetensors what the sliding-window layers hold after N tokens
+    tail-*.safetensors   what conversations added (`dsa.store.tails`)
 
 Rows that count are never written again, so whoever has mapped them is safe. An entry without `state.json` is none.
 """
@@ -188,6 +189,13 @@ def spans(checks: list[Check]) -> Iterator[tuple[int, Check]]:
     for check in checks:
         yield begin, check
         begin = check.end
+
+
+def common_length(first: np.ndarray[Any, Any], second: np.ndarray[Any, Any]) -> int:
+    """How many tokens two sequences begin with alike."""
+    length = min(len(first), len(second))
+    different = np.flatnonzero(first[:length] != second[:length])
+    return int(different[0]) if len(different) else length
 
 
 def word_sum(data: np.ndarray[Any, Any]) -> int:

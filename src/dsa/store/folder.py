@@ -18,16 +18,19 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from filelock import FileLock
 
 from dsa.models.default_model import cache_dir
 from dsa.store.binding import Binding
-from dsa.store.entry import ROWS, STATE, Entry, checks_of, load, spans
+from dsa.store.entry import ROWS, STATE, Entry, checks_of, common_length, load, spans
 from dsa.store.layout import LayoutError, NewerVersion
 from dsa.store.opening import Mapping
 from dsa.store.recording import Recorder, Unkept, metadata_of, start
+from dsa.store.tails import DAMAGED as DAMAGED_TAIL
+from dsa.store.tails import Tail, tails_of, write_tail
 
 SHARE_OF_DISK = 0.5
 """Of the disk that is free or held by the store, what the store may take where nobody says otherwise."""
@@ -113,21 +116,64 @@ class Store:
 
     def find(self, binding: Binding, ids: Sequence[int]) -> tuple[Entry, int] | None:
         """The entry that begins with the most of these tokens, and how many of them it can be opened with."""
-        best: tuple[Entry, int] | None = None
+        found = [(entry, usable) for entry, _, usable in self._beginning(binding, ids) if usable]
+        return max(found, key=lambda each: each[1], default=None)
+
+    def find_longest(self, binding: Binding, ids: Sequence[int]) -> tuple[Entry, int, Tail | None] | None:
+        """The same with what conversations added, where that is more: the tail to open it with.
+
+        Raises:
+            DamagedTail: One cannot be read.
+        """
+        best: tuple[Entry, int, Tail | None] | None = None
+        wanted = np.asarray(ids, np.int32)
+        for entry, common, usable in self._beginning(binding, ids):
+            found: list[tuple[int, Tail | None]] = [(usable, None)]
+            found += [(tail.common(wanted, common), tail) for tail in tails_of(entry)]
+            tokens, tail = max(found, key=lambda each: each[0])
+            if tokens > (0 if best is None else best[1]):
+                best = entry, tokens, tail
+        return best
+
+    def _beginning(self, binding: Binding, ids: Sequence[int]) -> Iterator[tuple[Entry, int, int]]:
+        """Entries that begin with some of these tokens: with how many, and how many they can be opened with."""
         wanted = np.asarray(ids, np.int32)
         for entry in self.entries():
             if entry.binding != binding:
                 continue
             try:
-                held = entry.token_ids()
+                common = common_length(wanted, entry.token_ids())
             except OSError:
                 continue
-            common = common_length(wanted, held)
+            usable = common
             if entry.state.windows:
-                common = max((place for place in entry.state.windows if place <= common), default=0)
-            if common > (0 if best is None else best[1]):
-                best = entry, common
-        return best
+                usable = max((place for place in entry.state.windows if place <= common), default=0)
+            if common:
+                yield entry, common, usable
+
+    def keep_tail(self, binding: Binding, ids: Sequence[int], cache: Any, least: int) -> None:
+        """Keeps what a conversation added to a stored document.
+
+        Args:
+            binding: Of the model.
+            ids: All tokens of the cache.
+            cache: What was read and written.
+            least: Tokens that the stored document has in common with them at least; without one nothing is kept.
+
+        Raises:
+            Unkept: There is no room.
+            LayoutError: A tail that is there is damaged.
+            OSError: The store cannot be written.
+        """
+        found = self.find_longest(binding, ids)
+        if found is None or found[1] == len(ids):
+            return
+        base = self.find(binding, ids)
+        if base is None or base[1] < least or len(ids) > base[0].layout.capacity:
+            return
+        entry, begin = base
+        self._make_room((len(ids) - begin) * entry.layout.token_bytes, entry.name)
+        write_tail(entry, begin, ids, cache)
 
     def recorder(self, binding: Binding, ids: Sequence[int], model: str, document: str) -> Recorder:
         """What keeps these tokens while they are read: in the entry that they begin with, or in a new one.
@@ -187,6 +233,8 @@ class Store:
             finally:
                 mapped.close()
             missing = [place for place in entry.state.windows if not entry.window(place).exists()]
+            for tail in tails_of(entry):
+                tail.read(tail.begin + len(tail.ids))
         except LayoutError as error:
             return str(error)
         return f"the sliding windows at {missing[0]:,} tokens are missing" if missing else ""
@@ -220,6 +268,8 @@ class Store:
             OSError: The store cannot be written.
         """
         self._sweep()
+        for tail in [] if needed else self._entries.glob(f"*/{DAMAGED_TAIL}*"):
+            tail.unlink(missing_ok=True)
         entries = self.entries()
         held, limit, removed = sum(entry.bytes for entry in entries), self.limit, []
         for entry in reversed(entries):
@@ -285,13 +335,6 @@ def in_use(folder: Path) -> bool:
         return True
     finally:
         os.close(handle)
-
-
-def common_length(first: np.ndarray, second: np.ndarray) -> int:
-    """How many tokens two sequences begin with alike."""
-    length = min(len(first), len(second))
-    different = np.flatnonzero(first[:length] != second[:length])
-    return int(different[0]) if len(different) else length
 
 
 def entry_name(binding: Binding, ids: Sequence[int]) -> str:

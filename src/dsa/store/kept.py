@@ -14,6 +14,7 @@ from dsa.store.folder import Damaged, Store
 from dsa.store.layout import LayoutError
 from dsa.store.opening import Opened, open_entry
 from dsa.store.recording import Recorder, Unkept
+from dsa.store.tails import DamagedTail
 
 logger = logging.getLogger("dsa")
 
@@ -54,15 +55,24 @@ class ModelStore:
         while True:
             try:
                 self._set_damaged_aside()
-                found = self.store.find(self.binding, ids)
+                found = self.store.find_longest(self.binding, ids)
+            except DamagedTail as error:
+                if not self._set_tail_aside(error):
+                    return None
+                continue
             except OSError as error:
                 self._say(f"the store in {self.store.folder} cannot be read ({error}); the text is read again")
                 return None
             if found is None or found[1] <= held or found[1] < min(self.least, len(ids)):
                 return None
-            entry, tokens = found
+            entry, tokens, tail = found
             try:
-                opened = open_entry(entry, tokens, self.model, sparse_report_of(self.model).config)
+                added = None if tail is None else tail.read(tokens)
+                opened = open_entry(entry, tokens, self.model, sparse_report_of(self.model).config, added)
+            except DamagedTail as error:
+                if not self._set_tail_aside(error):
+                    return None
+                continue
             except LayoutError as error:
                 if not self._set_aside(entry, str(error)):
                     return None
@@ -87,6 +97,22 @@ class ModelStore:
             self.not_kept(str(error))
             return None
 
+    def keep_tail(self, ids: Sequence[int], cache: Any) -> None:
+        """Keeps what a conversation added to a stored document, so that its next turn is opened, too.
+
+        Args:
+            ids: All tokens of the cache.
+            cache: What was read and written.
+        """
+        if len(ids) < self.least:
+            return
+        try:
+            self.store.keep_tail(self.binding, ids, cache, self.least)
+        except DamagedTail as error:
+            self._set_tail_aside(error)
+        except (Unkept, OSError) as error:
+            self._say(f"the conversation is not kept: {error}")
+
     def not_kept(self, reason: str) -> None:
         """Says once that a document is not kept, and why."""
         if reason:
@@ -107,6 +133,14 @@ class ModelStore:
         )
         try:
             self.store.set_aside(entry)
+        except OSError:
+            return False
+        return True
+
+    def _set_tail_aside(self, error: DamagedTail) -> bool:
+        self._say(f"{error}: a conversation was kept there, it is not used any more, and its turns are read again")
+        try:
+            error.set_aside()
         except OSError:
             return False
         return True

@@ -59,6 +59,21 @@ class Opened:
     seconds: float
 
 
+@dataclass(frozen=True)
+class Added:
+    """What a conversation added to an entry.
+
+    Args:
+        begin: After how many of its tokens.
+        rows: `[n, ...]` by the names that they have in the entry.
+        windows: What sliding windows hold at its end, by the names that they have in `Entry.window`.
+    """
+
+    begin: int
+    rows: dict[str, torch.Tensor]
+    windows: dict[str, torch.Tensor]
+
+
 class Mapping:
     """An entry's file, mapped copy-on-write. As long as it lives, the entry counts as in use."""
 
@@ -115,14 +130,16 @@ class Mapping:
             self._handle = -1
 
 
-def open_entry(entry: Entry, tokens: int, model: Any, config: DSAConfig) -> Opened:
+def open_entry(entry: Entry, tokens: int, model: Any, config: DSAConfig, added: Added | None = None) -> Opened:
     """Opens the first tokens of an entry.
 
     Args:
         entry: What matches the model.
-        tokens: How many of its tokens. With sliding windows, one of `state.windows`.
+        tokens: How many, those that were added included. With sliding windows and nothing added, one of
+            `state.windows`.
         model: What will read on.
         config: What it is attached with.
+        added: What follows the first `added.begin` of its tokens in place of the others.
 
     Raises:
         LayoutError: It is damaged.
@@ -135,8 +152,8 @@ def open_entry(entry: Entry, tokens: int, model: Any, config: DSAConfig) -> Open
         layers = entry.layers
         if len(cache.layers) < len(layers):
             cache.layers = [None] * len(layers)  # type: ignore[list-item]
-        resident = _resident(mapped, tokens)
-        windows = _windows(entry, tokens) if entry.state.windows else {}
+        resident = _resident(mapped, tokens if added is None else added.begin)
+        windows = _windows(entry, tokens) if added is None else added.windows
         _advise(mapped, tokens, config)
         for number, kind in enumerate(layers):
             if kind["kind"] == "sliding":
@@ -146,13 +163,21 @@ def open_entry(entry: Entry, tokens: int, model: Any, config: DSAConfig) -> Open
             names = {each: f"layers.{number}.{each}" for each in layer.buffers}
             found = {each: resident.get(name) for each, name in names.items()}
             storages = {each: mapped.tensor(names[each]) if held is None else held for each, held in found.items()}
+            if added is not None:
+                for each, storage in storages.items():
+                    storage[0, added.begin : tokens] = added.rows[names[each]]
             storages = {each: storage.to(model.device) for each, storage in storages.items()}
             layer.adopt(storages, tokens, _DTYPES[kind["dtype"]])
             cache.layers[number] = layer
-        ids = resident[TOKEN_IDS][0, :tokens].tolist()
+        held = resident[TOKEN_IDS][0]
+        ids = (
+            held[:tokens].tolist()
+            if added is None
+            else [*held[: added.begin].tolist(), *added.rows[TOKEN_IDS].tolist()]
+        )
     finally:
         mapped.close()
-    share = tokens / entry.state.tokens
+    share = min(1.0, tokens / entry.state.tokens)
     return Opened(entry.name, cache, ids, entry.state.read_s * share, time.perf_counter() - began)
 
 
@@ -206,6 +231,8 @@ def _selected_parts(entry: Entry, config: DSAConfig) -> Iterator[str]:
 
 
 def _windows(entry: Entry, tokens: int) -> dict[str, torch.Tensor]:
+    if not entry.state.windows:
+        return {}
     try:
         return load_file(entry.window(tokens))
     except SafetensorError as error:
