@@ -92,9 +92,39 @@ def test_a_run_and_its_result(app: typer.Typer, model: Path, texts: list[str], t
     assert "holds a training run already; continue it with --resume" in again.stderr
     other = call(app, model, "--data", *texts, "--steps", 3, "--lr", 0.1, "--out", out, "--resume", *SIZES, *SHORT)
     assert other.exit_code == 2
-    assert "settings.lr was 0.01, is now 0.1" in other.stderr
+    assert "--lr was 0.01, is now 0.1" in other.stderr
     done = call(app, model, "--data", *texts, "--steps", 3, "--out", out, "--resume", *SIZES, *SHORT)
     assert done.exit_code == 0
+
+
+def test_a_run_resumed_with_another_length_names_the_option(
+    app: typer.Typer, model: Path, texts: list[str], tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    given = (model, "--data", *texts, "--steps", 1, "--out", out, *SIZES)
+    assert call(app, *given, *SHORT).exit_code == 0
+    other = call(app, *given, *SHORT[2:], "--seq-len", 64, "--resume")
+    assert other.exit_code == 2
+    assert "--seq-len was 48, is now 64. Give it" in other.stderr
+    short = call(app, *given[: -len(SIZES)], "--seq-len", 64, "--resume", *SHORT[4:], "--local", 70)
+    assert "--seq-len 64 leaves layer 0 nothing to learn" in short.stderr
+    assert "seq_len" not in short.stderr
+
+
+def test_nothing_selected_is_nothing_measured(app: typer.Typer, model: Path, texts: list[str], tmp_path: Path) -> None:
+    sizes = ("--index-heads", 2, "--index-head-dim", 8, "--sinks", 1, "--local", 4)
+    given = (model, "--data", *texts, "--steps", 1, "--holdout", texts[0], *sizes, *SHORT)
+    result = call(app, *given, "--top-k", 48, "--out", tmp_path / "all")
+    assert result.exit_code == 0, result.output
+    said = " ".join(result.stderr.split())
+    assert "sequences of 48 tokens fit into the budget of 48, so nothing is selected" in said
+    assert "nothing was selected, so the indexers were not measured" in said
+    assert "recall" not in said
+    # By default something is.
+    result = call(app, *given, "--out", tmp_path / "some")
+    assert "nothing is selected" not in result.stderr
+    assert "recall" in result.stderr
+    assert dsa.attach(tiny_model("llama", vocab_size=BYTE_VOCABULARY), indexers=tmp_path / "some").config.top_k == 12
 
 
 def test_layers_left_dense_and_a_model_saved_sparse(
@@ -120,7 +150,7 @@ def test_layers_left_dense_and_a_model_saved_sparse(
         (["--dense-layers", "first"], "dense-layers must be layer numbers like 0,1,5-7, or none, got 'first'"),
         (["--dense-layers", "0,7"], "config.layers names layer 7"),
         (["--top-k", "3"], "--top-k must be at least sinks + local"),
-        (["--seq-len", "5"], "seq_len=5 leaves layer 0 nothing to learn"),
+        (["--seq-len", "5"], "--seq-len 5 leaves layer 0 nothing to learn"),
         (["--seq-len", "100000"], "less than one sequence"),
         (["--data", "gone.txt"], "there is no file gone.txt"),
         (["--target", "near"], "'near' is not one of"),

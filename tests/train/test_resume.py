@@ -127,12 +127,12 @@ def test_resuming_a_finished_run_changes_nothing(whole: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda: {"settings": replace(SETTINGS, lr=0.02)}, r"settings.lr was 0.01, is now 0.02"),
-        (lambda: {"settings": replace(SETTINGS, steps=20)}, r"settings.steps was 9, is now 20"),
-        (lambda: {"settings": replace(SETTINGS, seq_len=96)}, r"settings.seq_len was 64, is now 96"),
-        (lambda: {"settings": replace(SETTINGS, seed=1)}, r"settings.seed was 0, is now 1"),
-        (lambda: {"settings": replace(SETTINGS, target="paper")}, r"settings.target was far, is now paper"),
-        (lambda: {"settings": replace(SETTINGS, queries_per_update=8)}, r"settings.queries_per_update was 16"),
+        (lambda: {"settings": replace(SETTINGS, lr=0.02)}, r"--lr was 0.01, is now 0.02"),
+        (lambda: {"settings": replace(SETTINGS, steps=20)}, r"--steps was 9, is now 20"),
+        (lambda: {"settings": replace(SETTINGS, seq_len=96)}, r"--seq-len was 64, is now 96"),
+        (lambda: {"settings": replace(SETTINGS, seed=1)}, r"--seed was 0, is now 1"),
+        (lambda: {"settings": replace(SETTINGS, target="paper")}, r"--target was far, is now paper"),
+        (lambda: {"settings": replace(SETTINGS, queries_per_update=8)}, r"--queries-per-update was 16"),
         (lambda: {"stream": random_tokens(seed=1)}, r"data is another"),
         (lambda: {"model": attached(config=CONFIG.replace(index_heads=2))}, r"config.index_heads was 4, is now 2"),
         (lambda: {"model": attached(config=CONFIG.replace(local=5))}, r"config.local.0 was 4, is now 5"),

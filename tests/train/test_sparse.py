@@ -323,10 +323,10 @@ def test_a_device_out_of_memory_is_told_what_helps(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"lr": 2e-3}, "settings.lr was 0.001, is now 0.002"),
-        ({"seed": 1}, "settings.seed was 0, is now 1"),
-        ({"sequences": 1}, "settings.sequences was 2, is now 1"),
-        ({"all_parameters": False, "parameters": "mlp"}, "settings.all_parameters was True, is now False"),
+        ({"lr": 2e-3}, "--lr was 0.001, is now 0.002"),
+        ({"seed": 1}, "--seed was 0, is now 1"),
+        ({"sequences": 1}, "--sequences was 2, is now 1"),
+        ({"all_parameters": False, "parameters": "mlp"}, "--all-parameters was True, is now False"),
     ],
 )
 def test_another_run_is_not_resumed(tmp_path: Path, changes: dict[str, Any], message: str) -> None:

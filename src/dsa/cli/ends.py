@@ -48,13 +48,23 @@ def message(error: BaseException, arguments: Sequence[str] = (), options: Sequen
         where = "" if error.filename is None else f"{_named(str(error.filename), arguments)}: "
         remedy = _REMEDIES.get(error.errno)
         return f"{where}{error.strerror}" + (f"; {remedy}" if remedy else "")
-    said = str(error) or type(error).__name__
+    said = _in_a_shell(str(error) or type(error).__name__, options)
     first = re.match(r"[a-z_-]+(?= (?:must|is|are|cannot|has|have|takes)\b|:)", said)
     option = "" if first is None else f"--{first[0].replace('_', '-')}"
     if first is None or option not in options:
         return said
     rest = said[len(first[0]) :]
     return rest.removeprefix(": ") if rest.startswith(f": {option}") else option + rest
+
+
+def _in_a_shell(said: str, options: Sequence[str]) -> str:
+    """Names of arguments as the options that they are: `seq_len=64` as `--seq-len 64`; paths stay as they are."""
+    for option in options:
+        name = option.removeprefix("--").replace("-", "_")
+        if "_" in name:
+            place = rf"(?<![\w./(`-]){name}(?![\w/(]|\.\w)"
+            said = re.sub(place, option, re.sub(f"{place}=", f"{option} ", said))
+    return said
 
 
 def _named(file: str, arguments: Sequence[str]) -> str:

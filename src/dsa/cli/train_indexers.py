@@ -37,7 +37,9 @@ def attach_for(
     elif options.indexers is not None:
         attach_existing(loaded.model, options.indexers, changes)
     else:
-        attach_fresh(loaded.model, fresh_config(loaded.model, changes), settings.seed)
+        attach_fresh(loaded.model, fresh_config(loaded.model, changes, settings.seq_len), settings.seed)
+    if not isinstance(settings, DenseSettings):
+        warn_of_no_selection(loaded.model, settings)
 
 
 def config_changes(options: IndexerOptions) -> dict[str, Any]:
@@ -49,16 +51,40 @@ def config_changes(options: IndexerOptions) -> dict[str, Any]:
     return {name: given for name, given in changes.items() if given is not None}
 
 
-def fresh_config(model: PreTrainedModel, changes: dict[str, Any]) -> DSAConfig:
+def fresh_config(model: PreTrainedModel, changes: dict[str, Any], seq_len: int) -> DSAConfig:
     """The configuration of new indexers; what was not given is the default of `dsa.attach`, and layer 0 stays dense.
 
-    With latent attention it does not: every layer of DeepSeek-V3.2, which such a model becomes, selects.
+    With latent attention it does not: every layer of DeepSeek-V3.2, which such a model becomes, selects. The budget is
+    no larger than a part of a sequence, so that held-out text shows what the indexers find.
     """
     from dsa.models.attachment import default_config
     from dsa.models.families import family_of
 
     layers = {0: LayerConfig(dense=True)} if family_of(model).latent is None else {}
-    return default_config(model).replace(**{"layers": layers, **changes})
+    config = default_config(model).replace(**{"layers": layers, **changes})
+    if "top_k" in changes:
+        return config
+    always = config.sinks + config.local
+    return config.replace(top_k=min(config.top_k, max(seq_len // 4, always + seq_len // 16)))
+
+
+def warn_of_no_selection(model: PreTrainedModel, settings: WarmupSettings | SparseSettings) -> None:
+    """Says so where the sequences are so short that every query reads all of them."""
+    from dsa.models.attached import config_of
+    from dsa.train.holdout import selects_nothing
+    from dsa.train.settings import SparseSettings
+
+    config = config_of(model)
+    if selects_nothing(model, config, settings.seq_len):
+        learns = (
+            "the model learns with full attention"
+            if isinstance(settings, SparseSettings)
+            else ("held-out text cannot show what the indexers find")
+        )
+        note(
+            f"sequences of {settings.seq_len:,} tokens fit into the budget of {config.top_k:,}, so nothing is selected "
+            f"and {learns}; give a longer --seq-len or a smaller --top-k"
+        )
 
 
 def parse_layers(text: str) -> list[int]:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 import typer
 
 from dsa.cli import options
+from dsa.cli.checks import at_most
 from dsa.cli.commands import build, flag
 from dsa.cli.configuration import read_config
 from dsa.train.settings import DenseSettings, SparseSettings, WarmupSettings
@@ -178,7 +179,15 @@ class IndexerOptions:
             help="Start from these: a file or the folder of a run. Their sizes and dense layers hold.",
         ),
     ] = None
-    top_k: options.TopK = None
+    top_k: Annotated[
+        int | None,
+        typer.Option(
+            "--top-k",
+            metavar="K",
+            callback=at_most("--top-k", options.MOST_TOKENS),
+            help="Tokens each query reads; of new indexers by default a quarter of --seq-len, 2048 at most",
+        ),
+    ] = None
     local: options.Local = None
     sinks: Annotated[
         int | None,

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from dsa.config import DSAConfig
 from dsa.eval.mass import MassObserver
+from dsa.models.attached import indexers_of
 from dsa.models.context import DSAContext
 from dsa.train.data import TokenStream, Window, Windows
 from dsa.train.language import language_losses, predicted, read_window
@@ -44,7 +45,7 @@ class Holdout:
     def measure(self, model: PreTrainedModel, config: DSAConfig | None, step: int) -> HoldoutRecord:
         """Reads every sequence twice, dense and sparse; figures are over positions from the middle on.
 
-        Without a configuration the model is not attached, and reads once.
+        Without a configuration the model is not attached, and reads once; so it does where nothing is selected.
         """
         was_training = model.training
         model.eval()
@@ -55,19 +56,20 @@ class Holdout:
 
     def _measure(self, model: PreTrainedModel, config: DSAConfig | None, step: int) -> HoldoutRecord:
         start = self.windows.seq_len // 2
-        observer = None if config is None else MassObserver(config, start)
+        read_all = config is not None and selects_nothing(model, config, self.windows.seq_len)
+        observer = None if config is None or read_all else MassObserver(config, start)
         sums = {"dense": 0.0, "sparse": 0.0}
         count = 0
         for number in range(self.sequences):
             window = self.windows(number)
             count += int(predicted(window, start).sum())
             if observer is None:
-                sums["dense"] += self._loss(model, window, None, start)
+                sums["dense"] += self._loss(model, window, DSAContext(mode="dense") if read_all else None, start)
                 continue
             sums["dense"] += self._loss(model, window, DSAContext(mode="dense", observer=observer), start)
             sums["sparse"] += self._loss(model, window, DSAContext(), start)
         if observer is None:
-            return HoldoutRecord(step, sums["dense"] / count)
+            return HoldoutRecord(step, sums["dense"] / count, read_all=read_all)
         layers = sorted({row.layer for row in observer.layers})
 
         def mean(name: str) -> dict[int, float]:
@@ -81,3 +83,8 @@ class Holdout:
     def _loss(self, model: PreTrainedModel, window: Window, context: DSAContext | None, start: int) -> float:
         output = read_window(model, window, context)
         return float(language_losses(model, output, window, start=start)[0])
+
+
+def selects_nothing(model: PreTrainedModel, config: DSAConfig, seq_len: int) -> bool:
+    """Whether every layer's budget holds all tokens of a sequence."""
+    return seq_len <= min((config.layer_top_k(layer) for layer in indexers_of(model)), default=0)

@@ -74,6 +74,7 @@ class HoldoutRecord:
         mass: Share of the dense attention mass that the selection keeps, by layer.
         oracle: The same of the best selection of that size.
         recall: Share of the best selection that the indexer's selection holds, by layer.
+        read_all: Whether the budget holds a whole sequence: nothing was selected, so nothing but `dense` was measured.
     """
 
     step: int
@@ -82,6 +83,7 @@ class HoldoutRecord:
     mass: dict[int, float] = field(default_factory=dict)
     oracle: dict[int, float] = field(default_factory=dict)
     recall: dict[int, float] = field(default_factory=dict)
+    read_all: bool = False
 
     @property
     def ratio(self) -> float | None:
@@ -91,7 +93,8 @@ class HoldoutRecord:
     def describe(self) -> str:
         """One line."""
         if self.sparse is None:
-            return f"holdout: perplexity {math.exp(self.dense):.3f}"
+            why = "; nothing was selected, so the indexers were not measured" if self.read_all else ""
+            return f"holdout: perplexity {math.exp(self.dense):.3f}{why}"
         mass, oracle, recall = (sum(each.values()) / len(each) for each in (self.mass, self.oracle, self.recall))
         return (
             f"holdout: perplexity {math.exp(self.sparse):.3f}, {self.ratio:.4f} of dense   "
@@ -101,7 +104,7 @@ class HoldoutRecord:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
         if self.sparse is None:
-            return {"step": self.step, "dense": self.dense}
+            return {"step": self.step, "dense": self.dense, **({"read_all": True} if self.read_all else {})}
         layers = {"mass": self.mass, "oracle": self.oracle, "recall": self.recall}
         named = {name: {str(layer): value for layer, value in each.items()} for name, each in layers.items()}
         return {"step": self.step, "dense": self.dense, "sparse": self.sparse, "ratio": self.ratio, **named}

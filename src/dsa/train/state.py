@@ -201,15 +201,27 @@ class RunFolder:
             ) from error
 
 
+SETTINGS = "settings"
+FOLLOWING = {"warmup_steps", "decay_steps", "queries_per_update", "updates_per_sequence"}
+"""Settings that follow from others where they are not given."""
+
+
 def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """What two identities disagree about, one phrase each."""
-    for key in sorted({*before, *now}):
+    """What two identities disagree about, one phrase each; settings are called as the options of `dsa train` are.
+
+    What follows from another setting is not named next to that one.
+    """
+    changed_keys = {key for key in {*before, *now} if before.get(key) != now.get(key)}
+    for key in sorted(changed_keys - FOLLOWING or changed_keys):
         old, new = before.get(key), now.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
+        if key == SETTINGS and not prefix:
+            yield from differences(old or {}, new or {}, "--")
+        elif isinstance(old, dict) and isinstance(new, dict):
             yield from differences(old, new, f"{prefix}{key}.")
-        elif old != new:
-            changed = isinstance(old, (list, dict)) or isinstance(new, (list, dict)) or len(str(old)) > 40
-            yield f"{prefix}{key} is another" if changed else f"{prefix}{key} was {old}, is now {new}"
+        else:
+            name = f"--{key.replace('_', '-')}" if prefix == "--" else prefix + key
+            is_long = isinstance(old, (list, dict)) or isinstance(new, (list, dict)) or len(str(old)) > 40
+            yield f"{name} is another" if is_long else f"{name} was {old}, is now {new}"
 
 
 def _size(count: int) -> str:
