@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from dsa.models.default_model import DEFAULT_MODEL, Status, default_model_dir
-from dsa.models.families import born_with_dsa
 from dsa.models.rope import RopeScaling, extend_positions
+from dsa.models.tensors import check_tensors, damaged_file, folder_of, unexplained
 from dsa.runs.quiet import quiet_transformers
 
 if TYPE_CHECKING:
@@ -154,24 +154,27 @@ def _read_weights(
     from transformers import AutoModelForCausalLM
 
     options: dict[str, Any] = {"config": config} if given else {}
-    own_indexers = born_with_dsa(config)
     try:
-        # What transformers does not find it makes up, and an indexer made up selects anything.
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=dtype or "auto",
             use_safetensors=True,
+            # What transformers does not find or cannot use, it makes up: `check_tensors` refuses that.
             output_loading_info=True,
-            ignore_mismatched_sizes=own_indexers,
+            ignore_mismatched_sizes=True,
             **options,
         )
+        model, info = loaded
+        check_tensors(name, folder_of(source), model, info)
     except SafetensorError as error:
-        raise OSError(f"model: the weights of {name} are damaged ({error}); copy or download them again") from error
+        damaged = damaged_file(folder_of(source))
+        raise OSError(
+            f"model: the weights of {name} are damaged{damaged} ({error}); copy or download them again"
+        ) from error
     except OSError as error:
         raise _not_loaded(name, error) from error
-    model, info = loaded
-    if own_indexers:
-        _check_own_indexers(name, info)
+    except RuntimeError as error:
+        raise unexplained(name, folder_of(source)) from error
     return model
 
 
@@ -180,23 +183,6 @@ def _random_weights(config: PreTrainedConfig, dtype: torch.dtype | Literal["auto
 
     torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(config, dtype=dtype if isinstance(dtype, torch.dtype) else torch.float32)
-
-
-def _check_own_indexers(name: str, info: dict[str, Any]) -> None:
-    """Refuses a model born with DSA whose indexers are not those of its configuration."""
-    other = sorted(key for key, *_ in info["mismatched_keys"])
-    if other:
-        raise ValueError(
-            f"model: {other[0]} of {name} has another size than its configuration says ({len(other)} such weights in "
-            "all); one of them belongs to another model"
-        )
-    for what, keys in (("lacks", info["missing_keys"]), ("also has", info["unexpected_keys"])):
-        strange = sorted(key for key in keys if ".indexer." in key)
-        if strange:
-            raise ValueError(
-                f"model: {name} {what} {strange[0]} ({len(strange)} such weights of indexers in all); its files are "
-                "incomplete, or its configuration belongs to another model"
-            )
 
 
 def _read_tokenizer(name: str, source: str | Path) -> Any:

@@ -99,7 +99,9 @@ def _make_model_class(
         model, info = load(cls, source, *args, output_loading_info=True, **kwargs)
         lost = sorted(key for key in info["missing_keys"] if ".indexer." in key)
         if lost:
-            raise ValueError(f"{source} lacks {len(lost)} indexer weights, {lost[0]} first; save the model again")
+            raise ValueError(
+                f"model: {lost[0]} is missing in {source} ({len(lost)} weights of indexers in all); save it again"
+            )
         return (model, info) if output_loading_info else model
 
     return type(

@@ -106,19 +106,19 @@ def test_what_takes_other_models_only_says_so(saved: Path, tmp_path: Path, comma
 
 def test_a_missing_weight_is_named(saved: Path) -> None:
     change_weights(saved, lambda weights: weights.pop("model.layers.2.self_attn.indexer.wk.weight"))
-    with pytest.raises(ValueError, match=r"lacks model\.layers\.2\.self_attn\.indexer\.wk\.weight"):
+    with pytest.raises(ValueError, match=r"model\.layers\.2\.self_attn\.indexer\.wk\.weight is missing"):
         load_model(str(saved), device="cpu")
 
 
 def test_an_extra_weight_is_named(saved: Path) -> None:
     extra = {"model.layers.1.self_attn.indexer.wk.weight": torch.zeros(16, 48)}
     change_weights(saved, lambda weights: weights.update(extra))
-    with pytest.raises(ValueError, match=r"also has model\.layers\.1\.self_attn\.indexer\.wk\.weight"):
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.self_attn\.indexer\.wk\.weight in .* is no tensor"):
         load_model(str(saved), device="cpu")
 
 
 def test_other_sizes_than_the_configuration(saved: Path) -> None:
     config = json.loads((saved / "config.json").read_text())
     (saved / "config.json").write_text(json.dumps({**config, "index_head_dim": 32}))
-    with pytest.raises(ValueError, match=r"indexer\.\w+\.\w+ of .* has another size than its configuration"):
+    with pytest.raises(ValueError, match=r"indexer\.\w+\.\w+ in .* is \[16\], but config\.json makes it \[32\]"):
         load_model(str(saved), device="cpu")
