@@ -30,7 +30,7 @@ def indexers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = loaded_model().model
     torch.manual_seed(0)
     dsa.attach(model, CONFIG)
-    return dsa.save_indexers(model, tmp_path_factory.mktemp("indexers"))
+    return dsa.save_indexers(model, tmp_path_factory.mktemp("indexers"), trained=True)
 
 
 @pytest.fixture

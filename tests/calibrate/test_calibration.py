@@ -60,7 +60,7 @@ def test_a_perplexity_target(tiny: LoadedModel, indexers: Path, texts: list[Docu
     assert dsa.DSAConfig.from_dict(plain["config"]) == found.config
     assert plain["uniform"] is not None
 
-    file = save_indexers(tiny.model, tmp_path)
+    file = save_indexers(tiny.model, tmp_path, trained=True)
     dsa.detach(tiny.model)
     assert attach(tiny.model, indexers=file).config == found.config
 
@@ -69,7 +69,7 @@ def test_the_ratio_is_what_the_evaluation_measures(
     tiny: LoadedModel, indexers: Path, texts: list[Document], tmp_path: Path
 ) -> None:
     found = run(tiny, texts[:1], indexers, perplexity_ratio=1.2)
-    file = save_indexers(tiny.model, tmp_path)
+    file = save_indexers(tiny.model, tmp_path, trained=True)
     dsa.detach(tiny.model)
     tokens = found.texts["a text"]
     result = evaluate(tiny, texts[0], tokens=tokens, new_tokens=0, indexers=file)
@@ -134,7 +134,7 @@ def test_layers_without_an_indexer_stay_dense(tiny: LoadedModel, texts: list[Doc
         sinks=1,
         layers={0: LayerConfig(dense=True), 2: LayerConfig(local=3)},
     )
-    save_indexers(tiny.model, tmp_path)
+    save_indexers(tiny.model, tmp_path, trained=True)
     dsa.detach(tiny.model)
     found = run(tiny, texts, tmp_path, perplexity_ratio=3.0)
     assert found.layers[0].kind == "dense"
@@ -190,7 +190,7 @@ def test_what_there_is_nothing_to_calibrate_about(
     with pytest.raises(ValueError, match="data: 6 tokens are too few"):
         run(tiny, [Document("six by", "short")], indexers, perplexity_ratio=1.1, budgets=None, max_dense=1)
     attach(tiny.model, indexers=indexers, layers={2: {"share": 1}})
-    save_indexers(tiny.model, tmp_path)
+    save_indexers(tiny.model, tmp_path, trained=True)
     dsa.detach(tiny.model)
     with pytest.raises(ValueError, match="calibrated already \\(layer 2 shares"):
         run(tiny, texts, tmp_path, perplexity_ratio=1.1)

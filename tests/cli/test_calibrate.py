@@ -23,7 +23,7 @@ def indexers(tiny: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     model = AutoModelForCausalLM.from_pretrained(tiny)
     torch.manual_seed(0)
     library.attach(model, top_k=16, local=2, sinks=1, index_heads=2, index_head_dim=8)
-    return str(library.save_indexers(model, tmp_path_factory.mktemp("indexers")))
+    return str(library.save_indexers(model, tmp_path_factory.mktemp("indexers"), trained=True))
 
 
 @pytest.fixture

@@ -101,7 +101,7 @@ def test_generate_reads_stdin_and_files(dsa: Run, tiny: str, text: str) -> None:
     folder = str(Path(text).parent / "indexers")
     model = AutoModelForCausalLM.from_pretrained(tiny)
     library.attach(model, top_k=32, local=8)
-    library.save_indexers(model, folder)
+    library.save_indexers(model, folder, trained=True)
     content = Path(text).read_text()[:100]
     Path(text).write_text(content)
     piped = dsa("generate", tiny, *options, folder, stdin=content)

@@ -72,7 +72,7 @@ def furnish(folder: Path) -> None:
         if name == HUB_MODEL:
             dsa.attach(model, dsa.DSAConfig(top_k=64, index_heads=2, index_head_dim=8, sinks=1, local=8))
             for place in ("runs/qwen", "shuffled"):
-                dsa.save_indexers(model, folder / place)
+                dsa.save_indexers(model, folder / place, trained=True)
     _born_with_dsa(folder / "path/to/model")
     for name in ("thesis", "notes", "a", "b", "c", "books/a", "books/b"):
         file = folder / f"{name}.txt"

@@ -123,7 +123,7 @@ def test_an_attached_model_keeps_its_indexers(tiny: LoadedModel, document: Docum
 
 def test_trained_indexers_are_read(tiny: LoadedModel, document: Document, tmp_path: Path) -> None:
     attach(tiny.model, TINY_CONFIG)
-    file = save_indexers(tiny.model, tmp_path)
+    file = save_indexers(tiny.model, tmp_path, trained=True)
     other = LoadedModel(tiny_model("llama", vocab_size=BYTE_VOCABULARY), tiny_tokenizer(), "other", False)
     result = evaluate(other, document, tokens=80, indexers=file)
     assert (result.indexers, result.report.trained) == (str(file), True)

@@ -8,10 +8,12 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
 
 import dsa
 from dsa import DSAConfig
-from dsa.models.attached import indexers_of
+from dsa.models.attached import indexers_of, report_of
+from dsa.models.attachment import put_on, take_off
 from dsa.models.checkpoint import read_indexers
 from dsa.testing.tiny_models import TINY_CONFIG, tiny_model, tiny_tokens
 
@@ -28,12 +30,45 @@ def test_round_trip_takes_the_config_along(saved: Path) -> None:
     torch.manual_seed(1)
     dsa.attach(first, indexers=saved)
     report = dsa.attach(second, indexers=saved.parent)
-    assert report.trained
+    assert not report.trained
     assert report.config == TINY_CONFIG.replace(index_rope_dim=2)
     tokens = tiny_tokens(1, 40)
     assert torch.equal(first(tokens).logits, second(tokens).logits)
     overridden = tiny_model("llama")
     assert dsa.attach(overridden, indexers=saved, top_k=12).config.top_k == 12
+
+
+def rewritten(file: Path, **fields: str | None) -> None:
+    """Changes fields of a file's metadata; `None` takes one out."""
+    with safe_open(file, framework="pt") as opened:
+        metadata = {**opened.metadata(), **fields}
+        weights = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    save_file(weights, file, metadata={name: value for name, value in metadata.items() if value is not None})
+
+
+def test_trained_is_what_training_wrote(tmp_path: Path) -> None:
+    """Saving random indexers does not make them trained ones, however often they are loaded and saved again."""
+    model = tiny_model("llama")
+    assert not dsa.attach(model, TINY_CONFIG).trained
+    for number, told in enumerate((None, None, True, None, False)):
+        file = dsa.save_indexers(model, tmp_path / f"{number}.safetensors", trained=told)
+        dsa.load_indexers(model, file)
+        expected = number in (2, 3)
+        assert report_of(model).trained is expected
+        folder = tmp_path / f"model {number}"
+        model.save_pretrained(folder)
+        loaded = AutoModelForCausalLM.from_pretrained(folder)
+        assert report_of(loaded).trained is expected
+        again = tiny_model("llama")
+        assert dsa.attach(again, indexers=file).trained is expected
+        assert put_on(again, take_off(again)).trained is expected
+    dsa.detach(loaded)
+    assert not hasattr(loaded.config, "dsa_trained")
+
+
+def test_files_from_before_the_field_are_trained(saved: Path) -> None:
+    rewritten(saved, trained=None)
+    assert dsa.attach(tiny_model("llama"), indexers=saved).trained
 
 
 def test_layers_without_an_indexer_need_none(saved: Path) -> None:
@@ -88,10 +123,8 @@ def test_other_sizes(saved: Path, sizes: dict) -> None:
 def test_files_say_how_many_dims_rotate(saved: Path) -> None:
     assert read_indexers(saved).config.index_rope_dim == DSAConfig(index_head_dim=8).rope_dim == 2
     with safe_open(saved, framework="pt") as opened:
-        metadata = opened.metadata()
-        weights = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    config = {**json.loads(metadata["config"]), "index_rope_dim": None}
-    save_file(weights, saved, metadata={**metadata, "config": json.dumps(config)})
+        config = {**json.loads(opened.metadata()["config"]), "index_rope_dim": None}
+    rewritten(saved, config=json.dumps(config))
     assert read_indexers(saved).config.rope_dim == 8, "the first files meant all dims"
 
 

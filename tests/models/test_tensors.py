@@ -130,7 +130,7 @@ def test_tied_weights_and_layers_that_predict_several_tokens_are_no_faults(tmp_p
     load_model(str(tmp_path), device="cpu")
 
 
-@pytest.mark.parametrize("command", [["generate", "--prompt", "a"], ["eval", "--tokens", "40"]])
+@pytest.mark.parametrize("command", [["generate", "--prompt", "a"], ["eval", "--file", __file__, "--tokens", "40"]])
 def test_commands_end_with_one_sentence(tmp_path: Path, command: list[str]) -> None:
     MODELS["llama"]().save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)

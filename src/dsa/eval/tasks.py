@@ -191,7 +191,7 @@ def _measured(
     """
     own = is_sparse(loaded.model)
     with sparse_while(loaded, indexers, cache=cache) as (report, source):
-        if not report.trained and not own:
+        if indexers is None and not report.trained and not own:
             raise ValueError(
                 f"model: {loaded.name} has no indexers, so there is nothing of DSA to measure: train them with "
                 f"`dsa train {loaded.name} --data TEXTS --out DIR`, then pass --indexers DIR"

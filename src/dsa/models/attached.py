@@ -5,7 +5,7 @@ Knows no checkpoint and changes nothing; `dsa.models.attachment` attaches.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, cast
 
 from torch import nn
@@ -63,7 +63,7 @@ class AttachReport:
     Args:
         model: Class of the model before attaching.
         layers: One row per layer.
-        trained: Whether the indexers came from a checkpoint.
+        trained: Whether training wrote the indexers' weights. Saved ones say so themselves.
         parameters: Weights in all indexers.
         config: What the model is attached with.
     """
@@ -113,6 +113,15 @@ def is_attached(model: nn.Module) -> bool:
 def report_of(model: PreTrainedModel) -> AttachReport:
     """What `attach` returned for this model. Raises `ValueError` where nothing is attached."""
     return attached_state(model).report
+
+
+def set_trained(model: PreTrainedModel, trained: bool) -> AttachReport:
+    """Notes whether training wrote an attached model's indexers, for its report and what is saved; the new report."""
+    attached = attached_state(model)
+    attached.report = replace(attached.report, trained=trained)
+    if hasattr(model.config, "dsa"):
+        model.config.dsa_trained = trained
+    return attached.report
 
 
 def config_of(model: PreTrainedModel) -> DSAConfig:

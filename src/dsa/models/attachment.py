@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from dsa.config import DSAConfig
 from dsa.models import checkpoint, saving
-from dsa.models.attached import AttachReport, attached_state, indexers_of, is_attached
+from dsa.models.attached import AttachReport, attached_state, indexers_of, is_attached, set_trained
 from dsa.models.families import Family, family_of, full_attention_layers
 from dsa.models.installing import install, uninstall
 from dsa.models.latent import attaching as latent
@@ -60,10 +60,10 @@ def attach(
         config = latent.resolved(config, model.config)
     if stored is not None:
         checkpoint.check_indexers(stored, model, config)
-    report = _install_savable(model, config, family, trained=stored is not None)
+    report = _install_savable(model, config, family, trained=stored is not None and stored.trained)
     if stored is not None:
         checkpoint.fill_indexers(model, stored)
-    else:
+    if not report.trained:
         logger.warning(
             "dsa: the indexers of %s are untrained (random weights), so what is selected is arbitrary; train them "
             "with `dsa train`, or pass indexers=",
@@ -98,7 +98,7 @@ class Attachment:
     Args:
         config: What the model was attached with.
         weights: State of every indexer by layer number.
-        trained: Whether they came from a checkpoint.
+        trained: Whether training wrote them.
     """
 
     config: DSAConfig
@@ -143,6 +143,6 @@ def put_on(model: PreTrainedModel, taken: Attachment, **overrides: Any) -> Attac
 
 
 def _install_savable(model: PreTrainedModel, config: DSAConfig, family: Family, *, trained: bool) -> AttachReport:
-    report = install(model, config, family=family, trained=trained)
+    install(model, config, family=family, trained=trained)
     saving.become_savable(model, config)
-    return report
+    return set_trained(model, trained)

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
 from dsa.config import DSAConfig
-from dsa.models.attached import config_of, indexers_of
+from dsa.models.attached import config_of, indexers_of, report_of, set_trained
 from dsa.models.families import full_attention_layers
 from dsa.models.fingerprint import SIZES, describe_base_model, distance, is_same
 from dsa.models.rope import RopeScaling
@@ -33,12 +33,21 @@ SHIPPED = Path(__file__).parent / "shipped" / FILE_NAME
 
 @dataclass(frozen=True)
 class StoredIndexers:
-    """What an indexer file holds."""
+    """What an indexer file holds.
+
+    Args:
+        path: The file.
+        config: What a model is attached with.
+        base_model: What `describe_base_model` said of the model.
+        weights: By name.
+        trained: Whether training wrote them, and not only `save_indexers`.
+    """
 
     path: Path
     config: DSAConfig
     base_model: dict[str, Any]
     weights: dict[str, torch.Tensor]
+    trained: bool
 
 
 def save_indexers(
@@ -46,6 +55,7 @@ def save_indexers(
     path: str | Path,
     dtype: torch.dtype | None = None,
     base_model: dict[str, Any] | None = None,
+    trained: bool | None = None,
 ) -> Path:
     """Writes the indexers of an attached model, whole or not at all.
 
@@ -54,6 +64,8 @@ def save_indexers(
         path: The file, or a folder that gets `indexers.safetensors`.
         dtype: Storage of the weights; as they are by default.
         base_model: What `describe_base_model` returned, where this process alone cannot call it now.
+        trained: Whether the weights are trained ones, for training loops of your own; `None` takes what the model's
+            report says, which `dsa train` and loading keep right.
 
     Returns:
         The file.
@@ -74,6 +86,7 @@ def save_indexers(
         "version": str(VERSION),
         "config": json.dumps(config.replace(index_rope_dim=config.rope_dim).to_dict()),
         "base_model": json.dumps(describe_base_model(model) if base_model is None else base_model),
+        "trained": json.dumps(report_of(model).trained if trained is None else trained),
     }
     write_tensors(file, weights, metadata)
     return file
@@ -99,11 +112,13 @@ def read_indexers(source: str | Path) -> StoredIndexers:
             weights = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
         config = DSAConfig.from_dict(_with_rope_dim(json.loads(metadata["config"])))
         base_model = json.loads(metadata["base_model"])
+        # Files without the field are from before it, when only training was meant to write them.
+        trained = json.loads(metadata.get("trained", "true"))
     except (SafetensorError, KeyError, json.JSONDecodeError) as error:
         raise ValueError(
             f"indexers: {file} is truncated or corrupt ({error}); copy it again, or train new ones"
         ) from error
-    return StoredIndexers(file, config, base_model, weights)
+    return StoredIndexers(file, config, base_model, weights, trained)
 
 
 def check_indexers(stored: StoredIndexers, model: PreTrainedModel, config: DSAConfig) -> None:
@@ -180,6 +195,7 @@ def load_indexers(model: PreTrainedModel, source: str | Path) -> None:
     stored = read_indexers(source)
     check_indexers(stored, model, config_of(model))
     fill_indexers(model, stored)
+    set_trained(model, stored.trained)
 
 
 def _full_layers(model: PreTrainedModel) -> list[int]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from dsa.models.attached import is_attached, set_trained
 from dsa.models.default_model import DEFAULT_MODEL, Status, default_model_dir
 from dsa.models.rope import RopeScaling, extend_positions
 from dsa.models.tensors import check_tensors, damaged_file, folder_of, unexplained
@@ -182,7 +183,10 @@ def _random_weights(config: PreTrainedConfig, dtype: torch.dtype | Literal["auto
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(config, dtype=dtype if isinstance(dtype, torch.dtype) else torch.float32)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype if isinstance(dtype, torch.dtype) else torch.float32)
+    if is_attached(model):
+        set_trained(model, False)
+    return model
 
 
 def _read_tokenizer(name: str, source: str | Path) -> Any:

@@ -77,6 +77,7 @@ def _make_model_class(
     model_type = family.model_type
 
     def __init__(self: PreTrainedModel, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        from dsa.models.attached import set_trained
         from dsa.models.installing import install
 
         stored = getattr(config, "dsa", None)
@@ -87,8 +88,11 @@ def _make_model_class(
             )
         base.__init__(self, config, *args, **kwargs)
         config_of_indexers = DSAConfig.from_dict(stored)
-        install(self, config_of_indexers, family=family, trained=True)
+        # Models without the field are from before it.
+        trained = getattr(config, "dsa_trained", True)
+        install(self, config_of_indexers, family=family, trained=trained)
         become_savable(self, config_of_indexers)
+        set_trained(self, trained)
 
     def save_pretrained(self: PreTrainedModel, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         base.save_pretrained(self, save_directory, *args, **kwargs)
@@ -203,7 +207,7 @@ def become_plain(model: PreTrainedModel) -> None:
     model.__class__ = family.model_class()
     model.config.__class__ = family.config_class()
     # A loaded configuration also has its type as an attribute of its own, which would hide the class's.
-    for attribute in ("dsa", "auto_map", "model_type"):
+    for attribute in ("dsa", "dsa_trained", "auto_map", "model_type"):
         vars(model.config).pop(attribute, None)
 
 

@@ -17,6 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from dsa.config import DSAConfig
+from dsa.models.attached import set_trained
 from dsa.models.fingerprint import describe_base_model
 from dsa.runs.files import write_atomically
 from dsa.train.data import Windows
@@ -260,6 +261,8 @@ class Stage(ABC):
         self.processes.on_main(write)
 
     def _publish(self, finished: bool) -> None:
+        if self.step and self.config is not None:
+            set_trained(self.model, True)
         weights = {} if self.sharded is None else self.collect(finished)
         self.processes.on_main(lambda: self.publish(finished, weights))
 
