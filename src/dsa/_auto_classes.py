@@ -2,7 +2,7 @@
 
 `import dsa` must cost nothing and change nothing: neither what is imported nor in which order. transformers' modules
 import each other in circles, so no code of ours may import one of them while another is being imported. Therefore
-nothing is registered ahead of time. In transformers' two tables of registered classes, a look-up of `dsa_llama` or of
+nothing is registered ahead of time. In transformers' tables of registered classes, a look-up of `dsa_llama` or of
 its configuration class makes the class at that moment; every other look-up is answered as before. The tables are
 prepared when the modules that hold them have been imported: a finder notices those two imports, leaves their loaders
 to do their work, and then exchanges a dictionary.
@@ -48,9 +48,20 @@ def _model_class(key: object) -> type | None:
     return importlib.import_module(_HOME).dsa_model_class(model_type.removeprefix(PREFIX))
 
 
-_TABLES: Mapping[str, tuple[str, Callable[[object], type | None]]] = {
-    "transformers.models.auto.configuration_auto": ("CONFIG_MAPPING", _config_class),
-    "transformers.models.auto.modeling_auto": ("MODEL_FOR_CAUSAL_LM_MAPPING", _model_class),
+def _decoder_class(key: object) -> type | None:
+    """The class of a decoder without its head, of a configuration class that is ours."""
+    if _model_class(key) is None:
+        return None
+    model_type = str(getattr(key, "model_type", ""))
+    return importlib.import_module(_HOME).dsa_decoder_class(model_type.removeprefix(PREFIX))
+
+
+_TABLES: Mapping[str, tuple[tuple[str, Callable[[object], type | None]], ...]] = {
+    "transformers.models.auto.configuration_auto": (("CONFIG_MAPPING", _config_class),),
+    "transformers.models.auto.modeling_auto": (
+        ("MODEL_FOR_CAUSAL_LM_MAPPING", _model_class),
+        ("MODEL_MAPPING", _decoder_class),
+    ),
 }
 
 _ADAPTER_TARGETS = "peft.utils.constants"
@@ -74,17 +85,17 @@ class _Registered(dict[Any, Any]):
 
 
 def _prepare(name: str) -> None:
-    """Prepares the table of a module that has been imported; a module without such a table is left alone."""
+    """Prepares the tables of a module that has been imported; a module without such tables is left alone."""
     if name == _ADAPTER_TARGETS:
         saving = sys.modules.get(_HOME)
         if saving is not None and hasattr(saving, "share_adapter_targets"):
             saving.share_adapter_targets()
         return
-    attribute, make = _TABLES[name]
-    table = getattr(sys.modules.get(name), attribute, None)
-    registered = getattr(table, _REGISTERED, None)
-    if isinstance(registered, dict) and getattr(registered, "_make", None) is not make:
-        setattr(table, _REGISTERED, _Registered(registered, make))
+    for attribute, make in _TABLES[name]:
+        table = getattr(sys.modules.get(name), attribute, None)
+        registered = getattr(table, _REGISTERED, None)
+        if isinstance(registered, dict) and getattr(registered, "_make", None) is not make:
+            setattr(table, _REGISTERED, _Registered(registered, make))
 
 
 class _ThenPrepare(Loader):

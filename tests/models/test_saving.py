@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
@@ -88,6 +89,47 @@ def test_missing_weight_is_not_filled_in_silently(model: PreTrainedModel, tmp_pa
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"layers\.1\.self_attn\.indexer\.wq\.weight"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "gpt2", "deepseek_v3"])
+def test_a_class_without_indexers_refuses_the_folder(model_type: str, tmp_path: Path) -> None:
+    model = tiny_model(model_type)
+    plain = type(model)
+    dsa.attach(model, TINY_CONFIG)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"nothing is attached to it.*AutoModelForCausalLM"):
+        plain.from_pretrained(tmp_path)(tiny_tokens(1, 40))
+    code = f"from transformers import {plain.__name__}; {plain.__name__}.from_pretrained({str(tmp_path)!r})"
+    if model_type == "llama":
+        ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert ended.returncode
+        assert 'attn_implementation="dsa"' in ended.stderr
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    implementation = loaded.dsa_attached.implementation
+    assert implementation not in (None, "dsa")
+    dsa.detach(loaded)
+    loaded.save_pretrained(tmp_path / "plain")
+    again = plain.from_pretrained(tmp_path / "plain")
+    assert again.config._attn_implementation == implementation
+    torch.testing.assert_close(again(tiny_tokens(1, 40)).logits, loaded(tiny_tokens(1, 40)).logits)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "gpt2", "deepseek_v3"])
+def test_auto_model_is_the_sparse_decoder(model_type: str, tmp_path: Path) -> None:
+    model = tiny_model(model_type)
+    dsa.attach(model, TINY_CONFIG)
+    model.save_pretrained(tmp_path)
+    decoder = AutoModel.from_pretrained(tmp_path)
+    assert dsa.is_attached(decoder)
+    tokens = tiny_tokens(1, 40)
+    sparse = model.base_model(tokens).last_hidden_state
+    assert torch.equal(decoder(tokens).last_hidden_state, sparse)
+    decoder.save_pretrained(tmp_path / "decoder")
+    again = AutoModel.from_pretrained(tmp_path / "decoder")
+    assert torch.equal(again(tokens).last_hidden_state, sparse)
+    dsa.detach(again)
+    assert type(again).__name__ == type(model.base_model).__name__
+    assert not torch.equal(again(tokens).last_hidden_state, sparse)
 
 
 def test_class_needs_its_config() -> None:

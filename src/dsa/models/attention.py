@@ -20,15 +20,13 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.cache_utils import EncoderDecoderCache
 
 from dsa.models.context import DSAContext
-from dsa.models.families import Family
+from dsa.models.families import IMPLEMENTATION, Family
 from dsa.models.layer import LayerAttention, LayerIndex, LayerPlan, attend, blocks_of
 from dsa.models.masks import split_mask, visible_ranges
 from dsa.modules.cache import IndexedLayer, StaticIndexedLayer, indexed_layer, stored_form
 from dsa.modules.indexer import Indexer
 from dsa.ops import native_support
 from dsa.ops.index_projection import FEW_TOKENS, index_projection
-
-IMPLEMENTATION = "dsa"
 
 PLAN = "dsa_plan"
 """Attribute of an attached attention layer that holds its `LayerPlan`."""
@@ -66,10 +64,17 @@ def dsa_attention(
 
     Raises:
         NotImplementedError: Attention dropout, or a mask that is not ranges of positions.
+        ValueError: Nothing is attached to the model.
     """
     if dropout:
         raise NotImplementedError(
             "dsa does not apply attention dropout; set the model's attention dropout to 0 to train it sparse"
+        )
+    if dsa_index is None and dsa_context is None:
+        raise ValueError(
+            f"{type(module).__name__} has attn_implementation={IMPLEMENTATION!r}, but nothing is attached to it. "
+            "A model that was saved attached keeps its indexers when AutoModelForCausalLM or AutoModel loads it after "
+            "`import dsa`; attach to any other with dsa.attach(model)"
         )
     scale = float(scaling) if scaling is not None else query.shape[-1] ** -0.5
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)

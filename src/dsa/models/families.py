@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     # Only for types: `AutoConfig` comes here for a configuration class (see `dsa._auto_classes`).
     from transformers import PreTrainedConfig, PreTrainedModel
 
+IMPLEMENTATION = "dsa"
+"""What attached models have as their `attn_implementation`."""
+
 RopeLayout = Literal["half", "interleaved"]
 """Which dims one angle turns: `i` and `i + R/2`, or `2i` and `2i + 1`."""
 

@@ -13,10 +13,10 @@ import sys
 from pathlib import Path
 from threading import Lock
 from types import MethodType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from dsa.config import DSAConfig
-from dsa.models.families import ATTACHABLE, Family, family_of
+from dsa.models.families import ATTACHABLE, IMPLEMENTATION, Family, family_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -27,6 +27,7 @@ STUB_MODULE = "modeling_dsa"
 
 _config_classes: dict[str, type[PreTrainedConfig]] = {}
 _model_classes: dict[str, type[PreTrainedModel]] = {}
+_decoder_classes: dict[str, type[PreTrainedModel]] = {}
 _SAVE = "save_pretrained"
 _making = Lock()
 """Two threads that load models must not make two classes of one name: transformers looks models up by class."""
@@ -38,12 +39,21 @@ def dsa_config_class(model_type: str) -> type[PreTrainedConfig]:
         base = ATTACHABLE[model_type].config_class()
         with _making:
             if model_type not in _config_classes:
-                attributes = {"model_type": f"dsa_{model_type}", "__module__": __name__}
-                made = type(f"DSA{base.__name__}", (base,), attributes)
+                made = _make_config_class(base, f"dsa_{model_type}")
                 _register_config(model_type, base, made)
                 _config_classes[model_type] = made
         share_adapter_targets()
     return _config_classes[model_type]
+
+
+def _make_config_class(base: type[PreTrainedConfig], model_type: str) -> type[PreTrainedConfig]:
+    def to_diff_dict(self: PreTrainedConfig) -> dict[str, Any]:
+        # What is written. A class that knows no indexers, as the family's own, then refuses to run the weights: it
+        # would read the whole text and never say so.
+        return {**base.to_diff_dict(self), "attn_implementation": IMPLEMENTATION}
+
+    attributes = {"model_type": model_type, "to_diff_dict": to_diff_dict, "__module__": __name__}
+    return type(f"DSA{base.__name__}", (base,), attributes)
 
 
 def share_adapter_targets() -> None:
@@ -71,6 +81,21 @@ def dsa_model_class(model_type: str) -> type[PreTrainedModel]:
     return _model_classes[model_type]
 
 
+def dsa_decoder_class(model_type: str) -> type[PreTrainedModel]:
+    """The class of a family's decoder without its head, for `AutoModel`, that carries its indexers."""
+    if model_type not in _decoder_classes:
+        from transformers.models.auto.modeling_auto import MODEL_MAPPING, AutoModel
+
+        config_class = dsa_config_class(model_type)
+        base = cast("type[PreTrainedModel]", MODEL_MAPPING[ATTACHABLE[model_type].config_class()])
+        with _making:
+            if model_type not in _decoder_classes:
+                made = _make_model_class(ATTACHABLE[model_type], base, config_class)
+                AutoModel.register(config_class, made, exist_ok=True)
+                _decoder_classes[model_type] = made
+    return _decoder_classes[model_type]
+
+
 def _make_model_class(
     family: Family, base: type[PreTrainedModel], config_class: type[PreTrainedConfig]
 ) -> type[PreTrainedModel]:
@@ -86,6 +111,9 @@ def _make_model_class(
                 f"{type(self).__name__} needs config.dsa, which dsa.attach and save_pretrained write; "
                 f"use {base.__name__} for a model without indexers"
             )
+        if config._attn_implementation == IMPLEMENTATION:
+            # The model's own, for when it is detached; attaching comes next.
+            config._attn_implementation = None
         base.__init__(self, config, *args, **kwargs)
         config_of_indexers = DSAConfig.from_dict(stored)
         # Models without the field are from before it.
@@ -123,13 +151,21 @@ def _make_model_class(
 
 
 def __getattr__(name: str) -> type:
-    """`DSALlamaForCausalLM` and its like, made when they are asked for."""
+    """`DSALlamaForCausalLM`, `DSALlamaModel`, `DSALlamaConfig` and their like, made when they are asked for."""
     for model_type, family in ATTACHABLE.items():
         if name == f"DSA{family.causal_lm}":
             return dsa_model_class(model_type)
         if name == f"DSA{family.config}":
             return dsa_config_class(model_type)
+        if name.startswith("DSA") and name == f"DSA{_decoder_name(model_type)}":
+            return dsa_decoder_class(model_type)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _decoder_name(model_type: str) -> str:
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
+
+    return str(MODEL_MAPPING_NAMES[model_type])
 
 
 def _register_config(model_type: str, base: type[PreTrainedConfig], made: type[PreTrainedConfig]) -> None:
@@ -172,14 +208,20 @@ def become_savable(model: PreTrainedModel, config: DSAConfig) -> None:
     if type(model) is family.model_class():
         model.__class__ = dsa_model_class(family.model_type)
         model.config.__class__ = dsa_config_class(family.model_type)
-    if isinstance(model, dsa_model_class(family.model_type)):
+    if type(model) in _made_classes(family.model_type):
         model.config.dsa = config.to_dict()
         model.config.auto_map = {
             "AutoConfig": f"{STUB_MODULE}.{model.config.__class__.__name__}",
-            "AutoModelForCausalLM": f"{STUB_MODULE}.{model.__class__.__name__}",
+            "AutoModel": f"{STUB_MODULE}.DSA{_decoder_name(family.model_type)}",
+            "AutoModelForCausalLM": f"{STUB_MODULE}.DSA{family.causal_lm}",
         }
     else:
         vars(model)[_SAVE] = MethodType(_saving_dense(), model)
+
+
+def _made_classes(model_type: str) -> tuple[type | None, ...]:
+    """The classes with indexers that were made of a family so far."""
+    return _model_classes.get(model_type), _decoder_classes.get(model_type)
 
 
 def _saving_dense() -> Any:
@@ -201,10 +243,10 @@ def _saving_dense() -> Any:
 def become_plain(model: PreTrainedModel) -> None:
     """The inverse of `become_savable`."""
     family = family_of(model)
-    if not isinstance(model, dsa_model_class(family.model_type)):
+    if type(model) not in _made_classes(family.model_type):
         vars(model).pop(_SAVE, None)
         return
-    model.__class__ = family.model_class()
+    model.__class__ = type(model).__bases__[0]
     model.config.__class__ = family.config_class()
     # A loaded configuration also has its type as an attribute of its own, which would hide the class's.
     for attribute in ("dsa", "dsa_trained", "auto_map", "model_type"):
@@ -213,7 +255,7 @@ def become_plain(model: PreTrainedModel) -> None:
 
 def _stub(model_type: str) -> str:
     family: Family = ATTACHABLE[model_type]
-    names = f"DSA{family.config}, DSA{family.causal_lm}"
+    names = f"DSA{family.config}, DSA{family.causal_lm}, DSA{_decoder_name(model_type)}"
     return (
         '"""Loads this model through the package dsa-attention, which must be installed."""\n\n'
         f"from dsa.models.saving import {names}  # noqa: F401\n"
