@@ -104,6 +104,7 @@ def _probes() -> dict[str, Callable[[str], Any]]:
         shapes = ((128, 576), (32, 576), (4, 576), (32,), (32,))
         latents = torch.ones(1, 1, 576)
         indexer = ops.IndexWeights(*(torch.ones(shape) for shape in shapes))
+        packed = ops.pack_weight(torch.ones(16, 576), "Q8_0")
     return {
         "index_projection": lambda impl: ops.index_projection(hidden, indexer, None, index_key.clone(), impl=impl),
         "quantize_index_keys": lambda impl: ops.quantize_index_keys(index_key, impl=impl),
@@ -112,6 +113,7 @@ def _probes() -> dict[str, Callable[[str], Any]]:
         "sparse_attention": lambda impl: ops.sparse_attention(query, key, key, first, impl=impl),
         "dense_attention": lambda impl: ops.dense_attention(query, key, key, impl=impl),
         "indexer_loss": lambda impl: ops.indexer_loss(index_query, index_key, weight, query, key, impl=impl),
+        "packed_linear": lambda impl: ops.packed_linear(hidden, packed, impl=impl),
     }
 
 

@@ -21,6 +21,7 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "dense_attention": ("reference", "native"),
     "indexer_loss": ("reference", "native"),
     "index_projection": ("reference", "native"),
+    "packed_linear": ("reference", "native"),
 }
 """By operation, what the tests run; a new implementation adds its name here and is held to all cases."""
 
