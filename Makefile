@@ -62,10 +62,12 @@ test-kernels-aarch64:
 	  "-DCMAKE_CROSSCOMPILING_EMULATOR=$(QEMU);-L;/usr/$(AARCH64)" && \
 	cmake --build build/aarch64 && ctest --test-dir build/aarch64 --output-on-failure
 
+# One process a core, each with one thread: most of what the tests do is too small to be shared.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest --ignore tests/ops/triton
+	$(PYTEST) --ignore tests/ops/triton
 	@# The interpreter of Triton has to be chosen before anything imports triton: a process of its own.
-	if $(BIN)/python -c 'import triton' 2>/dev/null; then $(BIN)/python -m pytest tests/ops/triton; fi
+	if $(BIN)/python -c 'import triton' 2>/dev/null; then $(PYTEST) tests/ops/triton; fi
 
 # Ten minutes of random calls of the operations, for every night; `make test` runs half a minute of them.
 fuzz: $(VENV)/.installed-dev

@@ -211,7 +211,7 @@ def test_a_full_disk(fake_default: list[Path], monkeypatch: pytest.MonkeyPatch) 
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", fail)
-    with pytest.raises(OSError, match=r"No space left on device.*set DSA_CACHE"):
+    with pytest.raises(OSError, match=r"the disk is full.*set DSA_CACHE"):
         default_model_dir()
     assert [file.suffix for file in (default_model.cache_dir() / "models").iterdir()] == [".lock"]
 
