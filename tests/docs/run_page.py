@@ -170,7 +170,8 @@ def main(page: Path, folder: Path) -> None:
             for given in command_lines(block):
                 run_command(given)
                 ran["dsa"] += 1
-    print(json.dumps(ran))
+    # On a line of its own: a page may have printed a line without an end.
+    print("\n" + json.dumps(ran))
 
 
 if __name__ == "__main__":
