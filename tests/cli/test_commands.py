@@ -59,6 +59,12 @@ def test_a_short_text_is_read_whole(dsa: Run, tiny: str, text: str) -> None:
     assert result.stderr.count("note: 292 tokens are more than the 256 positions") == 1
 
 
+def test_info_as_json(dsa: Run) -> None:
+    said = json.loads(dsa("info", "--json").stdout)
+    assert said["machine"]["torch"] == torch.__version__
+    assert said["operations"]["index_topk"]["reference"].startswith("runs")
+
+
 def test_info(dsa: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("DSA_CACHE", str(tmp_path / "cache"))
     result = dsa("info")

@@ -27,11 +27,19 @@ def test_trained_in_both_stages_and_exported(
     dsa: Callable[..., Result], latent: str, text: str, tmp_path: Path
 ) -> None:
     warmup, sparse, out = (str(tmp_path / name) for name in ("warmup", "sparse", "out"))
-    result = dsa("train", latent, "--data", text, "--out", warmup, *SIZES, *SHORT, "--start", "fitted")
+    told = tmp_path / "told.json"
+    result = dsa(
+        "train", latent, "--data", text, "--out", warmup, *SIZES, *SHORT, "--start", "fitted", "--json", str(told)
+    )
     assert result.exit_code == 0, result.output
+    trained = json.loads(told.read_text())
+    assert (trained["step"], trained["settings"]["steps"], sorted(trained["kl"])) == (1, 1, ["0", "1"])
+    assert trained["indexers"] == str(Path(warmup) / "indexers.safetensors")
     assert "DeepseekV3ForCausalLM: 2 indexers" in result.stderr
-    result = dsa("export", latent, "--indexers", warmup, "--out", out)
+    result = dsa("export", latent, "--indexers", warmup, "--out", out, "--json", str(told))
     assert result.exit_code == 0, result.output
+    assert json.loads(told.read_text())["written"] == out
+    assert [each["top_k"] for each in json.loads(told.read_text())["layers"]] == [16, 16]
     config = json.loads((Path(out) / "config.json").read_text())
     assert (config["architectures"], config["index_topk"]) == (["DeepseekV32ForCausalLM"], 16)
     # Computed in fp32, written as it was.

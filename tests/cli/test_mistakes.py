@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import fpdf
 import pytest
 from typer.testing import Result
 
@@ -56,13 +57,75 @@ MISTAKES: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     (("demo", "--tokens", "many"), ("--tokens",)),
     (("demo", "--json", "{folder}"), ("--json", "is a directory")),
     (("export", "default", "--out", "{occupied}"), ("--out", "not an empty folder")),
+    (("export", "default", "--out", "{new}", "--json", "{folder}"), ("--json", "is a directory")),
+    (("export", "default"), ("--out",)),
+    (("generte", "--prompt", "x"), ("generte", "generate")),
+    (("generate", "--promt", "x"), ("--promt", "--prompt")),
+    (("generate", "--prompt", "x", "--pages", "0"), ("--pages",)),
+    (("generate", "--file", "{pdf}", "--pages", "9"), ("--pages", "1")),
+    (("generate", "--file", "{pdf}", "--pages", "two"), ("--pages", "two")),
+    (("generate", "--file", "{pdf}", "--file", "{text}", "--pages", "1"), ("--pages", "one file")),
+    (("generate", "--file", "{empty}"), ("--file", "is empty")),
+    (("generate", "--file", "{zip}"), ("--file", "zip archive")),
+    (("generate", "--file", "{binary}"), ("--file", "not UTF-8")),
+    (("generate", "--prompt", "x", "--store", "{text}"), ("--store", "{text}")),
+    (("generate", "--prompt", "x", "--store", "{folder}", "--no-store"), ("--store", "one of them")),
+    (("generate", "--prompt", "x", "--seed", "first"), ("--seed",)),
+    (("generate", "--prompt", "x", "--json", "{new}/inside/f.json"), ("--json",)),
+    (("generate", "{text}", "{text}"), ("unexpected extra argument",)),
+    (("explain", "default", "--ask", "Who?"), ("--file",)),
+    (("explain", "--file", "{pdf}", "--pages", "9"), ("--pages",)),
+    (("explain", "--file", "{text}", "--json", "{folder}"), ("--json", "is a directory")),
+    (("read", "default"), ("--file",)),
+    (("read", "default", "--file", "{text}", "--no-store"), ("--no-store", "--store DIR")),
+    (("read", "default", "--file", "{pdf}", "{pdf}", "--pages", "1"), ("--pages", "one file")),
+    (("read", "default", "--file", "{missing}"), ("--file", "{missing}")),
+    (("eval", "default"), ("--file",)),
+    (("eval", "--file", "{missing}"), ("{missing}",)),
+    (("eval", "--file", "{text}", "--tasks", "needles", "--lengths", "few"), ("--lengths",)),
+    (("eval", "--file", "{text}", "--tasks", "needles", "--needle-kinds", "singel"), ("--needle-kinds", "single")),
+    ((*TRAIN,), ("--out",)),
+    ((*TRAIN, "--out", "{new}", "--json", "{folder}"), ("--json", "is a directory")),
+    ((*TRAIN, "--out", "{new}", "--lora", "4"), ("--lora", "--stage sparse")),
+    ((*TRAIN, "--out", "{new}", "--seq-len", "1"), ("--seq-len", "at least 2")),
+    ((*TRAIN, "--out", "{new}", "--lr", "-1"), ("--lr",)),
+    (("train", "default", "--data", "{text}", "--out", "{new}", "--steps", "0"), ("--steps", "at least 1")),
+    ((*TRAIN, "--out", "{new}", "--config", "{missing}"), ("--config", "{missing}")),
+    (("cost", "--tokens", "0"), ("--tokens",)),
+    (("cost", "--tokens", "1000", "--model", "qwen"), ("--model", "'qwen'")),
+    (("cost", "--tokens", "1000", "--share", "2"), ("--share", "--model")),
+    (("calibrate", "default", "--data", "{missing}", "--out", "{new}", "--mass", "0.9"), ("{missing}",)),
+    (("calibrate", "default", "--data", "{text}", "--out", "{new}", "--mass", "2"), ("--mass",)),
+    (("train", "default", "--data", "{missing}", "--steps", "1", "--out", "{new}"), ("--data", "{missing}")),
+    ((*TRAIN, "--out", "{new}", "--holdout", "{missing}"), ("--holdout", "{missing}")),
+    ((*TRAIN, "--out", "{new}", "--resume"), ("--resume", "no training run")),
+    (("bench", "ops", "--only", "decod"), ("--only", "decode")),
+    (("bench", "ops", "--lengths", "many"), ("--lengths", "8192,32768")),
+    (("bench", "ops", "--data", "random"), ("--data", "gaussian")),
+    (("bench", "ops", "--plot", "{new}.doc"), ("--plot",)),
+    (("bench", "show", "{missing}"), ("{missing}",)),
+    (("store", "show", "nothing"), ("nothing",)),
+    (("models", "{missing}"), ("{missing}",)),
 ]
+
+
+@pytest.fixture(scope="module")
+def one_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A PDF."""
+    pdf = fpdf.FPDF()
+    pdf.add_page()
+    pdf.set_font("Helvetica", size=12)
+    pdf.multi_cell(0, text="What a page says.")
+    file = tmp_path_factory.mktemp("pdf") / "one.pdf"
+    pdf.output(str(file))
+    return file
 
 
 @pytest.mark.parametrize(("arguments", "expected"), MISTAKES, ids=[" ".join(each) for each, _ in MISTAKES])
 def test_a_mistake_is_said_before_anything_is_loaded(
     dsa: Run,
     text: str,
+    one_page: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     arguments: tuple[str, ...],
@@ -71,7 +134,11 @@ def test_a_mistake_is_said_before_anything_is_loaded(
     occupied = tmp_path / "occupied"
     occupied.mkdir()
     (occupied / "mine").touch()
-    names = {"text": text, "folder": str(tmp_path), "occupied": str(occupied)}
+    for name, content in (("empty.txt", b""), ("a.zip", b"PK\x03\x04 and more"), ("a.bin", b"\xc3\x28 and more")):
+        (tmp_path / name).write_bytes(content)
+    files = {"empty": "empty.txt", "zip": "a.zip", "binary": "a.bin"}
+    names = {name: str(tmp_path / file) for name, file in files.items()} | {"pdf": str(one_page)}
+    names |= {"text": text, "folder": str(tmp_path), "occupied": str(occupied)}
     names |= {"new": str(tmp_path / "new"), "missing": str(tmp_path / "missing.pdf")}
     monkeypatch.setattr("dsa.models.loading.load_model", loads_nothing)
     monkeypatch.setenv("COLUMNS", "400")

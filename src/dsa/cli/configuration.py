@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 CONFIG = "config"
-UNSAVED = (CONFIG, "resume")
+UNSAVED = (CONFIG, "resume", "json")
 
 
 def read_config(path: Path, known: list[str], lists: set[str]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ Results go to stdout; everything about how it is going goes to stderr.
 
 from __future__ import annotations
 
+import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -29,13 +30,19 @@ class _Console(Console):
         raise
 
 
-out = _Console(highlight=False)
-err = _Console(stderr=True, highlight=False)
+# Names of users are text: `:smile:` stays as it is.
+out = _Console(highlight=False, emoji=False)
+err = _Console(stderr=True, highlight=False, emoji=False)
 
 
 def print_error(message: str) -> None:
     """Prints what went wrong to stderr."""
     err.print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
+
+
+def print_json(plain: object) -> None:
+    """Prints plain JSON types to stdout."""
+    out.print(json.dumps(plain, indent=1, ensure_ascii=False), markup=False, soft_wrap=True)
 
 
 def note(message: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated
 
@@ -23,6 +24,7 @@ def export(
     directory: Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder to write.", show_default=False)],
     indexers: options.Indexers = None,
     top_k: options.TopK = None,
+    json: options.Json = None,
 ) -> None:
     """Write a DeepSeek-V3 with trained indexers as the DeepSeek-V3.2 that it has become, for plain transformers.
 
@@ -37,9 +39,11 @@ def export(
     """
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise ValueError(f"out: {directory} is there already and not an empty folder; name another one")
-    from dsa.runs.files import check_folder_writable
+    from dsa.runs.files import check_folder_writable, check_writable, write_json
 
     check_folder_writable(directory)
+    if json is not None:
+        check_writable(json)
     import dsa
     from dsa.models.families import born_with_dsa
     from dsa.models.loading import load_model
@@ -58,4 +62,7 @@ def export(
         err.print(str(attached), markup=False, soft_wrap=True)
         steps.status(f"Writing {directory}")
         written = dsa.export_deepseek_v32(loaded.model, directory, tokenizer=loaded.tokenizer)
+    if json is not None:
+        layers = [dataclasses.asdict(each) for each in attached.layers]
+        write_json(json, {"model": model, "written": str(written), "top_k": attached.config.top_k, "layers": layers})
     out.print(f"DeepseekV32ForCausalLM written to {written}", markup=False, soft_wrap=True)

@@ -6,24 +6,24 @@ import importlib.util
 import platform
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, get_args
+from dataclasses import dataclass
+from typing import Any, get_args
 
 import typer
 
-from dsa.cli.console import out
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from dsa.cli import options
+from dsa.cli.commands import add_command
+from dsa.cli.console import out, print_json
 
 NOT_THERE = "has no such implementation"
 
 
 def register(app: typer.Typer) -> None:
     """Adds the command."""
-    app.command("info", short_help="What runs on this machine, and why.")(info)
+    add_command(app, "info", info, short_help="What runs on this machine, and why.")
 
 
-def info() -> None:
+def info(json: options.PrintJson = False) -> None:
     """Show what runs on this machine, and why: versions, devices, implementations, the default model."""
     import torch
     import transformers
@@ -46,48 +46,75 @@ def info() -> None:
         "its indexers": _shipped_indexers(),
         "cache": f"{cache_dir()} (set DSA_CACHE to change it)",
     }
+    ways = implementations()
+    if json:
+        print_json({"machine": rows, "operations": ways.cells, "reasons": ways.reasons})
+        return
     for name, value in rows.items():
         out.print(f"[bold]{name:<14}[/]", end="")
         out.print(value, markup=False, soft_wrap=True)
     out.print()
-    table, reasons = implementations()
+    show_implementations(ways)
+
+
+@dataclass(frozen=True)
+class Implementations:
+    """What runs of each operation.
+
+    Args:
+        cells: `runs`, `runs, auto` (it is taken by default), `no` or `-` (there is none), by operation and name.
+        reasons: Why others do not run.
+    """
+
+    cells: dict[str, dict[str, str]]
+    reasons: list[str]
+
+
+STYLES = {"-": "dim", "no": "yellow"}
+
+
+def show_implementations(ways: Implementations) -> None:
+    """Prints them as a table, then the reasons."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2), header_style="bold")
+    for heading in ("operation", *next(iter(ways.cells.values()))):
+        table.add_column(heading)
+    for operation, cells in ways.cells.items():
+        shown = (f"[{STYLES.get(cell, 'green')}]{cell}[/]" for cell in cells.values())
+        table.add_row(operation, *shown)
     out.print(table)
-    for reason in reasons:
+    for reason in ways.reasons:
         out.print(reason, markup=False, soft_wrap=True)
 
 
-def implementations() -> tuple[Table, list[str]]:
+def implementations() -> Implementations:
     """Which implementation of each operation runs here, which one `auto` takes, and why others do not run.
 
     Every one is called by name on a tiny input: an explicit choice never falls back, it says what it lacks.
     """
     import torch
-    from rich.table import Table
 
     from dsa.ops.triton_support import by_default
     from dsa.ops.types import Impl
 
     names = [name for name in get_args(Impl) if name != "auto"]
-    table = Table(box=None, pad_edge=False, padding=(0, 2), header_style="bold")
-    for heading in ("operation", *names):
-        table.add_column(heading)
+    rows: dict[str, dict[str, str]] = {}
     reasons: dict[str, None] = {}
     fast_first = torch.cuda.is_available() and by_default()
     preferred = ("native", "triton", "reference") if fast_first else ("native", "reference")
     for operation, call in _probes().items():
-        cells = {}
+        cells = rows[operation] = {}
         for name in names:
             try:
                 call(name)
-                cells[name] = "[green]runs[/]"
+                cells[name] = "runs"
             except NotImplementedError as error:
                 absent = NOT_THERE in str(error)
-                cells[name] = "[dim]-[/]" if absent else "[yellow]no[/]"
+                cells[name] = "-" if absent else "no"
                 reasons["-  not in this version" if absent else str(error)] = None
-        chosen = next(name for name in preferred if "runs" in cells[name])
-        cells[chosen] = "[green]runs, auto[/]"
-        table.add_row(operation, *cells.values())
-    return table, list(reasons)
+        cells[next(name for name in preferred if cells[name] == "runs")] = "runs, auto"
+    return Implementations(rows, list(reasons))
 
 
 def _probes() -> dict[str, Callable[[str], Any]]:

@@ -17,7 +17,7 @@ from dsa.cli import ends
 from dsa.cli.console import print_error
 
 COMMANDS = (
-    *("demo", "info", "train", "calibrate", "read", "generate", "eval", "explain", "export", "cost"),
+    *("demo", "info", "models", "train", "calibrate", "read", "generate", "eval", "explain", "export", "cost"),
     "store",
     "bench",
 )
@@ -27,7 +27,8 @@ HELP = """DeepSeek Sparse Attention for pretrained language models.
 [bold]dsa demo[/] reads a real document with dense attention, with DSA and with a sliding window, and compares them.
 
 [bold]MODEL[/] is a Hugging Face id, a directory that `save_pretrained` wrote, or `default`: SmolLM2-135M with the
-indexers that come with this package.
+indexers that come with this package. It is a model of 135M parameters that shows the mechanism; over more than a page
+it does not answer. Larger ones take indexers: `dsa models` lists what is here.
 """
 
 EPILOG = "A user's mistake ends with one message and exit code 2; DSA_DEBUG=1 shows where it was noticed."
@@ -94,7 +95,6 @@ app = typer.Typer(
     help=unwrapped(HELP),
     epilog=EPILOG,
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},

@@ -75,6 +75,7 @@ Tokens = Annotated[
     ),
 ]
 Json = Annotated[Path | None, typer.Option("--json", metavar="OUT", help="Write the figures to this file as JSON.")]
+PrintJson = Annotated[bool, typer.Option("--json", help="Write JSON to stdout.")]
 Threads = Annotated[
     int | None,
     typer.Option(min=1, metavar="N", callback=check_threads, help="CPU threads; by default torch's choice."),

@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 
 from dsa.cli import options
-from dsa.cli.console import notes, out
+from dsa.cli.console import notes, out, print_json
 
 if TYPE_CHECKING:
     from dsa.store import Damaged, Store
@@ -22,7 +22,6 @@ Folder = Annotated[
     typer.Option("--store", metavar="DIR", help="The store; by default `$DSA_STORE`, else dsa's own."),
 ]
 Names = Annotated[list[str], typer.Argument(metavar="NAME...", help="Entries, or how their names begin.")]
-Json = Annotated[bool, typer.Option("--json", help="Write JSON to stdout.")]
 Model = Annotated[
     str | None,
     typer.Option("--model", metavar="MODEL", help="Say which fields keep this model from opening it."),
@@ -40,12 +39,12 @@ def register(app: typer.Typer) -> None:
     app.add_typer(group, name="store", short_help="What is kept of documents that were read.")
 
 
-def list_entries(store: Folder = None, json: Json = False) -> None:
+def list_entries(store: Folder = None, json: options.PrintJson = False) -> None:
     """List what is kept: for which model, how large, when it was used last."""
     opened = _store(store)
     found = list(opened.look())
     if json:
-        _print_json({"folder": str(opened.folder), "limit": opened.limit, "entries": [_row(each) for each in found]})
+        print_json({"folder": str(opened.folder), "limit": opened.limit, "entries": [_row(each) for each in found]})
         return
     if not found:
         out.print(f"nothing is kept in {opened.folder}", markup=False, soft_wrap=True)
@@ -72,7 +71,7 @@ def show(
     model: Model = None,
     indexers: options.Indexers = None,
     store: Folder = None,
-    json: Json = False,
+    json: options.PrintJson = False,
 ) -> None:
     """Show what an entry is bound to; with --model, in which fields a model differs, so that it cannot open it."""
     entry = _usable(_store(store), name)
@@ -80,7 +79,7 @@ def show(
     if model is not None:
         row["differences"] = _differences(entry, model, indexers)
     if json:
-        _print_json(row)
+        print_json(row)
         return
     for key, value in row.items():
         if key == "bound_to":
@@ -97,7 +96,7 @@ def show(
 def verify(
     names: Annotated[list[str] | None, typer.Argument(metavar="NAME...", help="Entries; by default all.")] = None,
     store: Folder = None,
-    json: Json = False,
+    json: options.PrintJson = False,
 ) -> None:
     """Read all of the entries and compare them with the sums that were written with them."""
     from dsa.store import Damaged
@@ -111,7 +110,7 @@ def verify(
         if not json:
             out.print(f"{each.name}: {problem or 'as it was written'}", markup=False, soft_wrap=True)
     if json:
-        _print_json(results)
+        print_json(results)
     if any(each["problem"] for each in results):
         raise typer.Exit(2)
 
@@ -181,7 +180,3 @@ def _differences(entry: Entry, model: str, indexers: str | None) -> Sequence[str
         loaded = load_model(model)
         attach_indexers(loaded, indexers)
     return entry.binding.differences(binding_of(loaded.model))
-
-
-def _print_json(value: Any) -> None:
-    print(plain_json.dumps(value, indent=2, ensure_ascii=False))

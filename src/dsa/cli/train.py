@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import signal
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -74,7 +74,9 @@ def train(ctx: typer.Context, options: TrainOptions, data: DataOptions, indexers
     """
     import torch
 
+    from dsa.runs.files import check_writable, write_json
     from dsa.train import RunOptions, start_processes
+    from dsa.train.data import check_file
     from dsa.train.extras import needed
     from dsa.train.state import RunFolder
 
@@ -87,8 +89,13 @@ def train(ctx: typer.Context, options: TrainOptions, data: DataOptions, indexers
         # Before the model and the texts are read, which takes a while.
         if options.tensorboard:
             needed("tensorboard", "writing scalars for TensorBoard")
-        if not options.resume:
-            RunFolder(options.out).check_new()
+        folder = RunFolder(options.out)
+        folder.check_resumable() if options.resume else folder.check_new()
+        for argument, files in (("data", data.data), ("holdout", data.holdout or ())):
+            for file in files:
+                check_file(file, argument)
+        if options.json is not None:
+            check_writable(options.json)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     with only_from(processes.is_main):
@@ -108,6 +115,8 @@ def train(ctx: typer.Context, options: TrainOptions, data: DataOptions, indexers
                 recipe=write_config(ctx.params),
             )
             result = run(loaded, stream, settings, options, run_options)
+    if processes.is_main and options.json is not None:
+        write_json(options.json, figures(result, loaded, options, settings))
     show_result(result, settings, processes, interruption)
 
 
@@ -202,6 +211,23 @@ def run(
         return train_with(LineReporter(err))
     with drawn_elsewhere(), LiveReporter(err) as live:
         return train_with(live)
+
+
+def figures(result: TrainingResult, loaded: LoadedModel, options: TrainOptions, settings: Settings) -> dict[str, Any]:
+    """What the run came to, as `--json` has it; where it was stopped `step` is below `settings.steps`."""
+    from dsa.runs.machine import describe_machine
+
+    return {
+        "model": options.model,
+        "stage": options.stage,
+        "step": result.step,
+        "kl": {str(layer): value for layer, value in result.kl.items()},
+        "language": result.language,
+        "indexers": None if result.indexers is None else str(result.indexers),
+        "trained_model": None if result.model is None else str(result.model),
+        "settings": settings.to_dict(),
+        "environment": describe_machine(loaded.model.device),
+    }
 
 
 def show_result(result: TrainingResult, settings: Settings, processes: Processes, interruption: Interruption) -> None:

@@ -26,8 +26,8 @@ SCRATCH_LR = 1e-3
 
 PANELS = {
     "": (
-        *("model", "steps", "out", "stage", "resume", "config", "checkpoint_every", "shard", "tensorboard", "dtype"),
-        *("rope_scaling", "device", "threads"),
+        *("model", "steps", "out", "stage", "resume", "config", "checkpoint_every", "shard", "tensorboard", "json"),
+        *("dtype", "rope_scaling", "device", "threads"),
     ),
     "Data": (
         *("data", "seq_len", "column", "max_tokens", "boundaries", "holdout", "holdout_every", "holdout_sequences"),
@@ -105,6 +105,7 @@ class TrainOptions:
     tensorboard: Annotated[
         bool, typer.Option("--tensorboard", help="Write scalars for TensorBoard to DIR/tensorboard.")
     ] = False
+    json: options.Json = None
     merge: Annotated[bool, typer.Option("--merge", help="Write the model with the adapters in it, too.")] = False
     from_scratch: Annotated[
         bool,

@@ -163,7 +163,7 @@ class Waiting:
 
 
 # Not `err`: what is printed there takes away what is drawn.
-_drawn_on = Console(stderr=True, highlight=False)
+_drawn_on = Console(stderr=True, highlight=False, emoji=False)
 waiting = Waiting()
 before_printing.append(waiting.clear)
 

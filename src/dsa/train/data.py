@@ -106,7 +106,7 @@ def read_data(
     for source in map(str, sources):
         if max_tokens is not None and total >= max_tokens:
             break
-        _check_file(source)
+        check_file(source)
         if status is not None:
             status(f"Reading {source if is_remote(source) else Path(source).name}")
         left = None if max_tokens is None else max_tokens - total
@@ -271,17 +271,18 @@ def seeded(*numbers: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(text).digest()[:8], "big") >> 1)
 
 
-def _check_file(source: str) -> None:
+def check_file(source: str, argument: str = "data") -> None:
+    """Whether there is such a file. Raises `OSError`."""
     if is_remote(source):
         return
     path = Path(source)
     if not path.exists():
         raise FileNotFoundError(
-            f"data: there is no file {path}; expected UTF-8 text, .jsonl, .parquet or a token file; a dataset of the "
-            "Hub is named hub:OWNER/NAME"
+            f"{argument}: there is no file {path}; expected UTF-8 text, .jsonl, .parquet or a token file; a dataset of "
+            "the Hub is named hub:OWNER/NAME"
         )
     if path.is_dir():
-        raise IsADirectoryError(f"data: {path} is a directory; name the text files in it, e.g. {path}/*.txt")
+        raise IsADirectoryError(f"{argument}: {path} is a directory; name the text files in it, e.g. {path}/*.txt")
 
 
 def _read_source(source: str, tokenizer: Any, column: str, most: int | None) -> tuple[torch.Tensor, torch.Tensor]:

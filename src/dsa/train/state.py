@@ -94,6 +94,13 @@ class RunFolder:
             )
         check_folder_writable(self.path)
 
+    def check_resumable(self) -> None:
+        """Refuses a folder without a run. Raises `FileNotFoundError`."""
+        if not self.state_file.is_file():
+            raise FileNotFoundError(
+                f"resume: {self.path} holds no training run ({STATE} is missing); start one without --resume"
+            )
+
     def check_space(self, state_bytes: int, copies: int = COPIES) -> None:
         """Refuses to begin a run, or a checkpoint, where so many states of that size would not fit.
 
@@ -137,10 +144,7 @@ class RunFolder:
             FileNotFoundError: There is no state here.
             ValueError: It is truncated, corrupt, or of another format.
         """
-        if not self.state_file.is_file():
-            raise FileNotFoundError(
-                f"resume: {self.path} holds no training run ({STATE} is missing); start one without --resume"
-            )
+        self.check_resumable()
         try:
             with safe_open(self.state_file, framework="pt") as opened:
                 metadata = opened.metadata() or {}
