@@ -60,7 +60,7 @@ def register(app: typer.Typer) -> None:
     group = typer.Typer(no_args_is_help=True, rich_markup_mode="rich")
     add_command(group, "ops", ops, short_help="The operations, compared with torch's attention.")
     add_command(group, "e2e", e2e, short_help="A whole model, compared with transformers and llama.cpp.")
-    group.command("show", short_help="Show and plot results that were written before.")(show)
+    add_command(group, "show", show, short_help="Show and plot results that were written before.")
     for registered in group.registered_commands:
         assert registered.callback is not None
         registered.help = re.sub(r"(?<=\S)\n(?=\S)", " ", inspect.getdoc(registered.callback) or "")

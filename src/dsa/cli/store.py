@@ -11,7 +11,9 @@ import typer
 from rich.table import Table
 
 from dsa.cli import options
+from dsa.cli.commands import add_command
 from dsa.cli.console import notes, out, print_json
+from dsa.cli.waiting import Steps
 
 if TYPE_CHECKING:
     from dsa.store import Damaged, Store
@@ -31,11 +33,11 @@ Model = Annotated[
 def register(app: typer.Typer) -> None:
     """Adds the group."""
     group = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", help="What is kept of documents that were read.")
-    group.command("list", short_help="What is kept.")(list_entries)
-    group.command("show", short_help="What one entry is bound to.")(show)
-    group.command("verify", short_help="Read everything and compare it with its sums.")(verify)
-    group.command("remove", short_help="Remove entries.")(remove)
-    group.command("prune", short_help="Remove what is damaged, and what exceeds a size.")(prune)
+    add_command(group, "list", list_entries, short_help="What is kept.")
+    add_command(group, "show", show, short_help="What one entry is bound to.")
+    add_command(group, "verify", verify, short_help="Read everything and compare it with its sums.")
+    add_command(group, "remove", remove, short_help="Remove entries.")
+    add_command(group, "prune", prune, short_help="Remove what is damaged, and what exceeds a size.")
     app.add_typer(group, name="store", short_help="What is kept of documents that were read.")
 
 
@@ -105,7 +107,9 @@ def verify(
     found = [opened.entry(each) for each in names] if names else list(opened.look())
     results = []
     for each in found:
-        problem = each.reason if isinstance(each, Damaged) else opened.verify(each)
+        with Steps(keep=False) as steps:
+            steps.status(f"Reading {each.name}")
+            problem = each.reason if isinstance(each, Damaged) else opened.verify(each)
         results.append({"name": each.name, "problem": problem or None})
         if not json:
             out.print(f"{each.name}: {problem or 'as it was written'}", markup=False, soft_wrap=True)
