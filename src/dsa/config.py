@@ -9,6 +9,9 @@ from typing import Any
 
 INDEX_DTYPES = ("int8", "fp8", "fp32")
 
+_NO_OTHER_FIELDS = {"extra": "forbid"}
+"""For `dsa.runs.json_files`, which reads configurations out of files."""
+
 
 @dataclass(frozen=True)
 class LayerConfig:
@@ -20,6 +23,8 @@ class LayerConfig:
         local: Most recent tokens that this layer always reads. `None` takes the model's.
         share: Reuse the selection of this earlier layer; it gets no indexer (IndexShare, IndexCache).
     """
+
+    __pydantic_config__ = _NO_OTHER_FIELDS
 
     dense: bool = False
     top_k: int | None = None
@@ -47,6 +52,8 @@ class DSAConfig:
     Raises:
         ValueError: A size is out of range, or the always-read tokens exceed a layer's budget.
     """
+
+    __pydantic_config__ = _NO_OTHER_FIELDS
 
     top_k: int = 2048
     index_heads: int = 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import threading
 from pathlib import Path
@@ -184,6 +185,55 @@ def test_two_at_once_convert_once(fake_default: list[Path]) -> None:
     assert len(fake_default) == 1
     assert len(found) == 3
     assert len(set(found)) == 1
+
+
+def test_a_copy_damaged_in_the_middle_is_made_again(fake_default: list[Path]) -> None:
+    """Its sizes are right: what a disk or a crash did to the content is found once, and later starts are cheap."""
+    file = default_model_dir() / "model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:5000] + b"\xff" * 400 + whole[5400:])
+    told: list[str] = []
+    load_model(device="cpu", status=told.append)
+    assert "model.safetensors has another content" in told[0]
+    assert "onverting the default model" in told[0]
+    assert len(fake_default) == 2
+    assert file.read_bytes() == whole
+
+
+def test_a_copy_is_compared_by_content_after_each_start_of_the_machine(
+    fake_default: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    boot = tmp_path / "boot_id"
+    monkeypatch.setattr(default_model, "_BOOT", boot)
+    compared: list[str] = []
+    digest = default_model._digest
+    monkeypatch.setattr(default_model, "_digest", lambda file: (compared.append(file.name), digest(file))[1])
+    for number, expected in ((1, True), (1, False), (2, True), (2, False)):
+        boot.write_text(str(number))
+        default_model_dir()
+        compared.clear()
+        file = default_model_dir() / "model.safetensors"
+        assert "model.safetensors" not in compared
+        if expected:
+            # Damage that neither size nor time shows.
+            times = file.stat()
+            content = file.read_bytes()
+            file.write_bytes(content[:5000] + b"\xff" * 400 + content[5400:])
+            os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    boot.write_text("3")
+    default_model_dir()
+    assert len(fake_default) == 3
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "5", "null", '{"sha256": 1}', '{"source": "x", "sha256": {"a": 1}}', "[" * 2000]
+)
+def test_a_manifest_that_is_none_is_written_again(fake_default: list[Path], content: str) -> None:
+    (default_model_dir() / default_model.MANIFEST).write_text(content)
+    assert not is_converted()
+    default_model_dir()
+    assert is_converted()
+    assert len(fake_default) == 2
 
 
 @pytest.mark.parametrize("lost", ["model.safetensors", "tokenizer.json", default_model.MANIFEST])

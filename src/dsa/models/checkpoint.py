@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
+from typing_extensions import TypedDict
 
 from dsa.config import DSAConfig
 from dsa.models.attached import config_of, indexers_of, report_of, set_trained
@@ -21,7 +23,9 @@ from dsa.models.families import full_attention_layers
 from dsa.models.fingerprint import SIZES, describe_base_model, distance, is_same
 from dsa.models.rope import RopeScaling
 from dsa.models.rope import describe as describe_scaling
+from dsa.models.tensors import FLOATS
 from dsa.runs.files import write_tensors
+from dsa.runs.json_files import Size, parse_json
 
 logger = logging.getLogger("dsa")
 
@@ -29,6 +33,24 @@ FORMAT = "dsa-indexers"
 VERSION = 1
 FILE_NAME = "indexers.safetensors"
 SHIPPED = Path(__file__).parent / "shipped" / FILE_NAME
+
+
+_NAME = re.compile(r"layers\.(\d{1,6})\.(.+)")
+_REMEDY = "copy it again, or train new ones"
+
+
+class BaseModel(TypedDict):
+    """What `describe_base_model` says, as a file has it."""
+
+    model_type: str
+    name: NotRequired[str]
+    hidden_size: Size
+    num_hidden_layers: Size
+    num_attention_heads: Size
+    num_key_value_heads: Size
+    rope_scaling: NotRequired[dict[str, Any] | None]
+    packed: NotRequired[bool]
+    sample: list[float]
 
 
 @dataclass(frozen=True)
@@ -109,15 +131,20 @@ def read_indexers(source: str | Path) -> StoredIndexers:
         with safe_open(file, framework="pt") as opened:
             metadata = opened.metadata() or {}
             _check_format(file, metadata)
+            for field in ("config", "base_model"):
+                if field not in metadata:
+                    raise ValueError(f"indexers: {file} lacks {field}; {_REMEDY}")
+            config = parse_json(metadata["config"], DSAConfig, f"indexers: config of {file}", _REMEDY)
+            if config.index_rope_dim is None:
+                # The first files left it open, and all dims were meant; what `None` means may change.
+                config = config.replace(index_rope_dim=config.index_head_dim)
+            base_model = dict(parse_json(metadata["base_model"], BaseModel, f"indexers: base_model of {file}", _REMEDY))
+            # Files without the field are from before it, when only training was meant to write them.
+            trained = parse_json(metadata.get("trained", "true"), bool, f"indexers: trained of {file}", _REMEDY)
+            _check_shapes(file, opened, config, base_model)
             weights = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        config = DSAConfig.from_dict(_with_rope_dim(json.loads(metadata["config"])))
-        base_model = json.loads(metadata["base_model"])
-        # Files without the field are from before it, when only training was meant to write them.
-        trained = json.loads(metadata.get("trained", "true"))
-    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
-        raise ValueError(
-            f"indexers: {file} is truncated or corrupt ({error}); copy it again, or train new ones"
-        ) from error
+    except SafetensorError as error:
+        raise ValueError(f"indexers: {file} is truncated or corrupt ({error}); {_REMEDY}") from error
     return StoredIndexers(file, config, base_model, weights, trained)
 
 
@@ -214,11 +241,39 @@ def _check_format(file: Path, metadata: dict[str, str]) -> None:
         )
 
 
-def _with_rope_dim(config: dict[str, Any]) -> dict[str, Any]:
-    """The first files left `index_rope_dim` open, and all dims were meant; what `None` means may change."""
-    if config.get("index_rope_dim") is None and "index_head_dim" in config:
-        return {**config, "index_rope_dim": config["index_head_dim"]}
-    return config
+def _check_shapes(file: Path, opened: Any, config: DSAConfig, base_model: dict[str, Any]) -> None:
+    """Compares the tensors with the configuration by the file's header, before any is read or made."""
+    queries, dim, hidden = config.index_heads * config.index_head_dim, config.index_head_dim, base_model["hidden_size"]
+    # The queries of latent attention come from its latent, whose size the file does not say.
+    wanted = {
+        "wq.weight": [queries, hidden],
+        "wq_b.weight": [queries, None],
+        "wk.weight": [dim, hidden],
+        "k_norm.weight": [dim],
+        "k_norm.bias": [dim],
+        "weights_proj.weight": [config.index_heads, hidden],
+    }
+    parts: dict[int, set[str]] = {}
+    for name in opened.keys():  # noqa: SIM118
+        tensor, found = opened.get_slice(name), _NAME.fullmatch(name)
+        if found is None or int(found[1]) >= base_model["num_hidden_layers"] or found[2] not in wanted:
+            raise ValueError(f"indexers: {file} has {name}, which is no weight of an indexer; {_REMEDY}")
+        shape, expected = tensor.get_shape(), wanted[found[2]]
+        if len(shape) != len(expected) or any(b not in (None, a) for a, b in zip(shape, expected)):
+            raise ValueError(
+                f"indexers: {name} in {file} is {shape}, but its index_heads={config.index_heads}, "
+                f"index_head_dim={dim} and hidden_size={hidden} make it {expected}; {_REMEDY}"
+            )
+        if tensor.get_dtype() not in FLOATS:
+            raise ValueError(
+                f"indexers: {name} in {file} is stored as {tensor.get_dtype()}, expected one of {', '.join(FLOATS)}; "
+                f"{_REMEDY}"
+            )
+        parts.setdefault(int(found[1]), set()).add(found[2])
+    for layer, have in parts.items():
+        missing = set(wanted) - have - {"wq_b.weight" if "wq.weight" in have else "wq.weight"}
+        if missing:
+            raise ValueError(f"indexers: layers.{layer}.{min(missing)} is missing in {file}; {_REMEDY}")
 
 
 def _indexer_file(path: Path) -> Path:

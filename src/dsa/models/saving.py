@@ -8,6 +8,7 @@ carries a stub for processes that did not import dsa: there `trust_remote_code=T
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 from pathlib import Path
@@ -104,6 +105,7 @@ def _make_model_class(
     def __init__(self: PreTrainedModel, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         from dsa.models.attached import set_trained
         from dsa.models.installing import install
+        from dsa.runs.json_files import parse_json
 
         stored = getattr(config, "dsa", None)
         if stored is None:
@@ -115,9 +117,12 @@ def _make_model_class(
             # The model's own, for when it is detached; attaching comes next.
             config._attn_implementation = None
         base.__init__(self, config, *args, **kwargs)
-        config_of_indexers = DSAConfig.from_dict(stored)
+        subject = f"model: the field dsa in config.json of {config.name_or_path or type(self).__name__}"
+        config_of_indexers = parse_json(json.dumps(stored), DSAConfig, subject, "save the model again")
         # Models without the field are from before it.
         trained = getattr(config, "dsa_trained", True)
+        if not isinstance(trained, bool):
+            raise ValueError(f"model: dsa_trained in config.json must be true or false, got {trained!r}")
         install(self, config_of_indexers, family=family, trained=trained)
         become_savable(self, config_of_indexers)
         set_trained(self, trained)

@@ -21,7 +21,7 @@ WEIGHTS = "model*.safetensors"
 """What transformers writes and reads a model's weights as, in one file or several."""
 
 _EXPERT = re.compile(r"(.*\.experts\.)(\d+)(\..*)")
-_FLOATS = ("F64", "F32", "F16", "BF16")
+FLOATS = ("F64", "F32", "F16", "BF16")
 _REMEDY = "copy or download the model again, or correct its config.json"
 
 
@@ -122,13 +122,13 @@ def _check_kinds(name: str, model: PreTrainedModel, kinds: Mapping[str, tuple[st
     strange = sorted(
         tensor
         for tensor, (kind, _) in kinds.items()
-        if kind not in _FLOATS and (tensor in wanted or tensor.endswith(".weight"))
+        if kind not in FLOATS and (tensor in wanted or tensor.endswith(".weight"))
     )
     if strange:
         kind, file = kinds[strange[0]]
         raise ValueError(
             f"model: {strange[0]} in {Path(name) / file.name} is stored as {kind}, expected one of "
-            f"{', '.join(_FLOATS)}, since config.json has no quantization_config{_more(strange)}; {_REMEDY}"
+            f"{', '.join(FLOATS)}, since config.json has no quantization_config{_more(strange)}; {_REMEDY}"
         )
 
 

@@ -50,7 +50,8 @@ def execution_device(layer: nn.Module) -> torch.device:
             device = getattr(each, "execution_device", None)
             if device is not None:
                 return torch.device(device if not isinstance(device, int) else f"cuda:{device}")
-    return next((p.device for p in layer.parameters() if p.device.type != "meta"), torch.device("cpu"))
+    devices = [parameter.device for parameter in layer.parameters()]
+    return next((device for device in devices if device.type != "meta"), [*devices, torch.device("cpu")][0])
 
 
 def matrices(model: nn.Module) -> Iterator[Matrix]:
