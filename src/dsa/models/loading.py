@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from dsa.models.attached import is_attached, set_trained
+from dsa.models.config_file import check_json_files
 from dsa.models.default_model import DEFAULT_MODEL, Status, default_model_dir
 from dsa.models.rope import RopeScaling, extend_positions
-from dsa.models.tensors import check_tensors, damaged_file, folder_of, unexplained
+from dsa.models.tensors import check_sizes, check_tensors, damaged_file, folder_of, unexplained
 from dsa.runs.quiet import quiet_transformers
 
 if TYPE_CHECKING:
@@ -112,6 +113,7 @@ def _resolve(name: str) -> str:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise OSError(f"model: {name} is a directory without config.json; expected what `save_pretrained` writes")
+        check_json_files(path)
         return str(path)
     if path.exists():
         raise OSError(
@@ -131,8 +133,11 @@ def _check_causal(name: str, source: str | Path) -> PreTrainedConfig:
         config = AutoConfig.from_pretrained(source)
     except OSError as error:
         raise _not_loaded(name, error) from error
-    except (ValueError, KeyError) as error:
-        raise ValueError(f"model: {name} has a configuration that transformers cannot read: {error}") from error
+    except Exception as error:
+        # Whatever transformers' own readers trip over in a file that others wrote.
+        raise ValueError(
+            f"model: {name} has a configuration that transformers cannot read: {_in_a_line(error)}"
+        ) from error
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         mapped = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
         classes = mapped if isinstance(mapped, (tuple, list)) else (mapped,)
@@ -156,6 +161,7 @@ def _read_weights(
 
     options: dict[str, Any] = {"config": config} if given else {}
     try:
+        check_sizes(name, folder_of(source), config)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=dtype or "auto",
@@ -176,6 +182,8 @@ def _read_weights(
         raise _not_loaded(name, error) from error
     except RuntimeError as error:
         raise unexplained(name, folder_of(source)) from error
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError) as error:
+        raise ValueError(f"model: the configuration of {name} makes no model: {_in_a_line(error)}") from error
     return model
 
 
@@ -194,9 +202,9 @@ def _read_tokenizer(name: str, source: str | Path) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:
         raise ValueError(
-            f"model: no tokenizer could be read with {name} ({_first_line(error)}); "
+            f"model: no tokenizer could be read with {name} ({_in_a_line(error)}); "
             "save it next to the weights with `tokenizer.save_pretrained(directory)`"
         ) from error
 
@@ -216,6 +224,12 @@ def _not_loaded(name: str, error: OSError) -> OSError:
 
 def _has_weights(folder: Path) -> bool:
     return any(any(folder.glob(kind)) for kind in ("*.safetensors", "*.bin"))
+
+
+def _in_a_line(error: BaseException) -> str:
+    """A library's error on one line; with its kind where that says more."""
+    said = " ".join(str(error).split())[:300] or "no reason given"
+    return said if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {said}"
 
 
 def _first_line(error: BaseException) -> str:

@@ -6,16 +6,19 @@ with one random matrix answers, only worse; so each of them is a refusal here th
 
 from __future__ import annotations
 
+import copy
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 WEIGHTS = "model*.safetensors"
 """What transformers writes and reads a model's weights as, in one file or several."""
@@ -43,6 +46,38 @@ def damaged_file(folder: Path | None) -> str:
         except (SafetensorError, OSError):
             return f": {file.name}"
     return ""
+
+
+def check_sizes(name: str, folder: Path | None, config: PreTrainedConfig) -> None:
+    """Refuses a configuration that asks for far more than a model's files hold, before anything of it is made.
+
+    Raises:
+        ValueError: Names a tensor, or says how many there are.
+    """
+    shapes = {tensor: shape for file in _files(folder) for tensor, (_, shape) in _header(file).items()}
+    if not shapes or getattr(config, "quantization_config", None) is not None:
+        return
+    layers = config.get_text_config(decoder=True).num_hidden_layers
+    if layers > len(shapes):
+        raise ValueError(
+            f"model: num_hidden_layers in config.json of {name} is {layers:,}, but its files have only "
+            f"{len(shapes):,} tensors; {_REMEDY}"
+        )
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        wanted = AutoModelForCausalLM.from_config(copy.deepcopy(config)).state_dict()
+    there = sum(math.prod(shape) for shape in shapes.values())
+    if sum(tensor.numel() for tensor in wanted.values()) <= 4 * there:
+        # What differs is found with its name when it is loaded.
+        return
+    for tensor, made in wanted.items():
+        if tensor not in shapes or list(made.shape) != shapes[tensor]:
+            found = f"is {shapes[tensor]}" if tensor in shapes else "is missing"
+            raise ValueError(
+                f"model: {tensor} {found} in {_place(name, folder)}, but config.json makes it {list(made.shape)}; "
+                f"{_REMEDY}"
+            )
 
 
 def unexplained(name: str, folder: Path | None) -> ValueError:
