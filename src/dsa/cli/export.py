@@ -37,11 +37,9 @@ def export(
       dsa export deepseek-ai/DeepSeek-V3 --indexers runs/v3 --out v3-sparse
       dsa export runs/v3-sparse/model --out v3-sparse
     """
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise ValueError(f"out: {directory} is there already and not an empty folder; name another one")
-    from dsa.runs.files import check_folder_writable, check_writable, write_json
+    from dsa.runs.files import check_new_folder, check_writable, write_json
 
-    check_folder_writable(directory)
+    check_new_folder(directory)
     if json is not None:
         check_writable(json)
     import dsa

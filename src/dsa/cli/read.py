@@ -78,10 +78,12 @@ def read(reading: DocumentOptions, given: ReadingModel, keeping: StoreOptions) -
       dsa read default --file a.pdf b.txt --top-k 1024
     """
     from dsa.documents import read_sources
+    from dsa.runs.files import check_folder_writable
 
     store = opened_store(keeping)
     if store is None:
         raise ValueError("no-store: there is nothing to read for; leave it out, or name a folder with --store DIR")
+    check_folder_writable(store.folder, "store")
     if reading.pages is not None and len(reading.file) > 1:
         raise ValueError("pages: expected one file with it; read the others in a call of their own")
     with interruptible() as interruption:
@@ -139,6 +141,9 @@ def _read_one(
     session.read(ids, progress=progress)
     session.close()
     steps.pause()
+    if session.kept is None and interruption():
+        out.print(f"{name}: stopped before anything of it was kept", markup=False, soft_wrap=True)
+        return
     tokens = 0 if session.kept is None else session.kept.tokens
     if session.kept is None or (tokens < len(ids) and not interruption()):
         raise OSError(f"store: {name} could not be kept in {store.folder}; what stood in the way is said above")

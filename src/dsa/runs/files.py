@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
+_PART = ".part"
 _SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
@@ -63,6 +64,22 @@ def check_folder_writable(path: str | Path, argument: str = "out") -> Path:
             pass
     except OSError as error:
         raise OSError(f"{argument}: cannot write {folder} ({error.strerror or error}); give another folder") from error
+    return folder
+
+
+def check_new_folder(path: str | Path, argument: str = "out") -> Path:
+    """Makes sure that a folder can be written later on, and that nothing is in it but what a killed writer left.
+
+    Args:
+        path: The folder.
+        argument: Its name in messages.
+
+    Raises:
+        OSError: As `check_folder_writable`, or there is something in it.
+    """
+    folder = check_folder_writable(path, argument)
+    if folder.exists() and any(each.name != _PART for each in folder.iterdir()):
+        raise FileExistsError(f"{argument}: {path} is there already and not an empty folder; name another one")
     return folder
 
 
@@ -182,7 +199,7 @@ def fill_folder(path: Path, write: Callable[[Path], object], argument: str | Non
     Raises:
         OSError: No space or no permission; nothing new is in the folder.
     """
-    part, is_new = path / ".part", not path.exists()
+    part, is_new = path / _PART, not path.exists()
     try:
         shutil.rmtree(part, ignore_errors=True)
         _write_part(part, write)

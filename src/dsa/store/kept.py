@@ -13,7 +13,7 @@ from dsa.store.entry import Entry
 from dsa.store.folder import Damaged, Store
 from dsa.store.layout import LayoutError
 from dsa.store.opening import Opened, open_entry
-from dsa.store.recording import Recorder, Unkept
+from dsa.store.recording import Recorder, Unkept, reason_of
 from dsa.store.tails import DamagedTail
 
 logger = logging.getLogger("dsa")
@@ -94,7 +94,7 @@ class ModelStore:
         try:
             return self.store.recorder(self.binding, ids, self.name, document)
         except (Unkept, LayoutError, OSError) as error:
-            self.not_kept(str(error))
+            self.not_kept(reason_of(error))
             return None
 
     def keep_tail(self, ids: Sequence[int], cache: Any) -> None:
@@ -111,7 +111,7 @@ class ModelStore:
         except DamagedTail as error:
             self._set_tail_aside(error)
         except (Unkept, OSError) as error:
-            self._say(f"the conversation is not kept: {error}")
+            self._say(f"the conversation is not kept: {reason_of(error)}")
 
     def not_kept(self, reason: str) -> None:
         """Says once that a document is not kept, and why."""

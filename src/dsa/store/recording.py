@@ -218,9 +218,16 @@ class Recorder:
             self._give_up(error)
 
     def _give_up(self, error: Exception) -> None:
-        code = getattr(error, "errno", None)
-        reason = "the disk is full" if code in (errno.ENOSPC, errno.EDQUOT) else str(error)
-        self.problem = reason
+        self.problem = reason_of(error)
+
+
+def reason_of(error: Exception) -> str:
+    """Why something is not kept, in words."""
+    if not isinstance(error, OSError) or not error.strerror:
+        return str(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "the disk is full"
+    return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
 
 
 def start(folder: Path, locks: Path) -> FileLock:
