@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         AttachReport,
         AttentionCall,
         DSAContext,
+        PackReport,
         accelerate,
         attach,
         config_of,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
         is_accelerated,
         is_attached,
         load_indexers,
+        pack_weights,
         restore,
         save_indexers,
     )
@@ -44,6 +46,7 @@ __all__ = [
     "DSAConfig",
     "DSAContext",
     "LayerConfig",
+    "PackReport",
     "accelerate",
     "attach",
     "config_of",
@@ -53,6 +56,7 @@ __all__ = [
     "is_attached",
     "load_indexers",
     "ops",
+    "pack_weights",
     "restore",
     "save_indexers",
 ]

@@ -76,6 +76,7 @@ class CalibrateOptions:
     json: options.Json = None
     threads: options.Threads = None
     device: options.Device = None
+    weights: options.Weights = None
 
 
 def calibrate(ctx: typer.Context, options: CalibrateOptions) -> None:
@@ -114,7 +115,9 @@ def calibrate(ctx: typer.Context, options: CalibrateOptions) -> None:
         torch.set_num_threads(options.threads)
     with notes(), Steps() as steps:
         scaling = scaling_wanted(options.rope_scaling, options.indexers)
-        loaded = load_model(options.model, device=options.device, status=steps.status, rope_scaling=scaling)
+        loaded = load_model(
+            options.model, device=options.device, status=steps.status, rope_scaling=scaling, weights=options.weights
+        )
         found = run(
             loaded,
             documents,

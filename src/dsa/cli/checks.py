@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 DEFAULT = "default"
+WEIGHTS = ("auto", "fp32", "bf16", "int8", "int4")
 THREADS_A_CORE = 4
 LEAST_MOST_THREADS = 64
 
@@ -27,6 +28,13 @@ def check_threads(threads: int | None) -> int | None:
     if threads is not None and threads > most:
         raise ValueError(f"--threads: expected at most {most} (this machine has {cores} cores), got {threads:,}")
     return threads
+
+
+def check_weights(form: str | None) -> str | None:
+    """Refuses forms of weights that there are not, before a model is loaded."""
+    if form is not None and form not in WEIGHTS:
+        raise ValueError(f"--weights: expected one of {', '.join(WEIGHTS)}, got {form!r}")
+    return form
 
 
 def at_most(option: str, most: int) -> Callable[[int | None], int | None]:

@@ -37,6 +37,7 @@ class EvalOptions:
     json: options.Json = None
     threads: options.Threads = None
     device: options.Device = None
+    weights: options.Weights = None
     rope_scaling: options.RopeScaling = None
     cache: options.Cache = None
     index_dtype: options.IndexDtype = None
@@ -121,7 +122,9 @@ def measure(given: EvalOptions, names: list[str], needles: NeedleOptions) -> Non
         torch.set_num_threads(given.threads)
     with notes(), Steps() as steps:
         scaling = scaling_wanted(given.rope_scaling, given.indexers)
-        loaded = load_model(given.model, device=given.device, status=steps.status, rope_scaling=scaling)
+        loaded = load_model(
+            given.model, device=given.device, status=steps.status, rope_scaling=scaling, weights=given.weights
+        )
         result = run_tasks(
             loaded,
             documents,

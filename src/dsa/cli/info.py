@@ -40,6 +40,7 @@ def info(json: options.PrintJson = False) -> None:
         "transformers": transformers.__version__,
         "cpu": f"{cpu_name()}, {torch.get_num_threads()} thread(s)",
         "cpu kernels": _kernels(),
+        "weights": _weights(),
         "cuda": _cuda(),
         **{name: vendor_support.found(name) for name in vendor_support.FUNCTIONS},
         "default model": _default_model(),
@@ -156,6 +157,17 @@ def _kernels() -> str:
     others = [name for name in native_support.isas() if name != native_support.isa()]
     choice = f" (DSA_ISA also takes {', '.join(others)})" if others else ""
     return f"{native_support.isa()}{choice}, on as many threads as torch"
+
+
+def _weights() -> str:
+    """What `--weights auto` takes."""
+    from dsa.models.packing import form_of_auto, has_bf16
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        form, reason = form_of_auto()
+    slow = "" if has_bf16() else "; bf16 has no instructions here"
+    return f"auto takes {form or 'fp32'}: {reason}{slow}"
 
 
 def _cuda() -> str:

@@ -42,6 +42,7 @@ class ModelOptions:
     indexers: options.Indexers = None
     threads: options.Threads = None
     device: options.Device = None
+    weights: options.Weights = None
     rope_scaling: options.Extension = None
 
 
@@ -98,7 +99,9 @@ def open_model(
         demand_of,
         lambda demand, positions: what_fits(made[-1], demand, positions),
     )
-    loaded = load_model(given.model, device=given.device, status=steps.status, rope_scaling=scaling)
+    loaded = load_model(
+        given.model, device=given.device, status=steps.status, rope_scaling=scaling, weights=given.weights
+    )
     # Choosing the scaling has said the same.
     warnings.filterwarnings("ignore", POSITIONS_WARNING, UserWarning)
     prompt, demand = encoded(loaded.tokenizer)
@@ -109,7 +112,9 @@ def open_model(
     if store is not None and in_file is not None:
         note(f"{in_file / 1e9:,.1f} GB of keys and values do not fit into memory: they will lie in {store.folder}")
     if stats:
-        err.print(str(report), markup=False, soft_wrap=True)
+        for said in (report, loaded.packed):
+            if said is not None:
+                err.print(str(said), markup=False, soft_wrap=True)
     elif not report.trained:
         note(UNTRAINED)
     return loaded, report, prompt

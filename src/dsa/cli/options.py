@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dsa.cli.checks import at_most, check_model, check_threads
+from dsa.cli.checks import at_most, check_model, check_threads, check_weights
 
 MODEL_HELP = "Hugging Face id, local directory, or `default`."
 
@@ -50,6 +50,15 @@ Pages = Annotated[
 ]
 FirstTokens = Annotated[
     int | None, typer.Option("--tokens", min=2, metavar="N", help="Read the document's first N tokens only.")
+]
+Weights = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FORM",
+        callback=check_weights,
+        help="How weights are stored and multiplied on a CPU: `fp32`, `bf16`, `int8`, `int4`, or `auto`, which `dsa "
+        "info` explains; by default as the model is stored, `fp32` where it is not packed.",
+    ),
 ]
 RopeScaling = Annotated[
     str | None,

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from dsa.models.checkpoint import load_indexers, save_indexers
     from dsa.models.context import AttentionCall, DSAContext
     from dsa.models.latent.export import export_deepseek_v32
+    from dsa.models.packing import PackReport, pack_weights
 
 _HOMES = {
     "AccelerateReport": "acceleration",
@@ -23,6 +24,7 @@ _HOMES = {
     "AttentionCall": "context",
     "DSAContext": "context",
     "LayerReport": "attached",
+    "PackReport": "packing",
     "accelerate": "acceleration",
     "attach": "attachment",
     "config_of": "attached",
@@ -32,6 +34,7 @@ _HOMES = {
     "is_accelerated": "acceleration",
     "is_attached": "attached",
     "load_indexers": "checkpoint",
+    "pack_weights": "packing",
     "report_of": "attached",
     "restore": "acceleration",
     "save_indexers": "checkpoint",
@@ -43,6 +46,7 @@ __all__ = [
     "AttentionCall",
     "DSAContext",
     "LayerReport",
+    "PackReport",
     "accelerate",
     "attach",
     "config_of",
@@ -52,6 +56,7 @@ __all__ = [
     "is_accelerated",
     "is_attached",
     "load_indexers",
+    "pack_weights",
     "report_of",
     "restore",
     "save_indexers",

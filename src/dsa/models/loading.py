@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 
@@ -20,7 +20,9 @@ from dsa.models.tensors import check_sizes, check_tensors, damaged_file, folder_
 from dsa.runs.quiet import quiet_transformers
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    from dsa.models.packing import PackReport
 
 CAUSAL_SUFFIXES = ("ForCausalLM", "LMHeadModel")
 
@@ -37,12 +39,14 @@ class LoadedModel:
         tokenizer: Its tokenizer.
         name: What was asked for.
         is_default: Whether this is the embedded model, for which trained indexers are shipped.
+        packed: Which weights are stored in fewer bits; `None` where none are.
     """
 
     model: Any
     tokenizer: Any
     name: str
     is_default: bool
+    packed: PackReport | None = None
 
 
 def load_model(
@@ -54,6 +58,7 @@ def load_model(
     rope_scaling: RopeScaling | ChooseScaling | None = None,
     place: bool = True,
     random_seed: int | None = None,
+    weights: str | None = None,
 ) -> LoadedModel:
     """Loads a causal language model. Weights are read from safetensors only.
 
@@ -68,6 +73,7 @@ def load_model(
         place: Put the weights on the device; otherwise they stay on the CPU, for callers that move them in parts.
         random_seed: Make random weights from this seed, as transformers does it, in place of the checkpoint's:
             only its configuration and tokenizer are read. `dtype=None` and `"auto"` then mean fp32.
+        weights: A form of `dsa.pack_weights`, or `"auto"`; `None` leaves them as they are stored.
 
     Raises:
         OSError: No such directory or Hub id, no network, no safetensors, or the cache cannot be written.
@@ -92,7 +98,18 @@ def load_model(
         if dtype is None:
             dtype = torch.float32 if target.type == "cpu" else None
         model = _read_weights(name, source, dtype, config, given=rope_scaling is not None)
-    return LoadedModel((model.to(target) if place else model).eval(), tokenizer, name, is_default)
+    model = (model.to(target) if place else model).eval()
+    return LoadedModel(model, tokenizer, name, is_default, _packed(model, weights))
+
+
+def _packed(model: PreTrainedModel, weights: str | None) -> PackReport | None:
+    """Stores the weights as asked for, and says how they are stored where some are packed."""
+    from dsa.models.packing import form_of_auto, pack_weights, report_on, weight_bytes
+
+    form = form_of_auto(model)[0] if weights == "auto" else weights
+    before = weight_bytes(model)
+    report = report_on(model, "as saved", before) if form is None else pack_weights(model, cast("Any", form))
+    return report if report.formats else None
 
 
 def _device(device: str | torch.device | None) -> torch.device:

@@ -119,6 +119,10 @@ def _make_model_class(
         base.__init__(self, config, *args, **kwargs)
         subject = f"model: the field dsa in config.json of {config.name_or_path or type(self).__name__}"
         config_of_indexers = parse_json(json.dumps(stored), DSAConfig, subject, "save the model again")
+        if getattr(config, "dsa_weights", None):
+            from dsa.models.packed import make_room
+
+            make_room(self, config.dsa_weights)
         # Models without the field are from before it.
         trained = getattr(config, "dsa_trained", True)
         if not isinstance(trained, bool):
@@ -149,6 +153,7 @@ def _make_model_class(
             "save_pretrained": save_pretrained,
             "from_pretrained": classmethod(from_pretrained),
             "config_class": config_class,
+            "loads_packed_weights": True,
             "__module__": __name__,
             "__doc__": f"{base.__name__} with an indexer on every sparse layer.",
         },
@@ -233,6 +238,9 @@ def _saving_dense() -> Any:
     # Copied and pickled with the model, a method of the model is found again by this name.
     def save_pretrained(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         """The class's own, which then says what the folder is."""
+        from dsa.models.packed import check_savable
+
+        check_savable(self)
         saved = type(self).save_pretrained(self, *args, **kwargs)
         logger.warning(
             "dsa: %s was saved as a dense model: nothing will load its indexers from there, only the family's causal "
@@ -249,7 +257,10 @@ def become_plain(model: PreTrainedModel) -> None:
     """The inverse of `become_savable`."""
     family = family_of(model)
     if type(model) not in _made_classes(family.model_type):
+        from dsa.models.packed import remember
+
         vars(model).pop(_SAVE, None)
+        remember(model)
         return
     model.__class__ = type(model).__bases__[0]
     model.config.__class__ = family.config_class()
