@@ -9,6 +9,8 @@ import pytest
 from fpdf import FPDF
 from typer.testing import Result
 
+from dsa.ops import native_support
+
 Run = Callable[..., Result]
 FEW = ("--max-new-tokens", "4", "--top-k", "32", "--local", "8")
 
@@ -159,3 +161,18 @@ def test_several_files_are_one_document(dsa: Run, tiny: str, tmp_path: Path) -> 
     assert places
     assert places <= {"a.txt", "b.txt", "c.txt"}
     assert "read above all: " + "; ".join(each["place"] for each in written["sources"]["pages"]) in result.stderr
+
+
+@pytest.mark.parametrize("form", ["int8", "int4", "auto", "fp32"])
+def test_weights_in_fewer_bits(dsa: Run, tiny: str, text: str, form: str) -> None:
+    result = dsa("generate", tiny, "--file", text, "--tokens", "60", "--weights", form, "--stats", *FEW)
+    assert result.exit_code == 0, result.output
+    packed = {"int8": "weights int8: 16 in Q8_0", "int4": "weights int4: 2 in Q8_0, 14 in Q4_1", "fp32": ""}
+    assert packed.get(form, "weights ") in flat(result.stderr)
+    assert ("MB now" in result.stderr) == (form != "fp32" and (form != "auto" or native_support.missing() is None))
+
+
+def test_weights_that_there_are_not(dsa: Run, tiny: str, text: str) -> None:
+    result = dsa("generate", tiny, "--file", text, "--weights", "int2")
+    assert result.exit_code == 2
+    assert "--weights: expected one of auto, fp32, bf16, int8, int4, got 'int2'" in flat(result.stderr)
