@@ -13,7 +13,7 @@ $(VENV)/bin/pip:
 
 SOURCES := pyproject.toml constraints.txt $(wildcard csrc/CMakeLists.txt csrc/*/*.h csrc/*/*/*.h csrc/*/*.cpp)
 USE     := gguf,pdf
-DEVELOP := $(USE),train,dev,triton,plot,lm-eval,docs
+DEVELOP := $(USE),serve,train,dev,triton,plot,lm-eval,docs
 
 # torch is named on its own so that the pinned build is taken before anything else asks for a newer one.
 define set-up

@@ -28,7 +28,7 @@ FLOORS = (
     {"dsa"},
     {"eval"},
     {"train"},
-    {"report", "bench", "calibrate"},
+    {"report", "bench", "calibrate", "serve"},
     {"cli"},
     {"__main__"},
     {"testing"},

@@ -8,10 +8,14 @@ model are made small, and nothing else is changed.
 
 from __future__ import annotations
 
+import atexit
 import json
+import os
 import re
 import shlex
 import shutil
+import socket
+import subprocess
 import sys
 import traceback
 from pathlib import Path
@@ -31,9 +35,32 @@ SMALL = {
 }
 
 
+SERVERS: list[Server] = []
+
+
+class Server:
+    """`dsa serve`, until the page ends; the port is one that is free here."""
+
+    def __init__(self, arguments: list[str]) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port = free.getsockname()[1]
+        command = [sys.executable, "-m", "dsa", *arguments, "--port", str(self.port)]
+        # A relative path of modules would not hold in this folder.
+        environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+        assert self.process.stdout is not None
+        if "serves" not in self.process.stdout.readline():
+            raise SystemExit(f"{shlex.join(command)} has ended")
+
+    def end(self) -> None:
+        self.process.terminate()
+        self.process.wait()
+
+
 def takes_minutes(arguments: list[str]) -> bool:
     """Commands that measure a machine, or ask for dozens of needles: their options are read, and they do not run."""
-    return arguments[0] in ("bench", "demo") or any("needles" in each for each in arguments)
+    serves_others = arguments[0] == "serve" and "--host" in arguments
+    return arguments[0] in ("bench", "demo") or serves_others or any("needles" in each for each in arguments)
 
 
 def blocks(page: Path) -> list[tuple[str, str]]:
@@ -95,6 +122,9 @@ def local(text: str) -> str:
     """Python with the small model in place of the default one, which takes its time."""
     text = text.replace('load_model("default")', f'load_model("{HUB_MODEL}")')
     text = text.replace('indexers="default"', 'indexers="runs/qwen"')
+    text = text.replace('model="default"', f'model="{Path(HUB_MODEL).name}"')
+    for server in SERVERS:
+        text = text.replace("127.0.0.1:8000", f"127.0.0.1:{server.port}")
     return re.sub(r"^print\(simple_evaluate\(.*$", "", text, flags=re.MULTILINE)  # its task is fetched from the network
 
 
@@ -138,6 +168,9 @@ def run_command(given: list[str]) -> None:
             name, command, rest = command.resolve_command(inner, [*inner._protected_args, *inner.args])
         command.make_context(name, rest, parent=context)
         return
+    if arguments[0] == "serve":
+        SERVERS.append(Server(arguments))
+        return
     if arguments[0] == "train" or "--out" in arguments:
         out = Path(arguments[arguments.index("--out") + 1])
         if out.is_dir():
@@ -150,14 +183,13 @@ def run_command(given: list[str]) -> None:
 
 
 def main(page: Path, folder: Path) -> None:
-    import os
-
     folder.mkdir(parents=True, exist_ok=True)
     os.chdir(folder)
     os.environ["DSA_STORE"] = str(folder / "dsa-store")
     furnish(Path())
     namespace: dict[str, Any] = {"__name__": "__main__"}
     ran = {"python": 0, "dsa": 0}
+    atexit.register(lambda: [server.end() for server in SERVERS])
     for language, block in blocks(page):
         if language == "python":
             try:

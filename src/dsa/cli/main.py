@@ -17,7 +17,8 @@ from dsa.cli import ends
 from dsa.cli.console import print_error
 
 COMMANDS = (
-    *("demo", "info", "models", "train", "calibrate", "read", "generate", "eval", "explain", "export", "cost"),
+    *("demo", "info", "models", "train", "calibrate", "read", "generate", "serve", "eval", "explain", "export"),
+    "cost",
     "store",
     "bench",
 )

@@ -17,11 +17,13 @@ class Sampling:
         temperature: 0 takes the likeliest token; above 0 samples.
         top_p: Sample from the likeliest tokens of this mass.
         seed: Makes sampling repeatable; `None` takes torch's own random numbers.
+        processors: transformers' `LogitsProcessor`s, called before temperature and `top_p`, after the model's own.
     """
 
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int | None = None
+    processors: Sequence[Any] = ()
 
 
 GREEDY = Sampling()
@@ -41,7 +43,11 @@ class Chooser:
         config, _ = model._prepare_generation_config(None, max_new_tokens=max_new_tokens, **options)
         model._prepare_special_tokens(config, True, device=model.device)
         self._processors = model._get_logits_processor(
-            config, input_ids_seq_length=len(prompt), device=model.device, model_kwargs={}
+            config,
+            input_ids_seq_length=len(prompt),
+            logits_processor=list(sampling.processors),
+            device=model.device,
+            model_kwargs={},
         )
         self._samples = sampling.temperature > 0
         self._generator = None

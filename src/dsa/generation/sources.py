@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -34,11 +35,21 @@ class PageShare:
 
 @dataclass(frozen=True)
 class SourcePassage:
-    """A passage that was read, as it stands in the document; `page` is `None` where there are no pages."""
+    """A passage that was read, as it stands in the document.
+
+    Args:
+        text: With single spaces in place of white space.
+        page: `None` where there are no pages.
+        share: Of what was read of the document beyond sinks and the most recent tokens.
+        start: Its first character in the document; white space that the document begins with does not count.
+        end: The character after its last.
+    """
 
     text: str
     page: int | None
     share: float
+    start: int
+    end: int
 
 
 @dataclass(frozen=True)
@@ -121,10 +132,20 @@ def sources_of(weights: Tensor, prompt: Prompt, *, pages: int, passages: int) ->
     least = 0.5 / max(1, len(by_page))
     best = sorted((page for page, share in by_page.items() if share >= least), key=lambda page: -by_page[page])
     told.sort(key=lambda each: -each[0])
+    starts = _characters(prompt)
     return Sources(
         tuple(PageShare(page, by_page[page]) for page in best[:pages]),
-        tuple(SourcePassage(" ".join(text.split()), each.page, share / total) for share, each, text in told[:passages]),
+        tuple(
+            SourcePassage(" ".join(text.split()), each.page, share / total, starts[each.start], starts[each.end])
+            for share, each, text in told[:passages]
+        ),
     )
+
+
+def _characters(prompt: Prompt) -> list[int]:
+    """How many characters of the document stand before each token, and before the end."""
+    lengths = (len(text) * (part == "document") for text, part in zip(prompt.texts, prompt.parts, strict=True))
+    return list(accumulate(lengths, initial=0))
 
 
 def pages_in_words(shares: Sequence[PageShare], document: SourceDocument) -> str:

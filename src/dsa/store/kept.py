@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Sequence
+from copy import copy
 from typing import Any
 
 from dsa.models.sparse import sparse_report_of
@@ -44,6 +45,17 @@ class ModelStore:
         self.store, self.model, self.name, self.least = store, model, name, least
         self.binding: Binding = binding_of(model)
         self._said: set[str] = set()
+
+    def owned_by(self, owner: str) -> ModelStore:
+        """The same store for one of several users: opens what they had kept, and nothing else.
+
+        Args:
+            owner: Who; no secret, since it is written into what is kept. `""` is whoever runs the command line.
+        """
+        owned = copy(self)
+        if owner:
+            owned.binding = Binding({**self.binding.fields, "owner": owner})
+        return owned
 
     def open(self, ids: Sequence[int], held: int = 0) -> Opened | None:
         """The stored document that begins with the most of these tokens, if more than `held` and worth it.
@@ -112,6 +124,12 @@ class ModelStore:
             self._set_tail_aside(error)
         except (Unkept, OSError) as error:
             self._say(f"the conversation is not kept: {reason_of(error)}")
+
+    def forget(self, document: str) -> None:
+        """Removes what is kept of this owner's document for this model. Raises `OSError`."""
+        for entry in self.store.entries():
+            if entry.document == document and entry.binding == self.binding:
+                self.store.remove(entry)
 
     def not_kept(self, reason: str) -> None:
         """Says once that a document is not kept, and why."""
