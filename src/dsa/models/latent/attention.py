@@ -160,7 +160,7 @@ class LatentAttention(nn.Module):
         """What the cache keeps of these tokens, `[B, T, L + R]`."""
         latent, rotated = self.kv_a_proj_with_mqa(hidden_states).split((self.latent_dim, self.rope_dim), dim=-1)
         rotated = rotate_first(rotated, rope, self.layout.attention_rope)
-        return torch.cat((self.kv_a_layernorm(latent), rotated), dim=-1)
+        return torch.cat((self.kv_a_layernorm(latent), rotated), dim=-1).to(_multiplied_in(hidden_states))
 
     @staticmethod
     def rope_of(position_embeddings: Angles, context: DSAContext) -> Rope:
@@ -180,7 +180,8 @@ class LatentAttention(nn.Module):
         query = query.unflatten(-1, (self.heads, -1))
         plain, rotated = query.split((self.nope_dim, self.rope_dim), dim=-1)
         rotated = rotate_first(rotated, _for_heads(rope), self.layout.attention_rope)
-        return torch.cat((torch.einsum("bthn,hnl->bthl", plain, up_key), rotated), dim=-1)
+        absorbed = torch.einsum("bthn,hnl->bthl", plain, up_key)
+        return torch.cat((absorbed, rotated), dim=-1).to(_multiplied_in(hidden_states))
 
     def _up_projections(self) -> tuple[torch.Tensor, torch.Tensor]:
         """`U_k [H, N, L]` and `U_v [H, V, L]`, views of `kv_b_proj`'s weight where it is a plain linear layer."""
@@ -230,6 +231,12 @@ def rotate_first(x: torch.Tensor, rope: Rope, layout: RopeLayout) -> torch.Tenso
         paired = x[..., :width].unflatten(-1, (width // 2, 2)).transpose(-1, -2).flatten(-2)
         x = paired if width == x.shape[-1] else torch.cat((paired, x[..., width:]), dim=-1)
     return rotate_half_split(x, *rope)
+
+
+def _multiplied_in(hidden_states: torch.Tensor) -> torch.dtype:
+    """The dtype of matrix products: under autocast norms and angles come out wider than what they meet."""
+    device = hidden_states.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_states.dtype
 
 
 def _tables(position_embeddings: Angles) -> Rope:
