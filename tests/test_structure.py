@@ -28,7 +28,7 @@ FLOORS = (
     {"dsa"},
     {"eval"},
     {"train"},
-    {"report", "bench", "calibrate", "serve"},
+    {"report", "bench", "calibrate", "check", "serve"},
     {"cli"},
     {"__main__"},
     {"testing"},

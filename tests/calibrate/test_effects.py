@@ -6,8 +6,7 @@ import torch
 import dsa
 from dsa.calibrate.effects import compared_positions, divergence, recording, resumed
 from dsa.models.decoder import decoder_output, head_logits
-from dsa.models.families import ATTACHABLE
-from dsa.testing.tiny_models import TINY_CONFIG, tiny_model, tiny_tokens
+from dsa.testing.tiny_models import ONE_OF_EACH_KIND, TINY_CONFIG, tiny_model, tiny_tokens
 
 
 def decoded(model, ids, **options):
@@ -16,7 +15,7 @@ def decoded(model, ids, **options):
     return captured[0]
 
 
-@pytest.mark.parametrize("model_type", sorted(ATTACHABLE))
+@pytest.mark.parametrize("model_type", ONE_OF_EACH_KIND)
 def test_a_forward_from_the_last_layer_on(model_type: str) -> None:
     model, ids = tiny_model(model_type), tiny_tokens(1, 40)
     layers = model.config.get_text_config().num_hidden_layers

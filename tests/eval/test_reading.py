@@ -10,11 +10,10 @@ import torch.nn.functional as F
 
 from dsa.eval import reading
 from dsa.eval.reading import negative_log_likelihood, read
-from dsa.models.families import ATTACHABLE
-from dsa.testing.tiny_models import tiny_model, tiny_tokens
+from dsa.testing.tiny_models import ONE_OF_EACH_KIND, tiny_model, tiny_tokens
 
 
-@pytest.mark.parametrize("model_type", sorted(ATTACHABLE))
+@pytest.mark.parametrize("model_type", ONE_OF_EACH_KIND)
 def test_perplexity_through_every_head(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # a few rows at a time, so that chunks have an odd last one
     monkeypatch.setattr(reading, "LOGITS_AT_ONCE", 7 * 97)

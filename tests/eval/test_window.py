@@ -8,8 +8,7 @@ from dsa.eval.mass import MassObserver
 from dsa.eval.window import attend_to_window, sinks_and_recent, window_attention
 from dsa.models import attach, detach
 from dsa.models.context import AttentionCall, DSAContext
-from dsa.models.families import ATTACHABLE
-from dsa.testing.tiny_models import TINY_CONFIG, tiny_model, tiny_tokens
+from dsa.testing.tiny_models import ONE_OF_EACH_KIND, TINY_CONFIG, tiny_model, tiny_tokens
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 4, 5, 9, 33, 60])
@@ -41,7 +40,7 @@ def select_window(call: AttentionCall) -> torch.Tensor:
     return torch.where(ranked < call.key.shape[1], ranked, -1).int()
 
 
-@pytest.mark.parametrize("model_type", sorted(ATTACHABLE))
+@pytest.mark.parametrize("model_type", ONE_OF_EACH_KIND)
 def test_in_every_family(model_type: str) -> None:
     model, ids = tiny_model(model_type), tiny_tokens(1, 45)
     own = model.config._attn_implementation

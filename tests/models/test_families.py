@@ -1,127 +1,112 @@
-"""One table of tests for every family: what attaching must keep, and that a cache changes nothing."""
+"""Every family of the table keeps every claim of `dsa.check.claims`, on a tiny random model."""
 
+import copy
+import subprocess
+import sys
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import dsa
+from dsa.check.claims import CLAIMS, Case, NotTheModels, padding_changes_nothing
+from dsa.check.discovery import find_family
 from dsa.models.attached import indexers_of, report_of
-from dsa.models.decoder import decoder_of
-from dsa.models.families import ATTACHABLE, full_attention_layers
-from dsa.testing.tiny_models import TINY_CONFIG, tiny_model, tiny_tokens
+from dsa.models.families import ATTACHABLE, FAMILIES, INSIDE, full_attention_layers
+from dsa.models.refused import REFUSED
+from dsa.testing.tiny_models import TINY_CONFIG, tiny_model
 
-TOKENS = 37
+IN_FP32 = ("all tokens equal dense", "save and load")
+"""The other claims are of fp64 models, so that rounding does not blur what they compare."""
 
+HYBRIDS = {
+    *("bamba", "granitemoehybrid", "jamba", "lfm2_moe", "lfm3", "minimax", "nemotron_h", "olmo_hybrid"),
+    *("qwen3_5_moe_text", "qwen3_5_text", "qwen3_next"),
+}
 
-@pytest.fixture(params=sorted(ATTACHABLE))
-def model(request: pytest.FixtureRequest) -> torch.nn.Module:
-    # fp64, so that rounding does not blur what a test compares.
-    return tiny_model(request.param).double()
-
-
-def logits(model: torch.nn.Module, tokens: torch.Tensor, **kwargs: object) -> torch.Tensor:
-    with torch.no_grad():
-        return model(tokens, **kwargs).logits
-
-
-@pytest.mark.parametrize("dense_shortcut", [True, False])
-def test_reading_everything_equals_dense(model: torch.nn.Module, dense_shortcut: bool) -> None:
-    tokens = tiny_tokens(2, TOKENS)
-    dense = logits(model, tokens)
-    dsa.attach(model, TINY_CONFIG, top_k=TOKENS, dense_shortcut=dense_shortcut)
-    torch.testing.assert_close(logits(model, tokens), dense, atol=1e-4, rtol=0)
+NOT_THE_MODELS = {
+    # A state runs on from one document to the next; the others take their positions from elsewhere.
+    "packing": HYBRIDS | {"afmoe", "biogpt", "gpt_oss", "opt"},
+    # Their states begin anew with a chunk of several tokens, or are computed in fp32 whatever the model's dtype.
+    "cached equals uncached": {"bamba", "jamba", "qwen3_5_text"},
+    "left padding": {"qwen3_5_text"},
+    "chunked prefill": {"jamba", "minimax"},
+}
+"""What some models do not do with transformers' own attention either."""
 
 
-def test_small_budget_changes_the_output(model: torch.nn.Module) -> None:
-    tokens = tiny_tokens(1, TOKENS)
-    dense = logits(model, tokens)
-    dsa.attach(model, TINY_CONFIG)
-    assert (logits(model, tokens) - dense).abs().max() > 1e-3
+@lru_cache(maxsize=2)
+def made(model_type: str, dtype: torch.dtype) -> torch.nn.Module:
+    return tiny_model(model_type).to(dtype)
 
 
-def test_cached_equals_uncached(model: torch.nn.Module) -> None:
-    tokens = tiny_tokens(2, TOKENS)
-    dsa.attach(model, TINY_CONFIG)
-    whole = logits(model, tokens, use_cache=False)
-    with torch.no_grad():
-        cache = None
-        parts = []
-        for begin, stop in [(0, 19), (19, 30), (30, 31), (31, 32), (32, TOKENS)]:
-            output = model(tokens[:, begin:stop], past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
-            parts.append(output.logits)
-    torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=1e-5, rtol=0)
+def case_of(model_type: str, dtype: torch.dtype = torch.float64) -> Case:
+    return Case(made(model_type, dtype), ATTACHABLE[model_type])
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_changes_nothing(model: torch.nn.Module, side: str) -> None:
-    tokens = tiny_tokens(1, TOKENS)
-    padding, mask = torch.zeros(1, 9, dtype=torch.long), torch.ones(1, TOKENS, dtype=torch.long)
-    parts = [(padding, torch.zeros_like(padding)), (tokens, mask)]
-    if side == "right":
-        parts.reverse()
-    padded, attention_mask = (torch.cat(column, dim=1) for column in zip(*parts))
-    positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
-    dsa.attach(model, TINY_CONFIG)
-    alone = logits(model, tokens, attention_mask=torch.ones_like(tokens))
-    together = logits(model, padded, attention_mask=attention_mask, position_ids=positions)
-    real = together[:, 9:] if side == "left" else together[:, :TOKENS]
-    torch.testing.assert_close(real, alone, atol=1e-5, rtol=0)
-
-
-def test_detaching_restores_the_model(model: torch.nn.Module) -> None:
-    tokens = tiny_tokens(1, TOKENS)
-    before, cls, config_cls = logits(model, tokens), type(model), type(model.config)
-    names, plain = list(model.state_dict()), model.config.to_dict()
-    dsa.attach(model, TINY_CONFIG)
-    assert dsa.is_attached(model)
-    dsa.detach(model)
-    assert not dsa.is_attached(model)
-    assert (type(model), type(model.config)) == (cls, config_cls)
-    assert list(model.state_dict()) == names
-    assert model.config.to_dict() == plain
-    assert torch.equal(logits(model, tokens), before)
-
-
-def test_report_names_every_layer(model: torch.nn.Module) -> None:
-    full = full_attention_layers(model.config)
-    report = dsa.attach(model, TINY_CONFIG)
-    assert report is report_of(model)
-    assert [row.kind for row in report.layers] == ["sparse" if whole else "sliding" for whole in full]
-    assert sorted(indexers_of(model)) == [layer for layer, whole in enumerate(full) if whole]
-    assert "UNTRAINED" in str(report)
-    assert type(model).__mro__[1].__name__ in str(report)
+@pytest.mark.parametrize("claim", CLAIMS)
+@pytest.mark.parametrize("model_type", sorted(ATTACHABLE), scope="module")
+def test_claim(model_type: str, claim: str) -> None:
+    case = case_of(model_type, torch.float32 if claim in IN_FP32 else torch.float64)
+    if model_type in NOT_THE_MODELS.get(claim, ()):
+        with pytest.raises(NotTheModels, match="without dsa"):
+            CLAIMS[claim](case)
+    else:
+        CLAIMS[claim](case)
 
 
 @pytest.mark.parametrize("model_type", sorted(ATTACHABLE))
-def test_saved_and_reloaded_logits_are_identical(model_type: str, tmp_path: Path) -> None:
-    model = tiny_model(model_type)
-    tokens = tiny_tokens(1, TOKENS)
-    dsa.attach(model, TINY_CONFIG)
-    model.save_pretrained(tmp_path)
-    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    again.set_experts_implementation("eager")
-    assert dsa.is_attached(again)
-    assert type(again) is type(model)
-    assert torch.equal(logits(again, tokens), logits(model, tokens))
+def test_row_is_found_and_layers_are_reported(model_type: str) -> None:
+    model = made(model_type, torch.float32)
+    assert find_family(model) == ATTACHABLE[model_type]
+    full = full_attention_layers(model.config)
+    assert any(full)
+    report = dsa.attach(model, TINY_CONFIG)
+    try:
+        assert report is report_of(model)
+        assert [row.kind == "sparse" for row in report.layers] == full
+        assert sorted(indexers_of(model)) == [layer for layer, whole in enumerate(full) if whole]
+        assert "UNTRAINED" in str(report)
+    finally:
+        dsa.detach(model)
 
 
-def test_rope_layout_of_the_table_is_the_models(model: torch.nn.Module) -> None:
-    family = ATTACHABLE[model.config.model_type]
-    decoder = decoder_of(model)
-    if family.rope is None:
-        assert not hasattr(decoder, "rotary_emb")
-        return
-    arguments = ("full_attention",) if model.config.model_type == "gemma3_text" else ()
-    hidden = torch.zeros(1, 1, 32, dtype=torch.float64)
-    made = decoder.rotary_emb(hidden, torch.tensor([[5]]), *arguments)
-    angles = (made.real if isinstance(made, torch.Tensor) else made[0]).flatten()
-    half = angles.numel() // 2
-    layouts = {
-        "half": torch.equal(angles[:half], angles[half:]),
-        "interleaved": torch.equal(angles[0::2], angles[1::2]),
-        "single": angles.unique().numel() == angles.numel(),
-    }
-    assert [name for name, holds in layouts.items() if holds] == [family.rope]
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "deepseek_v3", "qwen3_next", "gemma2", "gpt_oss"])
+def test_padding_on_the_right_changes_nothing(model_type: str) -> None:
+    padding_changes_nothing(case_of(model_type), "right")
+
+
+def test_every_causal_model_of_transformers_works_or_is_refused_with_a_reason() -> None:
+    works = set(FAMILIES) | set(INSIDE)
+    assert works.isdisjoint(REFUSED)
+    assert set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) <= works | set(REFUSED)
+    assert works <= set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    assert set(INSIDE.values()) <= set(FAMILIES)
+    assert len(works) >= 100
+
+
+def test_the_page_of_families_is_current() -> None:
+    command = [sys.executable, "scripts/families_page.py", "--check"]
+    finished = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+
+
+def test_saved_classes_have_names_of_their_own() -> None:
+    names = [family.saved_class for family in ATTACHABLE.values()]
+    assert len(set(names)) == len(names)
+
+
+def test_a_composite_configuration_is_that_of_the_family_inside() -> None:
+    from transformers import AutoModelForCausalLM, Qwen3_5Config
+
+    text = copy.deepcopy(made("qwen3_5_text", torch.float32).config)
+    model = AutoModelForCausalLM.from_config(Qwen3_5Config(text_config=text.to_dict()))
+    assert dsa.attach(model, TINY_CONFIG).count("sparse") == 1
+
+
+def test_layers_that_stay_are_named() -> None:
+    report = dsa.attach(tiny_model("qwen3_next"), TINY_CONFIG)
+    assert [row.kind for row in report.layers] == ["other", "other", "other", "sparse"]
+    assert "left as it is: linear attention or a state space" in str(report)

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from dsa.models.families import ATTACHABLE
 from dsa.models.layer import LayerAttention
+from dsa.testing.tiny_models import ONE_OF_EACH_KIND
 from dsa.testing.training import SETTINGS, attached, document_tokens, random_tokens, read_log
 from dsa.train import TokenStream, train_indexers, warmup
 
@@ -25,7 +25,7 @@ def losses(folder: Path, model: Any, stream: TokenStream, chunk: int, patch: pyt
     return read_log(folder)
 
 
-@pytest.mark.parametrize("family", sorted(ATTACHABLE))
+@pytest.mark.parametrize("family", ONE_OF_EACH_KIND)
 @pytest.mark.parametrize("packed", [False, True])
 def test_the_losses_are_those_of_whole_sequences(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, packed: bool

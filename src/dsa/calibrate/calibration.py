@@ -129,7 +129,7 @@ class _Calibrator:
         self.loaded, self.model, self.settings, self.source = loaded, loaded.model, settings, source
         self.texts, self.others, self.report = texts, others, report
         self.config = attached.config
-        self.full = [row.layer for row in attached.layers if row.kind != "sliding"]
+        self.full = [row.layer for row in attached.layers if row.kind not in ("sliding", "other")]
         self.layers = [row.layer for row in attached.layers if row.kind == "sparse"]
         _check_report(attached, settings)
         shortest = min(text.tokens for text in texts)

@@ -71,6 +71,8 @@ def remarks(evaluation: Evaluation) -> list[str]:
         said.append(f"Mass and tokens read are over {measured} sparse layers; {_named(dense)} left dense on purpose.")
     if sliding := evaluation.layers_of("sliding"):
         said.append(f"{_named(sliding).capitalize()} left with the model's own sliding window, and not counted.")
+    if other := evaluation.layers_of("other"):
+        said.append(f"{_named(other).capitalize()} without attention over earlier tokens, and not counted.")
     if shared := evaluation.layers_of("shared"):
         said.append(
             f"{_named(shared).capitalize()} reading what an earlier layer selected; their mass is not measured."

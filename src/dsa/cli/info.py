@@ -7,7 +7,7 @@ import platform
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Annotated, Any, get_args
 
 import typer
 
@@ -23,8 +23,16 @@ def register(app: typer.Typer) -> None:
     add_command(app, "info", info, short_help="What runs on this machine, and why.")
 
 
-def info(json: options.PrintJson = False) -> None:
+def info(
+    models: Annotated[
+        bool, typer.Option("--models", help="List transformers' causal language models: what works, what not and why.")
+    ] = False,
+    json: options.PrintJson = False,
+) -> None:
     """Show what runs on this machine, and why: versions, devices, implementations, the default model."""
+    if models:
+        _list_models(json)
+        return
     import torch
     import transformers
 
@@ -87,6 +95,24 @@ def show_implementations(ways: Implementations) -> None:
     out.print(table)
     for reason in ways.reasons:
         out.print(reason, markup=False, soft_wrap=True)
+
+
+def _list_models(json: bool) -> None:
+    import transformers
+    from rich.table import Table
+
+    from dsa.models.listing import causal_models
+
+    listed = causal_models()
+    if json:
+        print_json({"transformers": transformers.__version__, "models": [each._asdict() for each in listed]})
+        return
+    working = sum(each.works for each in listed)
+    out.print(f"{working} of the {len(listed)} causal language models of transformers {transformers.__version__} work")
+    table = Table(box=None, pad_edge=False, padding=(0, 2), show_header=False)
+    for each in sorted(listed, key=lambda each: not each.works):
+        table.add_row(each.model_type, f"[green]{each.state}[/]" if each.works else each.state, each.note)
+    out.print(table)
 
 
 def implementations() -> Implementations:

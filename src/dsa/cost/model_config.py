@@ -154,6 +154,13 @@ def windows_everywhere(fields: Fields, layers: int) -> list[bool]:
     return [fields.maybe("sliding_window") is not None] * layers
 
 
+def windows_listed(fields: Fields, layers: int) -> list[bool]:
+    """As `layer_types` says, which must be there where there is a window."""
+    if fields.maybe("sliding_window") is not None:
+        raise ValueError(f"{fields.where}: the field 'layer_types' is missing; complete the file, or name a preset")
+    return [False] * layers
+
+
 def windows_on_request(fields: Fields, layers: int) -> list[bool]:
     """Only with `use_sliding_window`, from layer `max_window_layers` on."""
     if not fields.raw.get("use_sliding_window") or fields.maybe("sliding_window") is None:
@@ -190,32 +197,65 @@ class Family:
 
 
 FAMILIES = {
+    "apertus": Family(plain),
+    "arcee": Family(plain),
     "axk1": Family(routed_deepseek, latent_attention),
+    "bitnet": Family(),
+    "cohere": Family(),
     "cohere2": Family(windows=windows_but_every(4)),
+    "cohere_compass_text": Family(windows=windows_listed),
+    "cwm": Family(windows=windows_listed),
     "deepseek_v2": Family(routed_deepseek, latent_attention),
     "deepseek_v3": Family(routed_deepseek, latent_attention),
     "deepseek_v32": Family(routed_deepseek, latent_attention, dsa=True),
+    "dots1": Family(routed_deepseek, windows=windows_listed),
+    "ernie4_5": Family(),
+    "exaone4": Family(windows=windows_listed),
     "gemma": Family(),
     "gemma2": Family(windows=windows_but_every(2)),
     "gemma3_text": Family(windows=windows_but_every(6)),
+    "glm": Family(),
     "glm4": Family(),
+    "glm4_moe": Family(routed_deepseek),
     "glm4_moe_lite": Family(routed_deepseek, latent_attention),
     "glm_moe_dsa": Family(routed_deepseek, latent_attention, dsa=True),
     "gpt2": Family(plain, multi_head),
     "gpt_neox": Family(plain, multi_head),
     "gpt_oss": Family(routed, windows=windows_but_every(2)),
     "granite": Family(),
+    "granite_swa": Family(windows=windows_listed),
+    "granitemoe": Family(routed),
+    "granitemoe_swa": Family(routed, windows=windows_listed),
+    "granitemoeshared": Family(routed),
+    "helium": Family(),
+    "hunyuan_v1_dense": Family(),
+    "hyperclovax": Family(),
+    "internlm3": Family(),
+    "iquestcoder": Family(),
+    "jais2": Family(plain),
     "llama": Family(),
+    "mellum": Family(routed_qwen3, windows=windows_listed),
     "minicpm3": Family(gated, latent_attention),
+    "minimax_m2": Family(routed, windows=windows_listed),
+    "ministral": Family(windows=windows_listed),
+    "ministral3": Family(windows=windows_everywhere),
     "mistral": Family(windows=windows_everywhere),
     "mixtral": Family(routed, windows=windows_everywhere),
+    "nanochat": Family(plain),
+    "olmo": Family(),
     "olmo2": Family(),
+    "olmo3": Family(windows=windows_listed),
+    "persimmon": Family(plain),
+    "phi": Family(plain),
     "phi3": Family(windows=windows_everywhere),
+    "phimoe": Family(routed, windows=windows_everywhere),
     "qwen2": Family(windows=windows_on_request),
     "qwen3": Family(windows=windows_on_request),
     "qwen3_moe": Family(routed_qwen3, windows=windows_on_request),
+    "seed_oss": Family(),
     "smollm3": Family(windows=windows_on_request),
     "starcoder2": Family(plain, windows=windows_everywhere),
+    "vaultgemma": Family(windows=windows_listed),
     "youtu": Family(gated, latent_attention),
 }
 

@@ -132,7 +132,7 @@ class Evaluation:
         return [row for row in self.report.layers if row.kind in ("sparse", "shared")]
 
     def layers_of(self, kind: str) -> list[int]:
-        """Numbers of the layers that attaching treated as `"sparse"`, `"shared"`, `"dense"` or `"sliding"`."""
+        """Numbers of the layers of a kind, as `dsa.models.attached.LayerReport` has it."""
         return [row.layer for row in self.report.layers if row.kind == kind]
 
     def to_json(self) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from dsa.models import attention as dsa_attention
 from dsa.models.attached import ACCELERATED, AttachReport, LayerReport
 from dsa.models.attention import IMPLEMENTATION, WARNED, before_decoder
 from dsa.models.decoder import decoder_of
-from dsa.models.families import Family, born_family_of
+from dsa.models.families import Family, attention_name, born_family_of
 from dsa.models.latent.attaching import restore_attention
 from dsa.models.latent.attention import LatentAttention
 from dsa.models.latent.indexers import check_indexers, selection_sources
@@ -108,9 +108,10 @@ def accelerate(model: PreTrainedModel, *, cache: CacheDtype | str = "full", **ov
     originals, rows, weights = [], [], 0
     layout = family.latent_layout(model.config)
     for layer, block in enumerate(family.blocks(model)):
-        original = getattr(block, family.attention)
+        name = str(attention_name(block))
+        original = getattr(block, name)
         originals.append(original)
-        setattr(block, family.attention, LatentAttention(original, LayerPlan(layer, config), layout, kind))
+        setattr(block, name, LatentAttention(original, LayerPlan(layer, config), layout, kind))
         source, budget = shared[layer], config.layer_top_k(layer)
         rows.append(LayerReport(layer, "sparse" if source is None else "shared", budget, config.local, source))
         if source is None:
@@ -130,7 +131,7 @@ def restore(model: PreTrainedModel) -> None:
     """
     state = _state(model)
     for layer, original in zip(state.family.blocks(model), state.originals):
-        restore_attention(layer, state.family.attention, original)
+        restore_attention(layer, str(attention_name(layer)), original)
     state.handle.remove()
     vars(decoder_of(model)).pop(WARNED, None)
     model.set_attn_implementation(state.implementation)

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from dsa.config import DSAConfig
-from dsa.models.families import Family, family_of
+from dsa.models.families import KEPT_LAYERS, Family, family_of
 from dsa.modules.indexer import Indexer
 
 ATTACHED = "dsa_attached"
@@ -22,7 +22,7 @@ ATTACHED = "dsa_attached"
 ACCELERATED = "dsa_accelerated"
 """Attribute of an accelerated model that says so."""
 
-LayerKind = Literal["sparse", "shared", "dense", "sliding"]
+LayerKind = Literal["sparse", "shared", "dense", "sliding", "other"]
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,12 @@ class LayerReport:
     Args:
         layer: Layer number.
         kind: `"sparse"` has its own indexer, `"shared"` reuses the selection of layer `share`, `"dense"` keeps
-            full attention because the config says so, `"sliding"` keeps the model's own window.
+            full attention because the config says so, `"sliding"` keeps the model's own window, `"other"` is no
+            attention over earlier tokens: linear, a state, a convolution.
         top_k: Tokens read per query; `None` where the layer reads all it sees.
         local: Most recent tokens always read.
         share: The layer whose selection is reused.
+        layer_type: transformers' word for the layer.
     """
 
     layer: int
@@ -43,6 +45,7 @@ class LayerReport:
     top_k: int | None = None
     local: int | None = None
     share: int | None = None
+    layer_type: str = "full_attention"
 
     def describe(self) -> str:
         """One phrase, equal for layers that were treated the same."""
@@ -53,7 +56,7 @@ class LayerReport:
             return f"sparse, reads what layer {self.share} selected"
         if self.kind == "dense":
             return "dense, as configured"
-        return "left as it is: sliding window"
+        return f"left as it is: {KEPT_LAYERS.get(self.layer_type, self.layer_type)}"
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from dsa.config import DSAConfig
 from dsa.models import checkpoint, saving
 from dsa.models.attached import AttachReport, attached_state, indexers_of, is_attached, set_trained
-from dsa.models.families import Family, family_of, full_attention_layers
+from dsa.models.families import Family, family_of, forget_family, full_attention_layers, name_family
 from dsa.models.installing import install, uninstall
 from dsa.models.latent import attaching as latent
 
@@ -25,6 +25,7 @@ def attach(
     config: DSAConfig | None = None,
     *,
     indexers: str | Path | None = None,
+    family: Family | None = None,
     **overrides: Any,
 ) -> AttachReport:
     """Gives a model's full-attention layers an indexer each and makes their attention sparse, in place.
@@ -38,6 +39,8 @@ def attach(
             (`default_config`).
         indexers: A safetensors file written by `dsa train` or `save_indexers`, or the folder it is in;
             `"default"` for those shipped for the embedded default model; `None` for random ones.
+        family: For a model whose architecture is not in the table, the row that it needs, as `dsa check` finds it.
+            Nothing else vouches for it, and only `save_indexers` saves its indexers.
         **overrides: Fields of the config to change, `top_k=512` for example.
 
     Returns:
@@ -49,6 +52,8 @@ def attach(
             layers use a sliding window, the config names layers that it does not have, or the indexers belong to
             another model or have other sizes.
     """
+    if family is not None:
+        name_family(model, family)
     family = family_of(model)
     if is_attached(model):
         raise ValueError(f"{type(model).__name__} is attached already; call dsa.detach(model) first")
@@ -89,6 +94,7 @@ def detach(model: PreTrainedModel) -> None:
     """
     uninstall(model)
     saving.become_plain(model)
+    forget_family(model)
 
 
 @dataclass(frozen=True)

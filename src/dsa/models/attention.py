@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -41,6 +42,11 @@ class HookedPlan(LayerPlan):
     family: Family
     parameters: tuple[str, ...]
     """Names of the attention module's positional parameters, in order."""
+
+    @cached_property
+    def cache(self) -> str:
+        """Keyword under which the attention module receives the cache."""
+        return next((name for name in ("layer_past", "past_key_value") if name in self.parameters), "past_key_values")
 
 
 def dsa_attention(
@@ -99,7 +105,7 @@ def before_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
         return args[position] if position < len(args) else None
 
     index = LayerIndex(plan, argument("hidden_states"))
-    cache = argument(plan.family.cache)
+    cache = argument(plan.cache)
     indexer = cast("Indexer | None", getattr(module, "indexer", None))
     stored = None
     if cache is not None:
@@ -122,7 +128,8 @@ def _run_indexer(
     # The indexer learns from its own loss only (arXiv 2512.02556, section 2): nothing flows back into the model.
     plan, hidden_states = cast(HookedPlan, index.plan), index.hidden_states.detach()
     if plan.family.applies_rope(module, angles):
-        index.rope = context.once("rope", angles[0], lambda: plan.family.rope_of(angles, indexer.rope_dim))
+        made_from = angles if isinstance(angles, torch.Tensor) else angles[0]
+        index.rope = context.once("rope", made_from, lambda: plan.family.rope_of(angles, indexer.rope_dim))
     if isinstance(stored, IndexedLayer) and _index_few_tokens(indexer, index, hidden_states, stored, context):
         return
     key = indexer.keys(hidden_states, index.rope)

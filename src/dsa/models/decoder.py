@@ -25,13 +25,15 @@ LOGITS_AT_ONCE = 1 << 24
 
 def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
     """The decoder without its language-modelling head."""
-    return cast("PreTrainedModel", model.base_model)
+    inner = model.base_model
+    # Llama 4's text model has another name than its class says, and transformers finds none.
+    return cast("PreTrainedModel", getattr(model, "model", inner) if inner is model else inner)
 
 
 def decoder_layers(model: Any) -> list[Any]:
     """The decoder's layers, in order; empty where the model keeps them in no list of that length."""
     count = model.config.get_text_config().num_hidden_layers
-    for child in decoder_of(model).children():
+    for child in decoder_of(model).modules():
         if isinstance(child, nn.ModuleList) and len(child) == count:
             return list(child)
     return []

@@ -8,15 +8,14 @@ what the attention layer is handed) fails silently when it is guessed. Each row 
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import nn
 
-from dsa.models.decoder import decoder_of
+from dsa.models.decoder import decoder_layers
+from dsa.models.refused import REFUSED
 from dsa.ops.index_projection import Rope, rope_tables
 
 if TYPE_CHECKING:
@@ -28,6 +27,8 @@ IMPLEMENTATION = "dsa"
 
 RopeLayout = Literal["half", "interleaved"]
 """Which dims one angle turns: `i` and `i + R/2`, or `2i` and `2i + 1`."""
+
+AngleLayout = RopeLayout | Literal["single"]
 
 
 @dataclass(frozen=True)
@@ -48,25 +49,27 @@ class LatentLayout:
     shares: bool = False
 
 
-def _always(attention: nn.Module) -> bool:
-    return True
+RopeLayers = Literal["all", "none", "without_window", "use_rope", "force_rope"]
+"""Which full-attention layers turn queries and keys: all, none, all where the model has no window at all
+(`attention.sliding_window` is `None`), or those whose attention says so in this attribute."""
+
+_ATTENTION_NAMES = ("self_attn", "attn", "attention", "self_attention", "mixer")
+
+
+def attention_name(block: nn.Module) -> str | None:
+    """The attribute of a decoder layer that holds its self-attention; `None` where it has none."""
+    return next((name for name in _ATTENTION_NAMES if isinstance(getattr(block, name, None), nn.Module)), None)
 
 
 @dataclass(frozen=True)
 class Family:
-    """How one family of models is built. Dims that one angle turns are named as in `RopeLayout`.
+    """What cannot be read from a model's modules. Dims that one angle turns are named as in `RopeLayout`.
 
     Args:
-        model_type: transformers' name, also that of the module `transformers.models.<module>`.
-        causal_lm: Class of the causal language model.
-        config: Class of its configuration.
-        attention: Attribute of a decoder layer that holds its self-attention.
-        layers: Attribute of the decoder that holds its layers.
-        cache: Keyword under which the attention layer receives the cache.
-        rope: How the model lays out the angles in `cos` and `sin`: `"half"` repeats the row of angles twice,
-            `"interleaved"` repeats each angle twice, `"single"` has each once; `None` for models without RoPE.
-        layer_has_rope: Whether a given full-attention layer applies RoPE.
-        module: Module of transformers that has the classes, where it differs from `model_type`.
+        model_type: transformers' name; its classes are those of transformers' own tables.
+        rope: How the model lays out the angles in `cos` and `sin`, where its layers are handed any: `"half"` repeats
+            the row of angles twice, `"interleaved"` repeats each angle twice, `"single"` has each once.
+        rope_layers: Which full-attention layers turn by them.
         latent: For families with multi-head latent attention, the dims that one angle turns in it; `"configured"`: as
             `config.rope_interleave` says. Their attention modules are replaced (`dsa.models.latent`). `None` for
             families with keys and values.
@@ -76,14 +79,8 @@ class Family:
     """
 
     model_type: str
-    causal_lm: str
-    config: str
-    attention: str = "self_attn"
-    layers: str = "layers"
-    cache: str = "past_key_values"
-    rope: RopeLayout | Literal["single"] | None = "half"
-    layer_has_rope: Callable[[nn.Module], bool] = _always
-    module: str | None = None
+    rope: AngleLayout = "half"
+    rope_layers: RopeLayers = "all"
     latent: RopeLayout | Literal["configured"] | None = None
     index_rope: RopeLayout | None = None
     shares: bool = False
@@ -94,29 +91,56 @@ class Family:
         return self.index_rope is not None
 
     @property
+    def causal_lm(self) -> str:
+        """Name of the causal language model's class."""
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+        return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[self.model_type]
+
+    @property
+    def config(self) -> str:
+        """Name of the configuration's class."""
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+        return CONFIG_MAPPING_NAMES[self.model_type]
+
+    @property
+    def saved_class(self) -> str:
+        """Name of the class that saved causal language models load as."""
+        return self.saved_name(self.causal_lm)
+
+    def saved_name(self, name: str) -> str:
+        """The name of a class of transformers' with indexers; several families have one class, such as Llama's."""
+        own = self.config.removesuffix("Config").removesuffix("Text")
+        if name.startswith(own):
+            return f"DSA{name}"
+        return f"DSA{own}ForCausalLM" if name.endswith("ForCausalLM") else f"DSA{own}Model"
+
+    @property
     def attention_class(self) -> str:
         """Name of the attention module's class, in families born with DSA."""
         return self.causal_lm.replace("ForCausalLM", "Attention")
 
     def config_class(self) -> type[PreTrainedConfig]:
         """The family's configuration class."""
-        module = self.module or self.model_type
-        source = importlib.import_module(f"transformers.models.{module}.configuration_{module}")
-        return getattr(source, self.config)
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+        return CONFIG_MAPPING[self.model_type]
 
     def model_class(self) -> type[PreTrainedModel]:
         """The family's causal language model class."""
-        module = self.module or self.model_type
-        source = importlib.import_module(f"transformers.models.{module}.modeling_{module}")
-        return getattr(source, self.causal_lm)
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    def attention_layers(self, model: PreTrainedModel) -> list[nn.Module]:
-        """The self-attention modules, first layer first."""
-        return [getattr(layer, self.attention) for layer in self.blocks(model)]
+        return cast("type[PreTrainedModel]", MODEL_FOR_CAUSAL_LM_MAPPING[self.config_class()])
+
+    def attention_layers(self, model: PreTrainedModel) -> list[Any]:
+        """The self-attention modules, first layer first; `None` for layers without."""
+        found = ((block, attention_name(block)) for block in self.blocks(model))
+        return [None if name is None else getattr(block, name) for block, name in found]
 
     def blocks(self, model: PreTrainedModel) -> list[nn.Module]:
         """The decoder's layers, first one first."""
-        return list(getattr(decoder_of(model), self.layers))
+        return decoder_layers(model)
 
     def latent_layout(self, config: PreTrainedConfig) -> LatentLayout:
         """How latent attention and its indexer turn their dims; new indexers are DeepSeek-V3.2's, so half-split."""
@@ -128,21 +152,29 @@ class Family:
 
     def applies_rope(self, attention: nn.Module, position_embeddings: Any) -> bool:
         """Whether an attention layer that receives these `position_embeddings` rotates by them."""
-        return self.rope is not None and position_embeddings is not None and self.layer_has_rope(attention)
+        if position_embeddings is None or self.rope_layers == "none":
+            return False
+        if self.rope_layers == "without_window":
+            return attention.sliding_window is None
+        return self.rope_layers == "all" or bool(getattr(attention, self.rope_layers))
 
-    def rope_of(self, position_embeddings: tuple[torch.Tensor, torch.Tensor], rope_dim: int) -> Rope | None:
+    def rope_of(
+        self, position_embeddings: tuple[torch.Tensor, torch.Tensor] | torch.Tensor, rope_dim: int
+    ) -> Rope | None:
         """The indexer's angles out of the model's own, so that positions and RoPE scaling are the model's.
 
         The indexer has fewer dims than the model's heads: it takes evenly spaced frequencies out of the model's,
         the highest first.
 
         Args:
-            position_embeddings: `cos, sin` as the layer receives them, `[B or 1, T, width]`.
+            position_embeddings: `cos, sin` as the layer receives them, `[B or 1, T, width]`, or complex numbers.
             rope_dim: How many index dims to rotate at most.
 
         Returns:
             Tables `[B or 1, T, 2 * pairs]`, or `None` where there is nothing to rotate.
         """
+        if isinstance(position_embeddings, torch.Tensor):
+            position_embeddings = position_embeddings.real, position_embeddings.imag
         cos, sin = position_embeddings
         frequencies = cos.shape[-1] if self.rope == "single" else cos.shape[-1] // 2
         pairs = min(rope_dim // 2, frequencies)
@@ -154,53 +186,51 @@ class Family:
         return rope_tables(cos[..., chosen], sin[..., chosen])
 
 
-def _smollm3_has_rope(attention: nn.Module) -> bool:
-    return bool(attention.use_rope)
-
-
-def _never(attention: nn.Module) -> bool:
-    return False
-
+_PLAIN = """
+    apertus arcee aria_text bamba beam biogpt bitnet cohere_compass_text cwm dots1 ernie4_5 ernie4_5_moe flex_olmo
+    gemma gemma2 gemma3_text gemma4_text gemma4_unified_text glm glm4 glm4_moe gpt2 gpt_bigcode gpt_neox granite
+    granite_swa granitemoe granitemoe_swa granitemoehybrid granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe
+    hy_v3 hyperclovax internlm3 iquestcoder jais2 jamba jetmoe laguna lfm2 lfm2_moe lfm3 llama mellum mimo_v2_flash
+    minimax minimax_m2 ministral ministral3 mistral mixtral modernbert-decoder nanochat nemotron_h olmo olmo2 olmo3
+    olmo_hybrid olmoe opt persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_5_moe_text qwen3_5_text qwen3_moe
+    qwen3_next seed_oss solar_open starcoder2 vaultgemma
+"""
+"""Families of which all that matters is read from their modules."""
 
 FAMILIES = {
     family.model_type: family
     for family in (
-        Family("axk1", "AXK1ForCausalLM", "AXK1Config", latent="configured"),
-        Family("cohere2", "Cohere2ForCausalLM", "Cohere2Config", rope="interleaved", layer_has_rope=_never),
+        *(Family(model_type) for model_type in _PLAIN.split()),
+        Family("afmoe", rope_layers="none"),
+        Family("axk1", latent="configured"),
+        Family("cohere", rope="interleaved"),
+        Family("cohere2", rope="interleaved", rope_layers="none"),
+        Family("cohere2_moe", rope="interleaved", rope_layers="force_rope"),
         # DeepSeek-V2 hands its layers complex numbers, which have each angle once.
-        Family("deepseek_v2", "DeepseekV2ForCausalLM", "DeepseekV2Config", rope="single", latent="interleaved"),
-        Family("deepseek_v3", "DeepseekV3ForCausalLM", "DeepseekV3Config", latent="configured"),
-        Family("deepseek_v32", "DeepseekV32ForCausalLM", "DeepseekV32Config", latent="interleaved", index_rope="half"),
-        Family("gemma", "GemmaForCausalLM", "GemmaConfig"),
-        Family("gemma2", "Gemma2ForCausalLM", "Gemma2Config"),
-        Family("gemma3_text", "Gemma3ForCausalLM", "Gemma3TextConfig", module="gemma3"),
-        Family("glm4", "Glm4ForCausalLM", "Glm4Config"),
-        Family("glm4_moe_lite", "Glm4MoeLiteForCausalLM", "Glm4MoeLiteConfig", latent="configured"),
-        Family(
-            "glm_moe_dsa",
-            "GlmMoeDsaForCausalLM",
-            "GlmMoeDsaConfig",
-            latent="interleaved",
-            index_rope="interleaved",
-            shares=True,
-        ),
-        Family("gpt2", "GPT2LMHeadModel", "GPT2Config", attention="attn", layers="h", rope=None),
-        Family("gpt_neox", "GPTNeoXForCausalLM", "GPTNeoXConfig", attention="attention", cache="layer_past"),
-        Family("gpt_oss", "GptOssForCausalLM", "GptOssConfig", rope="single"),
-        Family("granite", "GraniteForCausalLM", "GraniteConfig"),
-        Family("llama", "LlamaForCausalLM", "LlamaConfig"),
-        Family("minicpm3", "MiniCPM3ForCausalLM", "MiniCPM3Config", latent="half"),
-        Family("mistral", "MistralForCausalLM", "MistralConfig"),
-        Family("mixtral", "MixtralForCausalLM", "MixtralConfig"),
-        Family("olmo2", "Olmo2ForCausalLM", "Olmo2Config"),
-        Family("phi3", "Phi3ForCausalLM", "Phi3Config"),
-        Family("qwen2", "Qwen2ForCausalLM", "Qwen2Config"),
-        Family("qwen3", "Qwen3ForCausalLM", "Qwen3Config"),
-        Family("smollm3", "SmolLM3ForCausalLM", "SmolLM3Config", layer_has_rope=_smollm3_has_rope),
-        Family("starcoder2", "Starcoder2ForCausalLM", "Starcoder2Config"),
-        Family("youtu", "YoutuForCausalLM", "YoutuConfig", latent="configured"),
+        Family("deepseek_v2", rope="single", latent="interleaved"),
+        Family("deepseek_v3", latent="configured"),
+        Family("deepseek_v32", latent="interleaved", index_rope="half"),
+        Family("exaone4", rope_layers="without_window"),
+        Family("exaone_moe", rope_layers="without_window"),
+        Family("flint", rope_layers="none"),
+        Family("glm4_moe_lite", latent="configured"),
+        Family("glm_moe_dsa", latent="interleaved", index_rope="interleaved", shares=True),
+        Family("gpt_oss", rope="single"),
+        Family("kolibri1", rope_layers="without_window"),
+        Family("llama4_text", rope="single", rope_layers="use_rope"),
+        Family("minicpm3", latent="half"),
+        Family("smollm3", rope_layers="use_rope"),
+        Family("youtu", latent="configured"),
     )
 }
+
+INSIDE = {
+    "gpt-sw3": "gpt2",
+    "llama4": "llama4_text",
+    "qwen3_5": "qwen3_5_text",
+    "qwen3_5_moe": "qwen3_5_moe_text",
+}
+"""Names whose causal language model is, as transformers loads it, one of the family on the right."""
 
 ATTACHABLE = {name: family for name, family in FAMILIES.items() if not family.born_with_dsa}
 """The rows that `dsa.attach` takes."""
@@ -208,16 +238,29 @@ ATTACHABLE = {name: family for name, family in FAMILIES.items() if not family.bo
 BORN_WITH_DSA = {name: family for name, family in FAMILIES.items() if family.born_with_dsa}
 """The rows that `dsa.accelerate` takes."""
 
-REFUSED = {
-    "axk2": "its queries and an output gate come out of one projection",
-    "bailing_hybrid": "most of its layers are linear attention, which has nothing to select",
-    "dots3_note": "it scales its latents, normalises the rotated key dims and gates its heads",
-    "kimi_linear": "most of its layers are linear attention, which has nothing to select",
-    "longcat_flash": "its layers have two attentions each, and scale queries and latents",
-    "mistral4": "it scales queries by position",
-    "mistral_large4_text": "it shares latents between layers and scales queries by position",
-}
-"""Why a family with latent attention, with or without indexers of its own, has no row."""
+NAMED = "dsa_family"
+"""Attribute of a model whose row was given to `dsa.attach`, because the table has none."""
+
+
+def name_family(model: PreTrainedModel, family: Family) -> None:
+    """Has `family_of` find this row for a model that the table has none for.
+
+    Raises:
+        TypeError: Not a row.
+        ValueError: The table has another row for the model.
+    """
+    if not isinstance(family, Family):
+        raise TypeError(f"family must be a dsa.Family, as `dsa check MODEL` prints it, got {type(family).__name__}")
+    own = ATTACHABLE.get(model.config.model_type)
+    if own not in (None, family):
+        raise ValueError(f"family: {own.model_type!r} is in the table already ({own}); leave it out")
+    if own is None:
+        setattr(model, NAMED, family)
+
+
+def forget_family(model: PreTrainedModel) -> None:
+    """The inverse of `name_family`."""
+    vars(model).pop(NAMED, None)
 
 
 def born_with_dsa(config: PreTrainedConfig) -> bool:
@@ -237,21 +280,23 @@ def family_of(model: object) -> Family:
     name, model_type = type(given).__name__, given.config.model_type.removeprefix("dsa_")
     if getattr(given.config, "is_encoder_decoder", False):
         raise ValueError(f"{name} is an encoder-decoder model; dsa attaches to causal decoders only")
-    family = ATTACHABLE.get(model_type)
+    family = ATTACHABLE.get(model_type) or getattr(given, NAMED, None)
     if family is not None:
         return family
     if born_with_dsa(given.config):
         raise ValueError(
             f"{name} has indexers of its own, so there is nothing to attach; dsa.accelerate(model) runs it sparse"
         )
+    if model_type in REFUSED:
+        raise ValueError(f"{name}: dsa does not attach to {model_type!r}: {REFUSED[model_type]}")
     if not given.can_generate():
         raise ValueError(
             f"{name} ({model_type}) is not a causal language model (encoders see both sides of a token); "
             "dsa attaches to causal decoders only"
         )
     raise ValueError(
-        f"{name}: dsa does not know the architecture {model_type!r}{_reason(model_type)}; it attaches to "
-        f"{', '.join(sorted(ATTACHABLE))}. Adding one is a row in dsa/models/families.py and a test"
+        f"{name}: dsa does not know the architecture {model_type!r}. Known are {len(ATTACHABLE)} families, llama and "
+        "mixtral among them: `dsa info --models`"
     )
 
 
@@ -287,9 +332,27 @@ def _reason(model_type: str) -> str:
     return f" ({REFUSED[model_type]})" if model_type in REFUSED else ""
 
 
-def full_attention_layers(config: PreTrainedConfig) -> list[bool]:
-    """For each layer, whether its queries see all earlier tokens (and not only a window of them)."""
+def layer_types(config: PreTrainedConfig) -> list[str]:
+    """transformers' word for each layer: `"full_attention"`, `"sliding_attention"`, `"linear_attention"` and so on."""
     from transformers.cache_utils import get_layer_types_and_kwargs
 
-    layer_types, _ = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
-    return [layer_type == "full_attention" for layer_type in layer_types]
+    return get_layer_types_and_kwargs(config.get_text_config(decoder=True))[0]
+
+
+def full_attention_layers(config: PreTrainedConfig) -> list[bool]:
+    """For each layer, whether its queries see all earlier tokens (and not only a window of them, or a state)."""
+    return [layer_type == FULL for layer_type in layer_types(config)]
+
+
+FULL = "full_attention"
+"""transformers' word for a layer whose queries see all earlier tokens."""
+
+
+KEPT_LAYERS = {
+    "sliding_attention": "sliding window",
+    "chunked_attention": "attention within chunks",
+    "linear_attention": "linear attention or a state space",
+    "conv": "convolution",
+    "dummy": "no attention, or the keys of an earlier layer",
+}
+"""What layers that stay as they are do, in words."""

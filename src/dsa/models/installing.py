@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,7 +15,7 @@ from dsa.models import attention as dsa_attention
 from dsa.models.attached import ATTACHED, Attached, AttachReport, LayerReport, attached_state, indexers_of
 from dsa.models.attention import IMPLEMENTATION, PLAN, WARNED, HookedPlan, before_attention, before_decoder
 from dsa.models.decoder import decoder_of
-from dsa.models.families import Family, full_attention_layers
+from dsa.models.families import FULL, KEPT_LAYERS, Family, attention_name, full_attention_layers, layer_types
 from dsa.models.latent import attaching as latent
 from dsa.models.latent.attention import LatentAttention
 from dsa.models.layer import LayerPlan
@@ -32,8 +33,8 @@ def install(model: PreTrainedModel, config: DSAConfig, *, family: Family, traine
         trained: What the report says of the weights.
     """
     attentions = family.attention_layers(model)
-    full = full_attention_layers(model.config)
-    _check_layers(type(model).__name__, config, full)
+    types, full = layer_types(model.config), full_attention_layers(model.config)
+    _check_layers(type(model).__name__, config, types)
     implementation = model.config._attn_implementation
     dsa_attention.register()
     model.set_attn_implementation(IMPLEMENTATION)
@@ -45,7 +46,7 @@ def install(model: PreTrainedModel, config: DSAConfig, *, family: Family, traine
     rows, handles, originals = [], [], []
     name = type(model).__name__
     for layer, (block, module) in enumerate(zip(family.blocks(model), attentions)):
-        rows.append(_layer_report(config, layer, full[layer]))
+        rows.append(_layer_report(config, layer, types[layer]))
         if not full[layer]:
             continue
         if family.latent is not None:
@@ -77,32 +78,39 @@ def uninstall(model: PreTrainedModel) -> None:
         if hasattr(module, PLAN):
             delattr(module, PLAN)
     for block, original in zip(attached.family.blocks(model), attached.originals):
-        latent.restore_attention(block, attached.family.attention, original)
+        latent.restore_attention(block, str(attention_name(block)), original)
     vars(decoder_of(model)).pop(WARNED, None)
     model.set_attn_implementation(attached.implementation)
     delattr(model, ATTACHED)
 
 
-def _check_layers(name: str, config: DSAConfig, full: list[bool]) -> None:
+def _check_layers(name: str, config: DSAConfig, types: list[str]) -> None:
+    full = [each == FULL for each in types]
+    kept = [KEPT_LAYERS.get(each, each) for each in types]
     if not any(full):
-        raise ValueError(f"every layer of {name} uses a sliding window, so there is nothing for dsa to make sparse")
+        raise ValueError(
+            f"{name} has nothing to select: none of its layers sees all earlier tokens; they are "
+            f"{', '.join(dict.fromkeys(kept))}"
+        )
     for layer, exception in config.layers.items():
         if layer >= len(full):
             raise ValueError(f"config.layers names layer {layer}, but {name} has layers 0 to {len(full) - 1}")
         if not full[layer] and not exception.dense:
-            raise ValueError(f"config.layers names layer {layer} of {name}, which uses a sliding window and stays so")
+            raise ValueError(f"config.layers names layer {layer} of {name}, which stays as it is ({kept[layer]})")
         if exception.share is not None and not full[exception.share]:
             raise ValueError(
-                f"layers[{layer}] shares the selection of layer {exception.share}, which uses a sliding window"
+                f"layers[{layer}] shares the selection of layer {exception.share}, which has none "
+                f"({kept[exception.share]})"
             )
 
 
-def _layer_report(config: DSAConfig, layer: int, full: bool) -> LayerReport:
-    if not full:
-        return LayerReport(layer, "sliding")
+def _layer_report(config: DSAConfig, layer: int, layer_type: str) -> LayerReport:
+    if layer_type != FULL:
+        windows = ("sliding_attention", "chunked_attention")
+        return LayerReport(layer, "sliding" if layer_type in windows else "other", layer_type=layer_type)
     if config.is_dense(layer):
         return LayerReport(layer, "dense")
-    budget = {"top_k": config.layer_top_k(layer), "local": config.layer_local(layer)}
+    budget: dict[str, Any] = {"top_k": config.layer_top_k(layer), "local": config.layer_local(layer)}
     share = config.shared_with(layer)
     return LayerReport(layer, "sparse" if share is None else "shared", share=share, **budget)
 

@@ -146,7 +146,7 @@ def _make_model_class(
         return (model, info) if output_loading_info else model
 
     return type(
-        f"DSA{base.__name__}",
+        family.saved_name(base.__name__),
         (base,),
         {
             "__init__": __init__,
@@ -163,11 +163,11 @@ def _make_model_class(
 def __getattr__(name: str) -> type:
     """`DSALlamaForCausalLM`, `DSALlamaModel`, `DSALlamaConfig` and their like, made when they are asked for."""
     for model_type, family in ATTACHABLE.items():
-        if name == f"DSA{family.causal_lm}":
+        if name == family.saved_class:
             return dsa_model_class(model_type)
         if name == f"DSA{family.config}":
             return dsa_config_class(model_type)
-        if name.startswith("DSA") and name == f"DSA{_decoder_name(model_type)}":
+        if name.startswith("DSA") and name == _decoder_name(model_type):
             return dsa_decoder_class(model_type)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
@@ -175,7 +175,7 @@ def __getattr__(name: str) -> type:
 def _decoder_name(model_type: str) -> str:
     from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
-    return str(MODEL_MAPPING_NAMES[model_type])
+    return ATTACHABLE[model_type].saved_name(str(MODEL_MAPPING_NAMES[model_type]))
 
 
 def _register_config(model_type: str, base: type[PreTrainedConfig], made: type[PreTrainedConfig]) -> None:
@@ -215,15 +215,16 @@ def become_savable(model: PreTrainedModel, config: DSAConfig) -> None:
     class: they run sparse, and their indexers are saved with `save_indexers`. Their `save_pretrained` says so.
     """
     family = family_of(model)
-    if type(model) is family.model_class():
+    known = family.model_type in ATTACHABLE
+    if known and type(model) is family.model_class():
         model.__class__ = dsa_model_class(family.model_type)
         model.config.__class__ = dsa_config_class(family.model_type)
     if type(model) in _made_classes(family.model_type):
         model.config.dsa = config.to_dict()
         model.config.auto_map = {
             "AutoConfig": f"{STUB_MODULE}.{model.config.__class__.__name__}",
-            "AutoModel": f"{STUB_MODULE}.DSA{_decoder_name(family.model_type)}",
-            "AutoModelForCausalLM": f"{STUB_MODULE}.DSA{family.causal_lm}",
+            "AutoModel": f"{STUB_MODULE}.{_decoder_name(family.model_type)}",
+            "AutoModelForCausalLM": f"{STUB_MODULE}.{family.saved_class}",
         }
     else:
         vars(model)[_SAVE] = MethodType(_saving_dense(), model)
@@ -271,7 +272,7 @@ def become_plain(model: PreTrainedModel) -> None:
 
 def _stub(model_type: str) -> str:
     family: Family = ATTACHABLE[model_type]
-    names = f"DSA{family.config}, DSA{family.causal_lm}, DSA{_decoder_name(model_type)}"
+    names = f"DSA{family.config}, {family.saved_class}, {_decoder_name(model_type)}"
     return (
         '"""Loads this model through the package dsa-attention, which must be installed."""\n\n'
         f"from dsa.models.saving import {names}  # noqa: F401\n"

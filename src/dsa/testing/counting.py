@@ -24,7 +24,7 @@ from dsa.cost import PARTS, Work
 from dsa.models import attention, layer
 from dsa.models.acceleration import is_accelerated
 from dsa.models.decoder import decoder_layers, decoder_of
-from dsa.models.families import family_of
+from dsa.models.families import attention_name
 from dsa.modules import cache as caches
 from dsa.modules.latents import LatentLayer
 
@@ -154,10 +154,10 @@ def count_decoding(model: PreTrainedModel, tokens: torch.Tensor) -> Counter:
 
 def _hooks(model: PreTrainedModel, counter: Counter) -> Iterator[Any]:
     """Marks the regions of modules: in a decoder layer all that is not attention is the feed-forward block."""
-    for block, attention_name in _blocks(model):
+    for block, own in _blocks(model):
         for name, child in block.named_children():
-            yield from _region(child, "attention_projections" if name == attention_name else "feed_forward", counter)
-        for name, child in getattr(block, attention_name).named_modules():
+            yield from _region(child, "attention_projections" if name == own else "feed_forward", counter)
+        for name, child in getattr(block, own).named_modules():
             if ".indexer." in f".{name}":
                 yield from _region(child, "indexer_projections", counter)
     head = model.get_output_embeddings()
@@ -170,8 +170,7 @@ def _blocks(model: PreTrainedModel) -> Iterator[tuple[Any, str]]:
     if is_accelerated(model):
         yield from ((block, "self_attn") for block in decoder_layers(model))
     else:
-        family = family_of(model)
-        yield from ((block, family.attention) for block in getattr(decoder_of(model), family.layers))
+        yield from ((block, str(attention_name(block))) for block in decoder_layers(model))
 
 
 def _region(module: nn.Module, part: str, counter: Counter) -> Iterator[Any]:

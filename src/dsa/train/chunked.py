@@ -86,7 +86,7 @@ def _chunked_mlp(size: int, own: Callable[..., Any]) -> Callable[..., Any]:
 def _chunked_attention(module: nn.Module, size: int, observer: Observer, own: Callable[..., Any]) -> Callable[..., Any]:
     latent = module if isinstance(module, LatentAttention) else None
     plan = cast(HookedPlan, getattr(module, PLAN)) if latent is None else latent.plan
-    cached_as = plan.family.cache if isinstance(plan, HookedPlan) else "past_key_values"
+    cached_as = plan.cache if isinstance(plan, HookedPlan) else "past_key_values"
     signature = inspect.signature(own)
 
     def forward(*args: Any, **kwargs: Any) -> Any:

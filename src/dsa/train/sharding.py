@@ -17,7 +17,6 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from dsa.models import indexers_of
-from dsa.models.decoder import decoder_of
 from dsa.models.families import family_of
 
 Result = TypeVar("Result")
@@ -39,7 +38,7 @@ class Sharded:
         mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
         indexers = [indexer.to(device) for indexer in indexers_of(model).values()]
         whole = {parameter for indexer in indexers for parameter in indexer.parameters()}
-        layers = list(getattr(decoder_of(model), family_of(model).layers))
+        layers = family_of(model).blocks(model)
         for layer in layers:
             fully_shard(layer, mesh=mesh, ignored_params=whole)
         inside = {id(parameter) for layer in layers for parameter in layer.parameters()}

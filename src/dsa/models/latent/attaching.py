@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from dsa.config import DSAConfig
-from dsa.models.families import Family
+from dsa.models.families import Family, attention_name
 from dsa.models.latent.attention import LatentAttention
 from dsa.models.layer import LayerPlan
 
@@ -57,8 +57,9 @@ def resolved(given: DSAConfig, config: PreTrainedConfig) -> DSAConfig:
 
 def replace_attention(block: nn.Module, family: Family, plan: LayerPlan, config: PreTrainedConfig) -> LatentAttention:
     """Replaces a decoder layer's attention by a `LatentAttention` without an indexer, and returns it."""
-    ours = LatentAttention(getattr(block, family.attention), plan, family.latent_layout(config))
-    setattr(block, family.attention, ours)
+    name = str(attention_name(block))
+    ours = LatentAttention(getattr(block, name), plan, family.latent_layout(config))
+    setattr(block, name, ours)
     return ours
 
 

@@ -53,7 +53,7 @@ def check_indexers(model: PreTrainedModel, family: Family) -> None:
         "weights_proj.weight": (heads, config.hidden_size),
     }
     for layer, (block, source) in enumerate(zip(family.blocks(model), selection_sources(model, family))):
-        attention = getattr(block, family.attention)
+        attention = block.self_attn
         name = f"layers.{layer}.self_attn.indexer"
         indexer = getattr(attention, "indexer", None)
         if type(attention).__name__ != family.attention_class:
