@@ -1,4 +1,4 @@
-"""The data of the tasks beside it: a few short texts, each with a question."""
+"""The data of the tasks next to it: a few short texts, each with a question."""
 
 import json
 from collections.abc import Sequence

@@ -143,7 +143,7 @@ def decode_text(raw: bytes, path: str | Path, argument: str) -> str:
 
 def tidy(text: str) -> str:
     """Text taken out of another format: no spaces at line ends, at most one empty line in a row, no control
-    characters, no soft hyphens, nothing in front or behind.
+    characters, no soft hyphens, nothing empty at the beginning and the end.
     """
     text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", "", text.replace("\r\n", "\n").replace("\xa0", " ").replace("\xad", ""))
     # A pattern that ends in \n begins anew at every blank of a long run; this takes a run once.

@@ -1,4 +1,4 @@
-"""`dsa generate` on documents: pages, stretched positions, memory, and what it says behind the answer."""
+"""`dsa generate` on documents: pages, stretched positions, memory, and what it says after the answer."""
 
 import json
 import re

@@ -48,6 +48,7 @@ def test_models_in_a_folder(dsa: Run, folder: Path, monkeypatch: pytest.MonkeyPa
     table = dsa("models", str(folder / "plain"), "--tokens", "100")
     assert table.exit_code == 0, table.output
     assert "takes indexers (dsa train)" in " ".join(table.stdout.split()), table.stdout
+    assert "dsa train Qwen/Qwen3-8B --data TEXTS --steps 400 --out RUN (" in table.stdout
     assert "Born with DSA: deepseek_v32" in table.stdout
 
 

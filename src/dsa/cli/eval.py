@@ -64,7 +64,7 @@ def register(app: typer.Typer) -> None:
 
 
 def evaluate(given: EvalOptions) -> None:
-    """Measure a model on a text: dense attention beside DSA beside a sliding window of the same size.
+    """Measure a model on a text: dense attention, DSA and a sliding window of the same size, next to each other.
 
     The second half of the text is evaluated, the first half is context. Without --top-k the budget is that of
     the indexers' own configuration. Models born with DSA (DeepSeek-V3.2, GLM-5) are measured with their own
@@ -144,5 +144,7 @@ def measure(given: EvalOptions, names: list[str], needles: NeedleOptions) -> Non
     if given.plot is not None:
         draw_tasks(result, given.plot)
     show_tasks(result, out)
+    if given.plot is not None:
+        out.print(f"Figures drawn to {given.plot}", markup=False, soft_wrap=True)
     if given.json is not None:
         out.print(f"Figures written to {given.json}", markup=False)

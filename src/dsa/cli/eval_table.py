@@ -49,7 +49,7 @@ def show_tasks(result: dict[str, Any], console: Console) -> None:
 
 
 def _show_needles(rows: list[dict[str, Any]], console: Console, width: int) -> None:
-    """Two tables, kinds and lengths down, readers across: answers found, and their log-probability beside dense's."""
+    """Two tables, kinds and lengths down, readers across: answers found, and their log-probability next to dense's."""
     readers = list(dict.fromkeys(row["reader"] for row in rows))
     by_place: dict[tuple[str, int], dict[str, dict[str, Any]]] = {}
     for row in rows:

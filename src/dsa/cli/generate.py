@@ -158,7 +158,7 @@ def generate(reading: PromptOptions, writing: WritingOptions, given: GeneratingM
         session = Session(loaded.model, store=kept, document=Path(document.name).name)
         session.open(prompt.ids)
         watch = Watch(report.config, len(prompt.ids))
-        progress = announced(loaded, report, session, prompt, steps)
+        progress = announced(loaded, report, session, prompt, steps, ahead=kept is not None)
         keep = kept_tokens(prompt)
         session.read(prompt.ids, new_tokens=writing.max_new_tokens, keep=keep, progress=progress)
         steps.pause()

@@ -46,18 +46,28 @@ def models(
       dsa models runs/ ~/models --json
     """
     from dsa.models.families import ATTACHABLE, BORN_WITH_DSA
-    from dsa.models.on_disk import models_on_disk
+    from dsa.models.on_disk import models_on_disk, suggestions
 
     found = models_on_disk(folders or [], tokens)
+    others = suggestions(tokens)
     attachable, born = sorted(ATTACHABLE), sorted(BORN_WITH_DSA)
     if json:
         rows = [each.to_json() for each in found]
-        print_json({"tokens": tokens, "models": rows, "attachable": attachable, "born_with_dsa": born})
+        print_json(
+            {"tokens": tokens, "models": rows, "suggested": others, "attachable": attachable, "born_with_dsa": born}
+        )
         return
     if found:
         show(found, tokens)
     else:
         out.print("no model is on this disk; the default one comes with `make install`", markup=False)
+    out.print(
+        "\nThe default model shows the mechanism; over more than a page it does not answer. Larger ones:",
+        soft_wrap=True,
+    )
+    for name, memory in others.items():
+        held = "" if memory is None else f" ({memory / 1e9:,.1f} GB in memory)"
+        out.print(f"  dsa train {name} --data TEXTS --steps 400 --out RUN{held}", markup=False, soft_wrap=True)
     out.print(f"\nFamilies that take indexers: {', '.join(attachable)}", markup=False, soft_wrap=True)
     out.print(f"Born with DSA: {', '.join(born)}", markup=False, soft_wrap=True)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsa.cli import options
+from dsa.cli.checks import DEFAULT
 from dsa.cli.console import err, note, without_messages
 from dsa.cli.waiting import Steps, roughly
 
@@ -28,6 +29,11 @@ STRETCHED_INDEXERS = "the indexers are extrapolated too"
 UNTRAINED = (
     "the indexers are untrained, so what is read is arbitrary; train some with `dsa train`, or give --indexers PATH"
 )
+SMALL = (
+    "default is a model of 135M parameters, which does not answer over more than a page; `dsa models` names larger ones"
+)
+PAGE = 1000
+"""Tokens of a page, about."""
 LONG_S = 60.0
 """A reading that takes longer is announced, with what makes it shorter."""
 
@@ -80,6 +86,7 @@ def open_model(
     from dsa.generation.session import PREFILL_CHUNK
     from dsa.models.extension import chosen_scaling
     from dsa.models.loading import load_model
+    from dsa.models.rope import scaling_of
     from dsa.models.sparse import attach_indexers
 
     if given.threads is not None:
@@ -97,7 +104,9 @@ def open_model(
         given.rope_scaling,
         given.indexers,
         demand_of,
-        lambda demand, positions: what_fits(made[-1], demand, positions),
+        lambda demand, positions: (
+            what_fits(made[-1], demand, positions) + (f". And {SMALL}" if given.model == DEFAULT else "")
+        ),
     )
     loaded = load_model(
         given.model, device=given.device, status=steps.status, rope_scaling=scaling, weights=given.weights
@@ -111,6 +120,9 @@ def open_model(
     in_file = check_room(loaded, report.config, demand, PREFILL_CHUNK, disk=None if store is None else store.limit)
     if store is not None and in_file is not None:
         note(f"{in_file / 1e9:,.1f} GB of keys and values do not fit into memory: they will lie in {store.folder}")
+    if loaded.is_default and scaling_of(loaded.model.config) is None and len(prompt.ids) > PAGE:
+        # Of what is stretched the note on that has said so.
+        note(SMALL)
     if stats:
         for said in (report, loaded.packed):
             if said is not None:
@@ -133,8 +145,13 @@ def what_fits(prompt: Prompt, demand: Demand, positions: int) -> str:
     return f"{pages_fit} (--pages {whole[0]}-{whole[-1]})"
 
 
-def announced(loaded: LoadedModel, report: AttachReport, session: Session, prompt: Prompt, steps: Steps) -> Progress:
-    """Says how long reading a prompt will take, where that is long, and returns what shows how far it is."""
+def announced(
+    loaded: LoadedModel, report: AttachReport, session: Session, prompt: Prompt, steps: Steps, *, ahead: bool = False
+) -> Progress:
+    """Says how long reading a prompt will take, where that is long, and returns what shows how far it is.
+
+    With `ahead`, that it could be read ahead, too.
+    """
     from dsa.generation.reading_time import expected_s, reading_work
     from dsa.generation.session import common_prefix
 
@@ -149,6 +166,7 @@ def announced(loaded: LoadedModel, report: AttachReport, session: Session, promp
         note(
             f"reading {len(ids) - held:,} tokens takes about {roughly(seconds)} on this machine; fewer tokens "
             f"({fewer}) or a smaller --top-k take less"
+            + ("; `dsa read` reads it ahead, once for all questions" if ahead else "")
         )
     return steps.growing(work, len(ids))
 
@@ -189,7 +207,7 @@ def check_question(ask: str | None, prompt: str | None, files: Sequence[Path]) -
     """Whether there is one, and something to ask it about.
 
     Raises:
-        ValueError: The question is empty, there is no file, or a prompt besides.
+        ValueError: The question is empty, there is no file, or there is a prompt, too.
     """
     from dsa.text import checked
 

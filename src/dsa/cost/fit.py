@@ -9,7 +9,7 @@ from dsa.cost.shape import ModelShape
 from dsa.cost.work import Storage, memory
 
 STATES = 12
-"""Hidden states' worth of memory that a layer holds besides its feed-forward block: residual, normalised, queries,
+"""Hidden states' worth of memory that a layer holds apart from its feed-forward block: residual, normalised, queries,
 keys, values and outputs, with what the allocator keeps of them."""
 
 

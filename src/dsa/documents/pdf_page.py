@@ -235,13 +235,13 @@ def _string(get: Any) -> str:
 def _place(value: Line, lines: list[Line]) -> None:
     """Puts what a field holds after the words that stand to its left, else into a line of its own with its name."""
     height = max(value.top - value.bottom, 1.0)
-    beside = [
+    near = [
         line
         for line in lines
         if line.left < value.left and value.bottom - 0.2 * height <= line.middle <= value.top + 0.2 * height
     ]
-    if beside:
-        label = min(beside, key=lambda line: abs(value.left - line.right))
+    if near:
+        label = min(near, key=lambda line: abs(value.left - line.right))
         label.text += f" {value.text}"
         label.right = max(label.right, value.right)
         return

@@ -35,7 +35,7 @@ def choices(
     new_tokens: int,
     forced: Sequence[Sequence[int]] | None = None,
 ) -> list[list[int]]:
-    """First choices for the `new_tokens` tokens behind every place.
+    """First choices for the `new_tokens` tokens after every place.
 
     Args:
         model: An attached model.
@@ -43,7 +43,7 @@ def choices(
         places: Prompt lengths, ascending.
         context: Makes the context of every pass.
         new_tokens: How many tokens.
-        forced: What is read behind each place; without it the model's own choices are.
+        forced: What is read after each place; without it the model's own choices are.
     """
     ids = ids.to(model.device)
     cache = new_cache(model, ids.shape[1] + new_tokens)

@@ -1,4 +1,4 @@
-"""Dense attention beside DSA beside "4 sinks + sliding window", on one text: what `dsa demo` and `dsa eval` show.
+"""Dense attention, DSA and "4 sinks + sliding window" compared on one text: what `dsa demo` and `dsa eval` show.
 
 Four passes over the text, each as cheap as an honest figure allows:
 
@@ -50,7 +50,7 @@ DEFAULT_NEW_TOKENS = 32
 class Evaluation:
     """What reading one text came to with dense attention, with DSA and with a window.
 
-    Perplexities are over the tokens behind position `start` of the prompt. Masses are means over heads, over the
+    Perplexities are over the tokens after position `start` of the prompt. Masses are means over heads, over the
     queries from `start` on and over the layers that select for themselves; `layers` has them one by one. Layers
     left dense, sliding or sharing another's selection are named and not counted.
 

@@ -53,7 +53,7 @@ class LayerObserver:
 
     Args:
         config: What the model is attached with.
-        selections: By name. The oracle is measured beside them.
+        selections: By name. The oracle is measured next to them.
         start: First query that counts.
         rows: By layer, then by figure: one value a query, fp32 `[T - start]`.
     """

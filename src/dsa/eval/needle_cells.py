@@ -1,4 +1,4 @@
-"""What the replies to needles come to, by depth and over all, beside dense attention's."""
+"""What the replies to needles come to, by depth and over all, next to dense attention's."""
 
 from __future__ import annotations
 

@@ -59,9 +59,9 @@ class Needle:
 
     Args:
         sentences: What is planted, in the order of the text.
-        prompts: What the model is given: the question behind the haystack, up to the answer, then what stands between
+        prompts: What the model is given: the question after the haystack, up to the answer, then what stands between
             two parts of the answer.
-        answers: What is to come behind each prompt; it is judged, with everything before it given.
+        answers: What is to come after each prompt; it is judged, with everything before it given.
     """
 
     sentences: tuple[str, ...]

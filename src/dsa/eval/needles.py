@@ -1,7 +1,7 @@
 """Needles in a haystack: facts planted in a long text, one per tenth of it, and asked for one by one.
 
 A haystack is the user's own text with ten needles of one kind (`dsa.eval.needle_kinds`) in it, such as "The locker
-number of Captain Doraki is 80213.". The model reads it once; then each question is put behind it, with its answer, and
+number of Captain Doraki is 80213.". The model reads it once; then each question is put after it, with its answer, and
 the answer's log-probability is read off. So one reading serves ten questions, each as if it had been the only one: the
 cache is cropped in between.
 
@@ -36,7 +36,7 @@ class Haystack:
         ids: int64 `[1, n]`.
         length: `n` and room for the longest question with its answer.
         needles: In the order of the text; the first sentence of needle `d` lies in tenth `d` of it, the others
-            anywhere behind that.
+            anywhere after that.
         places: Where the sentences of each begin.
         prompts: Their prompts' tokens, part by part.
         answers: Their answers' tokens, part by part.
@@ -51,7 +51,7 @@ class Haystack:
 
 
 def make_haystack(tokens: Sequence[int], tokenizer: Any, length: int, seed: int, kind: str = "single") -> Haystack:
-    """Plants ten needles, each from a random place of its tenth on, behind the end of a sentence where one is near.
+    """Plants ten needles, each from a random place of its tenth on, after the end of a sentence where one is near.
 
     Args:
         tokens: The text, without special tokens. What is taken begins at a random place.

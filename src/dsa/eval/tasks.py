@@ -1,4 +1,4 @@
-"""The tasks of `dsa eval --tasks` on several texts, beside other selections: perplexity, attention kept, needles,
+"""The tasks of `dsa eval --tasks` on several texts, next to other selections: perplexity, attention kept, needles,
 agreement of continuations."""
 
 from __future__ import annotations

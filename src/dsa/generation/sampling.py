@@ -32,7 +32,7 @@ GREEDY = Sampling()
 class Chooser:
     """Chooses the tokens of one answer.
 
-    What the model's `generation_config` says besides (penalties, tokens that are never written, which tokens end a
+    What the model's `generation_config` also says (penalties, tokens that are never written, which tokens end a
     text) holds as it does in `generate`: transformers makes the processors of the logits.
     """
 

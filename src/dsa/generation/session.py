@@ -32,7 +32,7 @@ from dsa.store import ModelStore, Opened
 from dsa.store.recording import Recorder
 
 PREFILL_CHUNK = 4096
-"""Prompt tokens read in one pass: what a layer holds besides the cache stays as small as for a prompt of this size."""
+"""Prompt tokens read in one pass: what a layer holds without the cache stays as small as for a prompt of this size."""
 
 ContextMaker = Callable[[], DSAContext]
 

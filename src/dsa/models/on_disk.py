@@ -14,6 +14,12 @@ from dsa.cost.work import Storage, memory
 from dsa.models.checkpoint import SHIPPED, read_indexers
 from dsa.models.families import ATTACHABLE, BORN_WITH_DSA, REFUSED
 
+SUGGESTED = {
+    "Qwen/Qwen3-0.6B": "Qwen3-0.6B",
+    "HuggingFaceTB/SmolLM2-1.7B-Instruct": "SmolLM2-1.7B",
+    "Qwen/Qwen3-8B": "Qwen3-8B",
+}
+"""Models of the Hub that answer over longer texts than the default one, and their presets of `dsa cost`."""
 FP32 = Storage(weights=4.0, cache=4.0)
 SAVED_ATTACHED = "dsa_"
 
@@ -68,6 +74,11 @@ def models_on_disk(folders: Sequence[Path], tokens: int) -> list[FoundModel]:
     found = [_described(name, path, _size(path), tokens) for name, path in inside]
     cached = [_described(name, path, size, tokens) for name, path, size in _in_hub_cache()]
     return [*_default(tokens), *cached, *found]
+
+
+def suggestions(tokens: int) -> dict[str, float | None]:
+    """Models to fetch, and their memory as in `FoundModel`."""
+    return {name: _memory(preset, tokens) for name, preset in SUGGESTED.items()}
 
 
 def _default(tokens: int) -> Iterator[FoundModel]:

@@ -21,7 +21,7 @@ class Cost:
 
     Args:
         prefill_s: Reading the prompt.
-        decode_s: One token behind it.
+        decode_s: One token after it.
         cache_mb: Keys and values of the prompt, and index keys where there are any.
         read: Tokens read per query and layer while reading the prompt, mean.
         peak_rss_mb: Peak resident memory of the process.
@@ -129,7 +129,7 @@ class Explanation:
         return _mean([each.window_kept / each.sampled for each in self.recorder.counts.values() if each.sampled])
 
     def text(self, start: int, end: int) -> str:
-        """The text of some tokens, the answer's behind the prompt's."""
+        """The text of some tokens, the answer's after the prompt's."""
         texts = self.prompt.texts
         return "".join(
             texts[place] if place < len(texts) else self.answer[place - len(texts)].text for place in range(start, end)

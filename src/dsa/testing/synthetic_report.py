@@ -111,7 +111,7 @@ def _row(query: int, read: int, config: DSAConfig, entries: int, generator: torc
         positions = torch.arange(visible)
     else:
         steps = -torch.rand(between, generator=generator).clamp(min=1e-6).log()
-        # Every one is at least one step behind the last.
+        # Every one is at least one step after the last.
         spare = visible - kept - 1
         far = config.sinks + torch.arange(between) + (steps.cumsum(0) / steps.sum() * spare).long()
         positions = torch.cat((torch.arange(config.sinks), far, torch.arange(visible - config.local, visible)))

@@ -134,7 +134,7 @@ def write_tokens(path: str | Path, stream: TokenStream) -> Path:
 
     Raises:
         ValueError: The name does not end in `.safetensors`.
-        OSError: It cannot be written; nothing is left behind.
+        OSError: It cannot be written; nothing is left of it.
     """
     file = Path(path)
     if file.suffix != ".safetensors":

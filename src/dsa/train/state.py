@@ -171,7 +171,7 @@ class RunFolder:
             ) from error
 
     def clean(self) -> None:
-        """Removes what a killed writer left behind."""
+        """Removes what a killed writer left there."""
         for leftover in _leftovers(self.path):
             leftover.unlink(missing_ok=True)
 
