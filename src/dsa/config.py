@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 INDEX_DTYPES = ("int8", "fp8", "fp32")
+KV_DTYPES = ("fp32", "bf16", "fp16")
 
 _NO_OTHER_FIELDS = {"extra": "forbid"}
 """For `dsa.runs.json_files`, which reads configurations out of files."""
@@ -45,6 +46,8 @@ class DSAConfig:
         sinks: The first visible tokens, always read.
         local: The last visible tokens, always read.
         index_dtype: Storage of the index keys: `"int8"` or `"fp8"` (e4m3), with one scale per token, or `"fp32"`.
+        kv_dtype: How caches keep K and V, or the rows of latent attention: `"fp32"`, `"bf16"` or `"fp16"`, but never
+            wider than the model computes; `None` as it computes.
         layers: Exceptions by layer number.
         dense_shortcut: Run dense attention, without scoring, while no query sees more than `top_k` tokens.
             The result is the same; `False` forces the sparse path, which tests use.
@@ -62,6 +65,7 @@ class DSAConfig:
     sinks: int = 4
     local: int = 256
     index_dtype: str = "int8"
+    kv_dtype: str | None = None
     layers: Mapping[int, LayerConfig] = field(default_factory=dict)
     dense_shortcut: bool = True
 
@@ -79,6 +83,8 @@ class DSAConfig:
                 )
         if self.index_dtype not in INDEX_DTYPES:
             raise ValueError(f"index_dtype must be one of {INDEX_DTYPES}, got {self.index_dtype!r}")
+        if self.kv_dtype not in (None, *KV_DTYPES):
+            raise ValueError(f"kv_dtype must be one of {KV_DTYPES}, or None, got {self.kv_dtype!r}")
         layers = {int(number): _as_layer_config(number, layer) for number, layer in self.layers.items()}
         object.__setattr__(self, "layers", dict(sorted(layers.items())))
         self._check_budget("top_k", self.top_k, self.local)

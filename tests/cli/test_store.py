@@ -21,7 +21,8 @@ def indexers(tiny: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A file with indexers for the tiny model."""
     loaded = load_model(tiny)
     attach(loaded.model, DSAConfig(top_k=32, index_heads=2, index_head_dim=8, sinks=1, local=8))
-    return str(save_indexers(loaded.model, tmp_path_factory.mktemp("indexers") / "indexers.safetensors"))
+    file = tmp_path_factory.mktemp("indexers") / "indexers.safetensors"
+    return str(save_indexers(loaded.model, file, trained=True))
 
 
 @pytest.fixture

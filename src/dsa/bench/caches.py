@@ -48,9 +48,9 @@ def filled_cache(model: Any, tokens: int, *, sparse: bool, reserved: int = 0) ->
         index_dtype = own.index_dtype if has_indexer else None
         stored: Any
         if born or family_of(model).latent is not None:
-            stored = latent_layer(cache, row.layer, config.kv_lora_rank, index_dtype)
+            stored = latent_layer(cache, row.layer, config.kv_lora_rank, index_dtype, kv_dtype=own.kv_dtype)
         else:
-            stored = indexed_layer(cache, row.layer, index_dtype)
+            stored = indexed_layer(cache, row.layer, index_dtype, own.kv_dtype)
         stored.reserve(tokens + reserved)
         if has_indexer:
             stored.append_index(index_keys)

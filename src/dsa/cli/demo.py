@@ -32,6 +32,7 @@ class Comparison:
     rope_scaling: str | None = None
     cache: str | None = None
     index_dtype: str | None = None
+    kv_dtype: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +100,7 @@ def compare(given: Comparison) -> None:
             indexers=given.indexers,
             cache=given.cache,
             progress=steps,
-            **options.overrides(given.top_k, given.local, given.index_dtype),
+            **options.overrides(given.top_k, given.local, given.index_dtype, given.kv_dtype),
         )
     if given.json is not None:
         write_json(given.json, evaluation.to_json())

@@ -41,6 +41,7 @@ class EvalOptions:
     rope_scaling: options.RopeScaling = None
     cache: options.Cache = None
     index_dtype: options.IndexDtype = None
+    kv_dtype: options.KvDtype = None
     needle_kinds: Annotated[
         str | None,
         typer.Option(
@@ -133,6 +134,7 @@ def measure(given: EvalOptions, names: list[str], needles: NeedleOptions) -> Non
             top_k=given.top_k,
             local=given.local,
             index_dtype=given.index_dtype,
+            kv_dtype=given.kv_dtype,
             cache=given.cache,
             indexers=given.indexers,
             needles=needles,

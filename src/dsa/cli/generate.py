@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,14 +14,22 @@ from dsa.cli import options
 from dsa.cli.checks import at_most
 from dsa.cli.commands import add_command
 from dsa.cli.console import notes, quietly
-from dsa.cli.generate_table import show_counted, show_sources, show_timings
-from dsa.cli.opening import ModelOptions, StoreOptions, announced, check_question, model_store, open_model, opened_store
+from dsa.cli.generate_table import placed, show_counted, show_sources, show_timings
+from dsa.cli.opening import (
+    ModelOptions,
+    StoreOptions,
+    announced,
+    check_question,
+    model_or_file,
+    model_store,
+    open_model,
+    opened_store,
+)
 from dsa.cli.waiting import Steps
 
 if TYPE_CHECKING:
     from dsa.documents import SourceDocument
     from dsa.documents.prompt import Prompt
-    from dsa.generation.sources import Sources
     from dsa.models.extension import Demand
     from dsa.models.loading import LoadedModel
 
@@ -87,20 +95,12 @@ class WritingOptions:
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Write the answer and errors, nothing else.")] = False
 
 
-@dataclass(frozen=True, kw_only=True)
-class GeneratingModel(ModelOptions):
-    """Which model, and how it is attached and run."""
-
-    cache: options.Cache = None
-    index_dtype: options.IndexDtype = None
-
-
 def register(app: typer.Typer) -> None:
     """Adds the command."""
     add_command(app, "generate", generate, short_help="Continue a prompt or a long file with sparse attention.")
 
 
-def generate(reading: PromptOptions, writing: WritingOptions, given: GeneratingModel, keeping: StoreOptions) -> None:
+def generate(reading: PromptOptions, writing: WritingOptions, given: ModelOptions, keeping: StoreOptions) -> None:
     """Continue a prompt with sparse attention, streaming to stdout.
 
     The prompt is --prompt, --file, or what is piped in; with a prompt and a file, the prompt follows the file. What is
@@ -117,9 +117,8 @@ def generate(reading: PromptOptions, writing: WritingOptions, given: GeneratingM
       dsa generate default --file minutes/ --file report.pdf --ask "Who signed it?"
       cat notes.txt | dsa generate default --chat --temperature 0.7 --seed 1
     """
-    if not reading.file and given.model != "default" and Path(given.model).is_file():
-        # `dsa generate guide.pdf`: a file is no model.
-        reading, given = replace(reading, file=[Path(given.model)]), replace(given, model="default")
+    given, files = model_or_file(given, reading.file)
+    reading = replace(reading, file=files)
     check_question(reading.ask, reading.prompt, reading.file)
     if writing.json is not None:
         from dsa.runs.files import check_writable
@@ -151,9 +150,7 @@ def generate(reading: PromptOptions, writing: WritingOptions, given: GeneratingM
         )
 
     with quietly(writing.quiet), notes(), Steps(keep=False) as steps:
-        loaded, report, prompt = open_model(
-            given, encode, steps, cache=given.cache, index_dtype=given.index_dtype, stats=writing.stats, store=store
-        )
+        loaded, report, prompt = open_model(given, encode, steps, stats=writing.stats, store=store)
         kept = model_store(store, loaded, prompt)
         session = Session(loaded.model, store=kept, document=Path(document.name).name)
         session.open(prompt.ids)
@@ -201,15 +198,6 @@ def read_prompt(prompt: str | None, files: list[Path], pages: str | None) -> tup
     if prompt is None or not prompt.strip():
         raise ValueError("the prompt is empty: give --prompt TEXT, --file FILE, or pipe text in")
     return SourceDocument(prompt, "the prompt"), None
-
-
-def placed(sources: Sources, document: SourceDocument) -> dict[str, Any]:
-    """Pages and passages as JSON has them; of several files each with its place."""
-    found = asdict(sources)
-    if document.is_joined:
-        for each in (*found["pages"], *found["passages"]):
-            each["place"] = document.place(each["page"])
-    return found
 
 
 def say(answer: Iterable[str]) -> str:

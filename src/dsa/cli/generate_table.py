@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -54,6 +55,15 @@ def show_sources(sources: Sources, document: SourceDocument, *, passages: bool =
 
         pages = pages_in_words(sources.pages, document)
         err.print(f"read above all: {pages}", style="dim", markup=False, soft_wrap=True)
+
+
+def placed(sources: Sources, document: SourceDocument | None) -> dict[str, Any]:
+    """Pages and passages as JSON has them; of several files each with its place."""
+    found = asdict(sources)
+    if document is not None and document.is_joined:
+        for each in (*found["pages"], *found["passages"]):
+            each["place"] = document.place(each["page"])
+    return found
 
 
 def seconds(value: float) -> str:

@@ -17,10 +17,8 @@ from dsa.cli import ends
 from dsa.cli.console import print_error
 
 COMMANDS = (
-    *("demo", "info", "models", "train", "calibrate", "read", "generate", "serve", "eval", "explain", "export"),
-    "cost",
-    "store",
-    "bench",
+    *("demo", "info", "models", "train", "calibrate", "read", "generate", "chat", "serve", "eval", "explain"),
+    *("export", "cost", "store", "bench"),
 )
 
 HELP = """DeepSeek Sparse Attention for pretrained language models.

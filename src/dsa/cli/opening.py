@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +50,16 @@ class ModelOptions:
     device: options.Device = None
     weights: options.Weights = None
     rope_scaling: options.Extension = None
+    cache: options.Cache = None
+    index_dtype: options.IndexDtype = None
+    kv_dtype: options.KvDtype = None
+
+
+def model_or_file(given: ModelOptions, files: Sequence[Path]) -> tuple[ModelOptions, list[Path]]:
+    """The model and the files to read: `dsa generate guide.pdf` names a file where a model may stand."""
+    if not files and given.model != "default" and Path(given.model).is_file():
+        return replace(given, model="default"), [Path(given.model)]
+    return given, list(files)
 
 
 def open_model(
@@ -57,8 +67,6 @@ def open_model(
     encode: Callable[[Any], tuple[Prompt, Demand]],
     steps: Steps,
     *,
-    cache: str | None = None,
-    index_dtype: str | None = None,
     stats: bool = False,
     store: Store | None = None,
 ) -> tuple[LoadedModel, AttachReport, Prompt]:
@@ -68,8 +76,6 @@ def open_model(
         given: What the user chose.
         encode: Makes the prompt, given the tokenizer, and says how much room it needs.
         steps: Shows what is being done.
-        cache: As in `dsa.accelerate`.
-        index_dtype: How index keys are stored.
         stats: Say what every layer does.
         store: Where the prompt will be kept, so that it may be larger than memory.
 
@@ -114,9 +120,9 @@ def open_model(
     # Choosing the scaling has said the same.
     warnings.filterwarnings("ignore", POSITIONS_WARNING, UserWarning)
     prompt, demand = encoded(loaded.tokenizer)
-    overrides = options.overrides(given.top_k, given.local, index_dtype)
+    overrides = options.overrides(given.top_k, given.local, given.index_dtype, given.kv_dtype)
     with without_messages(STRETCHED_INDEXERS if given.rope_scaling is None else None):
-        report, _ = attach_indexers(loaded, given.indexers, cache=cache, **overrides)
+        report, _ = attach_indexers(loaded, given.indexers, cache=given.cache, **overrides)
     in_file = check_room(loaded, report.config, demand, PREFILL_CHUNK, disk=None if store is None else store.limit)
     if store is not None and in_file is not None:
         note(f"{in_file / 1e9:,.1f} GB of keys and values do not fit into memory: they will lie in {store.folder}")

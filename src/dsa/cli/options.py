@@ -44,6 +44,15 @@ IndexDtype = Annotated[
         "`fp32` for models born with DSA.",
     ),
 ]
+KvDtype = Annotated[
+    str | None,
+    typer.Option(
+        "--kv-dtype",
+        metavar="KIND",
+        help="How keys and values are kept, in memory and on disk: `fp32`, `bf16` or `fp16`, never wider than the "
+        "model computes; by default as it computes.",
+    ),
+]
 Pages = Annotated[
     str | None,
     typer.Option(metavar="PAGES", help="Read these pages of a PDF only, counted from 1: `12`, `1-50`, `1-10,40-`."),
@@ -103,7 +112,9 @@ StoreFolder = Annotated[
 NoStore = Annotated[bool, typer.Option("--no-store", help="Keep nothing, and open nothing that was kept.")]
 
 
-def overrides(top_k: int | None, local: int | None, index_dtype: str | None = None) -> dict[str, Any]:
+def overrides(
+    top_k: int | None, local: int | None, index_dtype: str | None = None, kv_dtype: str | None = None
+) -> dict[str, Any]:
     """The fields of `DSAConfig` that the user set."""
-    fields = {"top_k": top_k, "local": local, "index_dtype": index_dtype}
+    fields = {"top_k": top_k, "local": local, "index_dtype": index_dtype, "kv_dtype": kv_dtype}
     return {name: given for name, given in fields.items() if given is not None}

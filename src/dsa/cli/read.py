@@ -53,20 +53,12 @@ class DocumentOptions:
     ] = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class ReadingModel(ModelOptions):
-    """Which model, and how it is attached and run."""
-
-    cache: options.Cache = None
-    index_dtype: options.IndexDtype = None
-
-
 def register(app: typer.Typer) -> None:
     """Adds the command."""
     add_command(app, "read", read, short_help="Read documents ahead, and keep them for questions.", cls=ListCommand)
 
 
-def read(reading: DocumentOptions, given: ReadingModel, keeping: StoreOptions) -> None:
+def read(reading: DocumentOptions, given: ModelOptions, keeping: StoreOptions) -> None:
     """Read documents ahead and keep what was read, so that `dsa generate --ask` answers questions about them at once.
 
     Ctrl-C keeps what was read, and the next call goes on from there; a process that is killed loses a few thousand
@@ -98,7 +90,7 @@ def read(reading: DocumentOptions, given: ReadingModel, keeping: StoreOptions) -
 def _read_one(
     document: SourceDocument,
     reading: DocumentOptions,
-    given: ReadingModel,
+    given: ModelOptions,
     store: Store,
     interruption: Interruption,
     steps: Steps,
@@ -118,9 +110,7 @@ def _read_one(
             tokenizer, document, ROOM_FOR_ANSWER, ask=ANY_QUESTION, tokens=reading.tokens, chat=reading.chat
         )
 
-    loaded, report, prompt = open_model(
-        given, encode, steps, cache=given.cache, index_dtype=given.index_dtype, store=store
-    )
+    loaded, report, prompt = open_model(given, encode, steps, store=store)
     if not report.trained:
         raise ValueError(
             "indexers: these are untrained and other ones in every process, so nothing that they read can be used "

@@ -28,8 +28,6 @@ MOST_PORT = 65535
 class ServedModel(ModelOptions):
     """Which model, and how it is attached and run."""
 
-    cache: options.Cache = None
-    index_dtype: options.IndexDtype = None
     tokens: Annotated[
         int | None,
         typer.Option(
@@ -142,7 +140,7 @@ def _opened(given: ServedModel, steps: Steps) -> LoadedModel:
         lambda demand, positions: f"up to {positions:,} (--tokens {positions}) are read well",
     )
     loaded = load_model(given.model, device=given.device, status=steps.status, rope_scaling=scaling)
-    overrides = options.overrides(given.top_k, given.local, given.index_dtype)
+    overrides = options.overrides(given.top_k, given.local, given.index_dtype, given.kv_dtype)
     with without_messages(STRETCHED_INDEXERS if given.rope_scaling is None else None):
         attach_indexers(loaded, given.indexers, cache=given.cache, **overrides)
     return loaded

@@ -110,12 +110,12 @@ def run_tasks(
     tokens: int | None = None,
     top_k: int | None = None,
     local: int | None = None,
-    index_dtype: str | None = None,
     cache: str | None = None,
     indexers: str | Path | None = None,
     needles: NeedleOptions = USUAL_NEEDLES,
     seed: int = 0,
     progress: Progress = silent,
+    **kept: str | None,
 ) -> dict[str, Any]:
     """Measures texts; the second half of each counts.
 
@@ -126,13 +126,14 @@ def run_tasks(
         tokens: Positions read of each. `None`: 8,192, or the whole of a shorter text.
         top_k: Tokens read per query; `None` takes the indexers' own budgets.
         local: Most recent tokens always read.
-        index_dtype: How index keys are stored; `None` as the indexers came with.
         cache: As in `dsa.accelerate`, for models born with DSA. Attention mass is measured without a cache, so on
             latents that are not rounded.
         indexers: As in `dsa.attach`.
         needles: What is planted, and in how long texts.
         seed: Of the random selection and the needles.
         progress: Shows the steps.
+        **kept: `index_dtype` and `kv_dtype`, as in `DSAConfig`; `None` as the indexers came with. Dense attention,
+            which is compared, keeps keys and values as it computes.
 
     Returns:
         Plain JSON types. The same seed gives the same values, but for `seconds`.
@@ -144,7 +145,7 @@ def run_tasks(
     texts = [encode(each, loaded.tokenizer, tokens) for each in documents]
     model = loaded.model
     haystacks = _haystacks(loaded, documents, needles, seed) if "needles" in tasks else {}
-    changes = {} if index_dtype is None else {"index_dtype": index_dtype}
+    changes = {name: kind for name, kind in kept.items() if kind is not None}
     with _measured(loaded, indexers, top_k, local, cache, changes) as (config, source):
         result: dict[str, Any] = {
             "format": FORMAT,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,6 +65,8 @@ class DocumentSession:
         self.turns = list(turns)
         self.answer: Answer | None = None
         self._tokens, self._chat, self._progress = tokens, chat, progress
+        # The latest prompt and what it was made for: who looks at it first does not make it twice.
+        self._made: tuple[object, tuple[Prompt, list[Turn]]] | None = None
 
     def ask(
         self,
@@ -90,7 +92,7 @@ class DocumentSession:
         max_new_tokens: int = 128,
         temperature: float = 0.0,
         top_p: float = 1.0,
-    ) -> Iterator[str]:
+    ) -> Generator[str, None, None]:
         """Asks, and yields the answer piece by piece; `answer` is there when it has ended, or was closed.
 
         What a question has in common with what was read before is not read again: the document, and with `follow_up`
@@ -119,14 +121,19 @@ class DocumentSession:
             raise ValueError("question: expected a text, got an empty one")
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-        turns = list(self.turns) if follow_up else []
+        wanted = question, list(self.turns) if follow_up else []
+        made = self._made[1] if self._made is not None and self._made[0] == wanted else None
         positions = positions_of(self.session.model.config)
+        turns = list(wanted[1] if made is None else made[1])
         while True:
-            asked = [*turns, Turn(question)]
-            prompt = make_conversation(self.tokenizer, self.document, asked, tokens=self._tokens, chat=self._chat)
-            if not turns or positions is None or len(prompt.ids) + max_new_tokens <= positions:
-                return prompt, turns
-            del turns[0]
+            if made is None:
+                asked = [*turns, Turn(question)]
+                prompt = make_conversation(self.tokenizer, self.document, asked, tokens=self._tokens, chat=self._chat)
+                made = prompt, turns
+            if not turns or positions is None or len(made[0].ids) + max_new_tokens <= positions:
+                self._made = wanted, made
+                return made
+            turns, made = turns[1:], None
 
     def _asked(self, question: str, follow_up: bool, max_new_tokens: int, sampling: Sampling) -> Iterator[str]:
         prompt, turns = self.prompt(question, follow_up=follow_up, max_new_tokens=max_new_tokens)

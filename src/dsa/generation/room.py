@@ -10,6 +10,8 @@ from dsa.cost.fit import Room
 from dsa.models.acceleration import cache_of
 from dsa.models.extension import Demand
 from dsa.models.loading import LoadedModel
+from dsa.models.sparse import is_sparse, sparse_report_of
+from dsa.modules.cache import kept_dtype
 from dsa.runs.memory import available_memory
 
 
@@ -65,6 +67,7 @@ def loaded_shape(loaded: LoadedModel) -> ModelShape:
 
 
 def storage_of(model: Any) -> Storage:
-    """Bytes of a number: a cache holds what the model computes with, or FP8 rows."""
-    fp8_rows = cache_of(model) == "fp8"
-    return Storage(model.dtype.itemsize, model.dtype.itemsize, fp8_rows=fp8_rows)
+    """Bytes of a number: a cache holds what the model computes with, what `kv_dtype` says, or FP8 rows."""
+    kv_dtype = sparse_report_of(model).config.kv_dtype if is_sparse(model) else None
+    kept = kept_dtype(model.dtype, kv_dtype).itemsize
+    return Storage(model.dtype.itemsize, kept, fp8_rows=cache_of(model) == "fp8")

@@ -72,7 +72,7 @@ def accelerate(model: PreTrainedModel, *, cache: CacheDtype | str = "full", **ov
             rows, for DeepSeek's sizes 656 bytes a token and layer in place of 1,152 (bf16) or 2,304 (fp32), and
             results differ by their rounding. Without a cache nothing is rounded, and only there gradients pass.
         **overrides: Fields of `DSAConfig` to change: `top_k`, `sinks`, `local`, or `index_dtype="int8"` for index keys
-            of a quarter of the size. Without any the selection is the model's.
+            of a quarter of the size, `kv_dtype`. Without any the selection is the model's.
 
     Returns:
         What was replaced, layer by layer.
@@ -102,6 +102,8 @@ def accelerate(model: PreTrainedModel, *, cache: CacheDtype | str = "full", **ov
         index_dtype="fp32",
         layers={layer: LayerConfig(share=source) for layer, source in enumerate(shared) if source is not None},
     ).replace(**overrides)
+    if kind == "fp8" and config.kv_dtype is not None:
+        raise ValueError(f"kv_dtype: cache='fp8' keeps rows of bytes, so {config.kv_dtype!r} has no meaning; name one")
     implementation = model.config._attn_implementation
     dsa_attention.register()
     model.set_attn_implementation(IMPLEMENTATION)

@@ -109,7 +109,8 @@ def before_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
     indexer = cast("Indexer | None", getattr(module, "indexer", None))
     stored = None
     if cache is not None:
-        stored = indexed_layer(cache, plan.layer, plan.config.index_dtype if indexer is not None else None)
+        index_dtype = plan.config.index_dtype if indexer is not None else None
+        stored = indexed_layer(cache, plan.layer, index_dtype, plan.config.kv_dtype)
     if indexer is not None:
         context = kwargs.get("dsa_context") or DSAContext()
         _run_indexer(module, indexer, index, argument("position_embeddings"), stored, context)

@@ -241,6 +241,7 @@ class LayerAttention:
             return self._dense_by_list()
         assert self.value is not None
         plain = self.start is None and self.softcap is None and self.sink_logits is None
+        plain = plain and self.query.dtype == self.key.dtype
         compiled = native_support.gap(self.query, self.key, self.value) is None
         if plain and tokens in (1, keys) and not compiled:
             out = F.scaled_dot_product_attention(

@@ -30,6 +30,9 @@ IndexKeys = torch.Tensor | QuantizedKeys
 _QUANTIZED: dict[str | None, torch.dtype] = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 """How index keys of eight bits are stored, by `index_dtype`; they have one fp32 scale per token."""
 
+_KEPT: dict[str | None, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""How K and V are kept, by `kv_dtype`."""
+
 _SERIALS = itertools.count()
 """Numbers of the cache layers made in this process."""
 
@@ -39,6 +42,12 @@ def stored_form(index_keys: torch.Tensor, index_dtype: str) -> IndexKeys:
     if index_dtype not in _QUANTIZED:
         return index_keys.float()
     return quantize_index_keys(index_keys, "fp8" if index_dtype == "fp8" else "int8")
+
+
+def kept_dtype(computed: torch.dtype, kv_dtype: str | None) -> torch.dtype:
+    """The dtype of K and V in a cache of that `kv_dtype`: never wider than they are computed in."""
+    asked = _KEPT.get(kv_dtype, computed)
+    return asked if asked.itemsize <= computed.itemsize else computed
 
 
 class TokenBuffer:
@@ -80,10 +89,11 @@ class TokenBuffer:
             self.storage = grown
         return begin
 
-    def append_heads(self, states: torch.Tensor, reserve: int = 0) -> torch.Tensor:
-        """Writes `[B, G, T, D]` after what is there; returns all tokens, `[B, G, S, D]`, as a view."""
+    def append_heads(self, states: torch.Tensor, reserve: int = 0, kv_dtype: str | None = None) -> torch.Tensor:
+        """Writes `[B, G, T, D]` after what is there; returns all tokens, `[B, G, S, D]`, as a view of what is kept."""
         batch, heads, tokens, dim = states.shape
-        begin = self.make_room((batch, tokens, heads, dim), states.dtype, states.device, reserve)
+        dtype = kept_dtype(states.dtype, kv_dtype)
+        begin = self.make_room((batch, tokens, heads, dim), dtype, states.device, reserve)
         assert self.storage is not None
         if self._transposed is None or self._transposed[0] is not self.storage:
             self._transposed = self.storage, self.storage.transpose(1, 2)
@@ -104,9 +114,13 @@ class IndexedLayer(DynamicLayer):
     `DynamicLayer` (beam reordering, cropping, batch repetition and selection) is done to all of them together.
     """
 
-    def __init__(self, index_dtype: str | None = None) -> None:
-        """`index_dtype=None` keeps no index keys, for layers that need only the copy-free storage."""
-        self.index_dtype = index_dtype
+    def __init__(self, index_dtype: str | None = None, kv_dtype: str | None = None) -> None:
+        """
+        Args:
+            index_dtype: How index keys are kept; `None` for layers that need only the copy-free storage.
+            kv_dtype: How K and V are kept, as in `DSAConfig`.
+        """
+        self.index_dtype, self.kv_dtype = index_dtype, kv_dtype
         self._buffers = {"key": TokenBuffer(), "value": TokenBuffer()}
         if index_dtype is not None:
             self._buffers["index"] = TokenBuffer()
@@ -152,7 +166,10 @@ class IndexedLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         key, value = self._buffers["key"], self._buffers["value"]
-        return key.append_heads(key_states, self._reserve), value.append_heads(value_states, self._reserve)
+        return (
+            key.append_heads(key_states, self._reserve, self.kv_dtype),
+            value.append_heads(value_states, self._reserve, self.kv_dtype),
+        )
 
     def append_index(self, index_keys: torch.Tensor) -> int:
         """Appends index keys `[B, T, Di]`, before `update` appends the same tokens.
@@ -275,9 +292,9 @@ class StaticIndexedLayer(StaticLayer):
 
     is_compileable = False
 
-    def __init__(self, max_cache_len: int, index_dtype: str | None = None) -> None:
+    def __init__(self, max_cache_len: int, index_dtype: str | None = None, kv_dtype: str | None = None) -> None:
         super().__init__(max_cache_len)
-        self.index_dtype = index_dtype
+        self.index_dtype, self.kv_dtype = index_dtype, kv_dtype
         self.index_data: torch.Tensor | None = None
         self.index_scale: torch.Tensor | None = None
 
@@ -290,6 +307,12 @@ class StaticIndexedLayer(StaticLayer):
         self.values = memory.empty((*rows, self.v_head_dim), self.dtype, self.device).zero_().transpose(1, 2)
         self.cumulative_length = self.cumulative_length.to(self.device)
         self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        dtype = kept_dtype(key_states.dtype, self.kv_dtype)
+        return super().update(key_states.to(dtype), value_states.to(dtype), *args, **kwargs)
 
     def append_index(self, index_keys: torch.Tensor) -> int:
         """Writes index keys `[B, T, Di]` after those there, before `update`; returns `C`, as many as there are."""
@@ -326,13 +349,16 @@ class StaticIndexedLayer(StaticLayer):
             self.index_scale = self.index_scale[beam_idx.to(self.index_scale.device)]
 
 
-def indexed_layer(cache: Cache, layer: int, index_dtype: str | None) -> IndexedLayer | StaticIndexedLayer:
+def indexed_layer(
+    cache: Cache, layer: int, index_dtype: str | None, kv_dtype: str | None = None
+) -> IndexedLayer | StaticIndexedLayer:
     """The cache's layer of that number, exchanged for one of ours at its first use.
 
     Args:
         cache: The cache that transformers or the user made.
         layer: Layer number.
         index_dtype: Storage of the index keys, or `None` for none.
+        kv_dtype: Storage of K and V, as in `DSAConfig`.
 
     Raises:
         ValueError: The layer already holds tokens without index keys, or is of a kind that cannot hold them.
@@ -356,9 +382,9 @@ def indexed_layer(cache: Cache, layer: int, index_dtype: str | None) -> IndexedL
             "have no index keys; start from an empty cache, or train a prompt or LoRA adapters instead"
         )
     ours = (
-        StaticIndexedLayer(present.max_cache_len, index_dtype)
+        StaticIndexedLayer(present.max_cache_len, index_dtype, kv_dtype)
         if isinstance(present, StaticLayer)
-        else IndexedLayer(index_dtype)
+        else IndexedLayer(index_dtype, kv_dtype)
     )
     if isinstance(ours, IndexedLayer):
         ours.reserve(getattr(cache, RESERVED, 0))

@@ -45,6 +45,7 @@ class LatentLayer(IndexedLayer):
         limit: int | None = None,
         rows_dtype: CacheDtype = "full",
         rope_dim: int = 0,
+        kv_dtype: str | None = None,
     ) -> None:
         """
         Args:
@@ -53,8 +54,9 @@ class LatentLayer(IndexedLayer):
             limit: Most tokens, for a layer that takes the place of a static one.
             rows_dtype: How the rows are kept.
             rope_dim: `R`, for a layer that will `adopt` FP8 rows; others learn it from the first rows.
+            kv_dtype: How rows that are kept in full are kept, as in `DSAConfig`.
         """
-        super().__init__(index_dtype)
+        super().__init__(index_dtype, kv_dtype)
         self.latent_dim, self.limit, self.rows_dtype = latent_dim, limit, rows_dtype
         self._rope_dim = rope_dim
         del self._buffers["value"]
@@ -115,7 +117,7 @@ class LatentLayer(IndexedLayer):
             assert buffer.storage is not None
             pack_latents(rows, self.latent_dim, out=self._packed(buffer.storage.narrow(1, begin, tokens)))
             return self._packed(buffer.view())
-        heads = buffer.append_heads(rows.unsqueeze(1), self._reserve)
+        heads = buffer.append_heads(rows.unsqueeze(1), self._reserve, self.kv_dtype)
         return heads.squeeze(1)
 
     def update(
@@ -132,7 +134,12 @@ class LatentLayer(IndexedLayer):
 
 
 def latent_layer(
-    cache: Cache, layer: int, latent_dim: int, index_dtype: str | None, rows_dtype: CacheDtype = "full"
+    cache: Cache,
+    layer: int,
+    latent_dim: int,
+    index_dtype: str | None,
+    rows_dtype: CacheDtype = "full",
+    kv_dtype: str | None = None,
 ) -> LatentLayer:
     """The cache's layer of that number, exchanged for one of ours at its first use.
 
@@ -142,6 +149,7 @@ def latent_layer(
         latent_dim: `L`.
         index_dtype: Storage of the index keys, or `None` for none.
         rows_dtype: How the rows are kept.
+        kv_dtype: How those in full are kept, as in `DSAConfig`.
 
     Raises:
         ValueError: The layer already holds tokens, or keeps them otherwise, or is of a kind that cannot hold latents.
@@ -169,7 +177,7 @@ def latent_layer(
             "the model was accelerated; start from an empty cache"
         )
     limit = present.max_cache_len if isinstance(present, StaticLayer) else None
-    ours = LatentLayer(latent_dim, index_dtype, limit, rows_dtype)
+    ours = LatentLayer(latent_dim, index_dtype, limit, rows_dtype, kv_dtype=kv_dtype)
     ours.reserve(getattr(cache, RESERVED, 0))
     cache.layers[layer] = ours
     return ours

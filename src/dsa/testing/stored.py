@@ -17,12 +17,12 @@ QUESTION = tiny_tokens(1, 9, seed=3)[0].tolist()
 NEW = 6
 
 
-def attached(family: str = "llama", **changes: Any) -> Any:
+def attached(family: str = "llama", kv_dtype: str | None = None, **changes: Any) -> Any:
     """A model with fresh indexers that writes on and on."""
     # fp64: runs of different batch shapes must not differ by rounding.
     model = tiny_model(family, **changes).double()
     model.generation_config.eos_token_id = None
-    dsa.attach(model, TINY_CONFIG)
+    dsa.attach(model, TINY_CONFIG, kv_dtype=kv_dtype)
     return model
 
 
@@ -37,6 +37,7 @@ def accelerated(cache: str) -> Any:
 MODELS = {
     "llama": lambda: attached(),
     "int8 index keys": lambda: attached("qwen3"),
+    "narrower": lambda: attached(kv_dtype="fp16"),
     "windows": lambda: attached("gemma3_text"),
     "windows and sinks": lambda: attached("gpt_oss"),
     "latent": lambda: attached("deepseek_v3"),

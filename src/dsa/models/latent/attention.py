@@ -101,7 +101,8 @@ class LatentAttention(nn.Module):
         stored = None
         if past_key_values is not None:
             dtype = self.plan.config.index_dtype if self.indexer is not None else None
-            stored = latent_layer(past_key_values, self.plan.layer, self.latent_dim, dtype, self.cache)
+            kv_dtype = self.plan.config.kv_dtype
+            stored = latent_layer(past_key_values, self.plan.layer, self.latent_dim, dtype, self.cache, kv_dtype)
         index_key = None if self.indexer is None else self._index_keys(hidden_states, rope, stored)
         new = self._rows(hidden_states, rope)
         rows = new if stored is None else stored.append_rows(new)
