@@ -12,8 +12,10 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 from click.exceptions import Exit
 
 from dsa.cli import console
@@ -29,6 +31,7 @@ WORK: dict[str, tuple[tuple[str, ...], str]] = {
     "calibrate": (("calibrate", "default", "--data", "{text}", "--mass", "0.9", "--out", "{new}"), LOADING),
     "read": (("read", "default", "--file", "{text}", "--store", "{new}"), LOADING),
     "generate": (("generate", "default", "--file", "{text}", "--no-store"), LOADING),
+    "serve": (("serve", "default", "--store", "{new}", "--port", "0"), LOADING),
     "eval": (("eval", "default", "--file", "{text}"), LOADING),
     "explain": (("explain", "default", "--file", "{text}", "--out", "{new}"), LOADING),
     "export": (("export", "default", "--out", "{new}"), LOADING),
@@ -97,8 +100,18 @@ class Enough(Exception):
     """The stand-in was heard of."""
 
 
-def test_every_command_is_in_the_table() -> None:
-    assert set(WORK) == set(COMMANDS)
+def test_every_command_waits_aloud() -> None:
+    """`add_command` lets a command run within `waiting.command`: what the user calls goes through it."""
+
+    def leaves(command: Any) -> Iterator[Any]:
+        for each in getattr(command, "commands", {}).values():
+            yield from leaves(each) if hasattr(each, "commands") else [each]
+
+    found = list(leaves(typer.main.get_command(app)))
+    assert len(found) >= len(COMMANDS)
+    for each in found:
+        inner = each.callback.__wrapped__
+        assert Path(inner.__code__.co_filename).name == "commands.py", each.name
 
 
 def test_a_word_while_slow_work_goes_on(
