@@ -346,6 +346,34 @@ def test_a_client_that_goes_stops_its_work(http: httpx.Client, server: Serving) 
     assert engine.figures()["running"] == 0
 
 
+def test_mixed_requests_of_many_clients(loaded: LoadedModel, http: httpx.Client, client: OpenAI) -> None:
+    """A tenth is malformed, a tenth is cut off: the others are answered as ever, and nothing is a mistake of ours."""
+    questions = [f"Which {number}?" for number in range(3)]
+    answers = [expected(loaded, question) for question in questions]
+    file = client.files.create(file=("mixed.txt", TEXT.encode()), purpose="user_data")
+
+    def one(number: int) -> tuple[int, bool]:
+        question = number % 3
+        asked = {**GREEDY, "messages": about(file.id, questions[question])}
+        if number % 10 == 3:
+            return http.post("/v1/chat/completions", json={**asked, "stop": 5}).status_code, True
+        if number % 10 == 7:
+            with http.stream("POST", "/v1/chat/completions", json={**asked, "max_tokens": 500, "stream": True}) as cut:
+                return cut.status_code, True
+        if number % 2:
+            made = http.post("/v1/chat/completions", json=asked)
+            return made.status_code, made.json()["choices"][0]["message"]["content"] == answers[question]
+        with http.stream("POST", "/v1/chat/completions", json={**asked, "stream": True}) as streamed:
+            lines = [json.loads(line[6:]) for line in streamed.iter_lines() if line.startswith("data: {")]
+        said = "".join(line["choices"][0]["delta"].get("content", "") for line in lines)
+        return streamed.status_code, said == answers[question]
+
+    with ThreadPoolExecutor(20) as pool:
+        found = list(pool.map(one, range(60)))
+    assert [status for status, _ in found] == [400 if number % 10 == 3 else 200 for number in range(60)]
+    assert all(right for _, right in found)
+
+
 def test_too_many_wait(loaded: LoadedModel, tmp_path: Path) -> None:
     options = Options(limits=Limits(sessions=1, queue=1))
     with Serving(create_app(loaded, options=options)) as serving, httpx.Client(base_url=serving.address) as http:

@@ -17,9 +17,13 @@ import pytest
 from typer.testing import CliRunner
 
 from dsa.cli.main import app
+from dsa.cli.serve import ServedModel, _model_store, _opened
+from dsa.cli.waiting import Steps
 from dsa.models.loading import LoadedModel
+from dsa.models.sparse import sparse_report_of
 from dsa.serve.logs import Lines
 from dsa.serve.parsing import parse
+from dsa.store import Store
 
 KEY = "a-key-of-sixteen-characters"
 
@@ -75,12 +79,24 @@ def test_running_answers_end_after_a_signal(folder: Path) -> None:
             next(lines)
             process.send_signal(signal.SIGTERM)
             assert [line for line in lines if line][-1] == "data: [DONE]"
-        _, stderr = process.communicate(timeout=60)
+        _, stderr = process.communicate(timeout=300)
     assert process.returncode == 128 + signal.SIGTERM
     told = [json.loads(line) for line in stderr.splitlines() if line.startswith("{")]
     [request] = [line for line in told if line["message"] == "request"]
     assert (request["path"], request["status"], request["written"]) == ("/v1/chat/completions", 200, 300)
     assert "secret" not in stderr
+
+
+def test_how_the_model_is_opened(folder: Path) -> None:
+    given = ServedModel(model=str(folder / "tiny"), weights="bf16", kv_dtype="bf16", tokens=8192)
+    with Steps(keep=False) as steps:
+        loaded = _opened(given, steps)
+    assert loaded.packed is not None
+    assert sparse_report_of(loaded.model).config.kv_dtype == "bf16"
+    # Stretched to twice its own.
+    assert loaded.model.config.max_position_embeddings == 8192
+    # Indexers without training are other ones in every process.
+    assert _model_store(Store(folder / "store"), loaded) is None
 
 
 def test_lines_of_text() -> None:

@@ -12,8 +12,8 @@ import typer
 from dsa.cli import options
 from dsa.cli.checks import at_most
 from dsa.cli.commands import add_command
-from dsa.cli.console import notes, out, without_messages
-from dsa.cli.opening import STRETCHED_INDEXERS, ModelOptions, StoreOptions, opened_store
+from dsa.cli.console import note, notes, out, without_messages
+from dsa.cli.opening import STRETCHED_INDEXERS, UNTRAINED, ModelOptions, StoreOptions, opened_store
 from dsa.cli.waiting import Steps, drawn_elsewhere
 
 if TYPE_CHECKING:
@@ -139,10 +139,14 @@ def _opened(given: ServedModel, steps: Steps) -> LoadedModel:
         lambda tokenizer: demand,
         lambda demand, positions: f"up to {positions:,} (--tokens {positions}) are read well",
     )
-    loaded = load_model(given.model, device=given.device, status=steps.status, rope_scaling=scaling)
+    loaded = load_model(
+        given.model, device=given.device, status=steps.status, rope_scaling=scaling, weights=given.weights
+    )
     overrides = options.overrides(given.top_k, given.local, given.index_dtype, given.kv_dtype)
     with without_messages(STRETCHED_INDEXERS if given.rope_scaling is None else None):
-        attach_indexers(loaded, given.indexers, cache=given.cache, **overrides)
+        report, _ = attach_indexers(loaded, given.indexers, cache=given.cache, **overrides)
+    if not report.trained:
+        note(UNTRAINED)
     return loaded
 
 

@@ -32,7 +32,7 @@ from dsa.store.kept import LEAST_TOKENS
 logger = logging.getLogger("dsa.serve")
 
 CHUNK = 512
-"""Prompt tokens read between two tokens of an answer. Larger ones are hardly faster, and answers wait for them."""
+"""Prompt tokens read between two tokens of an answer, which waits for them."""
 
 MOST_CLIENTS = 10_000
 """Remembered for whose turn it is."""
