@@ -66,6 +66,14 @@ def read_text(path: str | Path, argument: str, most: int = MOST_BYTES) -> str:
     return decode_text(read_bytes(path, argument, most=most), path, argument)
 
 
+def existing(path: str | Path, argument: str, expected: str = TEXT_FILE) -> Path:
+    """The path of a file or folder that is there. Raises `FileNotFoundError`."""
+    file = Path(path).expanduser()
+    if not file.exists():
+        raise FileNotFoundError(f"{argument}: there is no file {path}; expected {expected}")
+    return file
+
+
 def read_bytes(path: str | Path, argument: str, expected: str = TEXT_FILE, most: int = MOST_BYTES) -> bytes:
     """The bytes of a file or a pipe.
 
@@ -79,9 +87,7 @@ def read_bytes(path: str | Path, argument: str, expected: str = TEXT_FILE, most:
         OSError: No such file, a directory, or no permission.
         ValueError: It is a device, or larger.
     """
-    file = Path(path).expanduser()
-    if not file.exists():
-        raise FileNotFoundError(f"{argument}: there is no file {path}; expected {expected}")
+    file = existing(path, argument, expected)
     if file.is_dir():
         raise IsADirectoryError(f"{argument}: {path} is a directory; expected {expected}")
     try:

@@ -79,6 +79,10 @@ def evaluate(given: EvalOptions) -> None:
       dsa eval default --file a.txt --file b.txt --tasks perplexity,mass
       dsa eval default --file a.txt --tasks needles --needle-kinds all
     """
+    from dsa.text import existing
+
+    for file in given.file:
+        existing(file, "file", "a PDF, HTML, Markdown or UTF-8 text file")
     from dsa.eval.tasks import NeedleOptions, parse_kinds, parse_lengths, parse_tasks
 
     names = parse_tasks(given.tasks)

@@ -124,8 +124,9 @@ def generate(reading: PromptOptions, writing: WritingOptions, given: ModelOption
         from dsa.runs.files import check_writable
 
         check_writable(writing.json)
-    store = opened_store(keeping)
+    # The store imports torch: a file that is not there is said before that.
     document, follow = read_prompt(reading.prompt, reading.file, reading.pages)
+    store = opened_store(keeping)
     import torch
 
     from dsa.generation.figures import run_figures

@@ -71,13 +71,16 @@ def read(reading: DocumentOptions, given: ModelOptions, keeping: StoreOptions) -
     """
     from dsa.documents import read_sources
     from dsa.runs.files import check_folder_writable
+    from dsa.text import existing
 
+    if reading.pages is not None and len(reading.file) > 1:
+        raise ValueError("pages: expected one file with it; read the others in a call of their own")
+    for file in reading.file:
+        existing(file, "file", "a document or a folder")
     store = opened_store(keeping)
     if store is None:
         raise ValueError("no-store: there is nothing to read for; leave it out, or name a folder with --store DIR")
     check_folder_writable(store.folder, "store")
-    if reading.pages is not None and len(reading.file) > 1:
-        raise ValueError("pages: expected one file with it; read the others in a call of their own")
     with interruptible() as interruption:
         for file in reading.file:
             with notes(), Steps(keep=False) as steps:
