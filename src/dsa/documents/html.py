@@ -34,6 +34,8 @@ _FORMULA = re.compile(r"math|\btex\b|latex|formula|equation", re.IGNORECASE)
 _SPACE = re.compile(r"[ \t\n\f\r]+")
 # A text that begins with `<` is joined to its neighbour by the parser one character at a time.
 _LONE_LESS_THAN = re.compile(r"<(?![A-Za-z/!?])")
+_TAG = re.compile(r"<[^<>]*>")
+_WORDS_IN_TAGS = re.compile(r"\b(?:alt|alttext|value)\s*=", re.IGNORECASE)
 _CELL = "  "
 _FORMATTING = re.compile(r"<(/?)(?:b|big|code|em|font|i|s|small|strike|strong|tt|u)(?=[\s/>])", re.IGNORECASE)
 # So many formatting elements may be open at once: a parser opens all of them again in each paragraph.
@@ -75,6 +77,8 @@ def html_text(page: str, name: str = "the page") -> str:
         page: The page.
         name: What to call it where much is left out, which is warned of.
     """
+    if not _TAG.sub("", page).strip() and not _WORDS_IN_TAGS.search(page):
+        return ""
     tree = JustHTML(_bounded(page), sanitize=False)
     seen = _Visible()
     # A node is taken from the end of the list; what follows it there comes later in the text. Nesting costs no stack.

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from dsa.documents.pages import chosen_pages
-from dsa.documents.pdf_bounds import too_large
+from dsa.documents.pdf_bounds import drawing_bytes, shared, too_large
 from dsa.documents.pdf_page import PageText, PageTooLong, page_text
 from dsa.documents.running import without_running
 from dsa.documents.source import SourceDocument
@@ -55,7 +55,7 @@ def read_pdf(
                 f"--pages 1-{MOST_PAGES}"
             )
         numbers = list(range(1, total + 1)) if wanted is None else chosen_pages(wanted, total, name)
-        pages = _read_pages(document, numbers, name, argument, progress)
+        pages = _read_pages(document, numbers, name, argument, progress, drawing_bytes(raw))
     finally:
         document.close()
     _check_unknown(pages, numbers, name, argument)
@@ -113,13 +113,15 @@ def _opened(raw: bytes, name: str, argument: str) -> Any:
 
 
 def _read_pages(
-    document: Any, numbers: list[int], name: str, argument: str, progress: Progress | None
+    document: Any, numbers: list[int], name: str, argument: str, progress: Progress | None, size: int
 ) -> list[PageText]:
     import pypdfium2
+    import pypdfium2.raw as codes
 
     form = document.formenv
     count = len(numbers)
-    pages, held = [], 0
+    pages: list[PageText] = []
+    held = drawn = 0
     shown = (
         nullcontext(lambda: None)
         if progress is None
@@ -129,6 +131,12 @@ def _read_pages(
         for number in numbers:
             try:
                 page = document[number - 1]
+                drawn += codes.FPDFPage_CountObjects(page)
+                if shared(drawn, held, size):
+                    raise ValueError(
+                        f"{argument}: the first {len(pages) + 1:,} pages of {name} draw far more than the {size:,} "
+                        "bytes of its drawings hold: many share one; choose fewer of them with --pages"
+                    )
                 pages.append(page_text(page, form))
                 page.close()
             except (pypdfium2.PdfiumError, PageTooLong) as error:

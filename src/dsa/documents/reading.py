@@ -22,6 +22,8 @@ _PDF_WITHIN = 1024
 # Pictures make a PDF large; the tree of an HTML page takes many times its length.
 _MOST_OF_PDF = 512 << 20
 _MOST_OF_HTML = 16 << 20
+# The HTML standard, on one page, has half as many; each takes some 600 bytes of memory and 5 microseconds.
+_MOST_TAGS = 1_000_000
 _OTHERS = {
     b"PK\x03\x04": "a zip archive, as .docx, .odt and .epub are",
     b"\xd0\xcf\x11\xe0": "an old Office document",
@@ -91,6 +93,12 @@ def _read(
         raise ValueError(f"pages: {name} is no PDF and has no pages to choose from; leave --pages out")
     if _HTML in (named, held) and named != _TEXT:
         _check_size(raw, _MOST_OF_HTML, "HTML", name, argument)
+        tags = raw.count(b"<")
+        if tags > _MOST_TAGS:
+            raise ValueError(
+                f"{argument}: the HTML file {name} holds {tags:,} tags; {_MOST_TAGS:,} are read at most: split it, or "
+                "save the page from a browser as text and read that"
+            )
         text = html_text(decode_html(raw, name, argument), name)
         if not text:
             raise ValueError(
