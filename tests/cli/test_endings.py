@@ -45,6 +45,8 @@ COMMANDS = {
     "read": "read {tiny} --indexers {indexers} --file {long} --no-chat",
     "generate": "generate {tiny} --prompt hello --max-new-tokens 2 --json {out}.json",
     "generate and keep": "generate {tiny} --indexers {indexers} --file {long} --max-new-tokens 2",
+    "chat": "chat {tiny} --file {text}",
+    "serve": "serve {tiny} --port 0",
     "eval": f"eval {{tiny}} --file {{text}} --tokens 64 {SMALL} --json {{out}}.json",
     "explain": f"explain {{tiny}} --file {{text}} --tokens 64 {SMALL} --out {{out}}.html",
     "export": "export {latent} --indexers {latent_indexers} --out {out}",
@@ -61,6 +63,7 @@ COMMANDS = {
 KEEP = ("read", "generate and keep")
 """Write to the store; the others that write do so to `{out}`."""
 
+ENDS_BY_ITSELF = tuple(name for name in COMMANDS if name != "serve")
 WRITE = tuple(name for name, words in COMMANDS.items() if "{out}" in words)
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -177,9 +180,13 @@ def test_killed_as_it_writes(command: str, ended: Ended, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("stdout", ["closed pipe", "closed"])
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", ENDS_BY_ITSELF)
 def test_streams_that_are_closed(command: str, stdout: str, ended: Ended) -> None:
     told = ended(command, stdout=stdout, stdin="closed")
+    if command == "chat":
+        assert told["code"] == 2
+        assert "stdin is closed: pipe questions in" in told["stderr"]
+        return
     assert told["code"] == 0, told["stderr"]
     assert "pipe" not in told["stderr"].lower()
 
@@ -191,7 +198,7 @@ def test_a_prompt_from_a_closed_standard_input(server: Ended, given: dict[str, s
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [name for name in ENDS_BY_ITSELF if name != "chat"])
 def test_standard_output_on_a_full_disk(command: str, ended: Ended) -> None:
     told = ended(command, stdout="/dev/full")
     assert told["code"] == 2
