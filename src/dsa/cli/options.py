@@ -9,7 +9,7 @@ import typer
 
 from dsa.cli.checks import at_most, check_model, check_threads, check_weights
 
-MODEL_HELP = "Hugging Face id, local directory, or `default`."
+MODEL_HELP = "Hugging Face id, local directory, GGUF file, or `default`."
 
 MOST_TOKENS = 1 << 24
 """Of a context: more than any model reads."""

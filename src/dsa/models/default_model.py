@@ -172,7 +172,7 @@ def _read_gguf(gguf: Path) -> tuple[Any, Any]:
     """Model and tokenizer of a GGUF file, in fp32 and ready to be saved."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    with _quiet_tqdm():
+    with quiet_tqdm():
         model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     # The weights are plain fp32 by now; transformers would refuse to save what it still takes for GGUF.
@@ -184,7 +184,7 @@ def _read_gguf(gguf: Path) -> tuple[Any, Any]:
 
 
 @contextlib.contextmanager
-def _quiet_tqdm() -> Iterator[None]:
+def quiet_tqdm() -> Iterator[None]:
     """Hides the bar that the GGUF reader draws with plain tqdm, which transformers' own switch does not reach."""
     import transformers.modeling_gguf_pytorch_utils as reader
 

@@ -14,9 +14,11 @@ import torch
 
 from dsa.models.attached import is_attached, set_trained
 from dsa.models.config_file import check_json_files
-from dsa.models.default_model import DEFAULT_MODEL, Status, default_model_dir
+from dsa.models.default_model import DEFAULT_MODEL, Status, default_gguf, default_model_dir
+from dsa.models.gguf_model import checked_header, is_gguf, read_model, settings_folder
 from dsa.models.rope import RopeScaling, extend_positions
 from dsa.models.tensors import check_sizes, check_tensors, damaged_file, folder_of, unexplained
+from dsa.ops import native_support
 from dsa.runs.quiet import quiet_transformers
 
 if TYPE_CHECKING:
@@ -63,7 +65,7 @@ def load_model(
     """Loads a causal language model. Weights are read from safetensors only.
 
     Args:
-        name: `"default"`, a directory, or a Hub id.
+        name: `"default"`, a directory, a GGUF file, whose blocks are kept, or a Hub id.
         dtype: Of the weights. `None` means fp32 on a CPU, where narrower matrix products are slower without
             AMX or AVX512-BF16, and the checkpoint's own dtype elsewhere; `"auto"` means that one everywhere.
         device: `None` means CUDA where there is one, else the CPU.
@@ -73,7 +75,8 @@ def load_model(
         place: Put the weights on the device; otherwise they stay on the CPU, for callers that move them in parts.
         random_seed: Make random weights from this seed, as transformers does it, in place of the checkpoint's:
             only its configuration and tokenizer are read. `dtype=None` and `"auto"` then mean fp32.
-        weights: A form of `dsa.pack_weights`, or `"auto"`; `None` leaves them as they are stored.
+        weights: A form of `dsa.pack_weights`, or `"auto"`; `None` leaves them as they are stored. With `"auto"` and
+            `"int4"` the default model keeps the blocks of its own file.
 
     Raises:
         OSError: No such directory or Hub id, no network, no safetensors, or the cache cannot be written.
@@ -83,7 +86,17 @@ def load_model(
     tell = status or (lambda message: None)
     target = _device(device)
     is_default = name == DEFAULT_MODEL
-    source = default_model_dir(tell) if is_default else _resolve(name)
+    file = _gguf_file(name, weights)
+    header = None
+    if file is not None:
+        if target.type != "cpu":
+            raise ValueError(
+                f"device: the blocks of {file.name} are multiplied on the CPU, got {target}; use --device cpu"
+            )
+        header = checked_header(file)
+        source: str | Path = settings_folder(file, header, tell)
+    else:
+        source = default_model_dir(tell) if is_default else _resolve(name)
     tell(f"Loading {name}")
     with quiet_transformers():
         config = _check_causal(name, source)
@@ -97,9 +110,25 @@ def load_model(
             return LoadedModel((model.to(target) if place else model).eval(), tokenizer, name, is_default)
         if dtype is None:
             dtype = torch.float32 if target.type == "cpu" else None
-        model = _read_weights(name, source, dtype, config, given=rope_scaling is not None)
+        if file is not None and header is not None:
+            model = read_model(file, header, config)
+            weights = None if is_default else weights
+        else:
+            model = _read_weights(name, source, dtype, config, given=rope_scaling is not None)
     model = (model.to(target) if place else model).eval()
     return LoadedModel(model, tokenizer, name, is_default, _packed(model, weights))
+
+
+def _gguf_file(name: str, weights: str | None) -> Path | None:
+    """The GGUF file that the weights are read from; the default model's own where its blocks are wanted."""
+    if name == DEFAULT_MODEL:
+        return default_gguf() if weights in ("auto", "int4") and native_support.gap() is None else None
+    path = Path(name).expanduser()
+    if not is_gguf(name) or path.is_dir():
+        return None
+    if not path.is_file():
+        raise OSError(f"model: there is no file {name}; expected a GGUF file, a local directory, a Hub id or 'default'")
+    return path
 
 
 def _packed(model: PreTrainedModel, weights: str | None) -> PackReport | None:
@@ -108,7 +137,7 @@ def _packed(model: PreTrainedModel, weights: str | None) -> PackReport | None:
 
     form = form_of_auto(model)[0] if weights == "auto" else weights
     before = weight_bytes(model)
-    report = report_on(model, "as saved", before) if form is None else pack_weights(model, cast("Any", form))
+    report = report_on(model, "as stored", before) if form is None else pack_weights(model, cast("Any", form))
     return report if report.formats else None
 
 
@@ -134,7 +163,8 @@ def _resolve(name: str) -> str:
         return str(path)
     if path.exists():
         raise OSError(
-            f"model: {name} is a file; expected a directory that `save_pretrained` wrote, a Hub id or 'default'"
+            f"model: {name} is a file; expected a GGUF file, a directory that `save_pretrained` wrote, a Hub id or "
+            "'default'"
         )
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise OSError(f"model: there is no directory {name}; expected a local directory, a Hub id or 'default'")

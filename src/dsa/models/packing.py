@@ -99,7 +99,7 @@ def form_of_auto(model: PreTrainedModel | None = None) -> tuple[Form | None, str
     gap = native_support.gap()
     if gap is not None:
         return None, f"packed weights are slow without the CPU kernels: {gap}"
-    return "int8", "its loss of quality was measured to be negligible, and reading a quarter of the bytes is faster"
+    return "int8", "its loss was measured to be negligible; GGUF files and the default model keep their own blocks"
 
 
 def report_on(model: PreTrainedModel, form: str, before: int) -> PackReport:
