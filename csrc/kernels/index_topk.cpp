@@ -1,7 +1,7 @@
 // The lightning indexer and its selection: a block of queries goes through the keys from the newest to the oldest,
 // tile by tile, and of each query only the keys that beat its K best so far are kept. Interface: dsa/index_topk.h.
 //
-// Shapes: B batch, T query tokens, S key tokens, Hi/Di index heads / index head dim, K top-k.
+// Shapes: B batch, T query tokens, S key tokens, Hi/Di index heads / index head dim, Gs selections of a query, K top-k.
 #include "kernels/index_topk_problem.h"
 
 namespace dsa::DSA_ISA {
@@ -24,17 +24,19 @@ class Workspace {
           tile_scale_(take(p.tile * 4)),
           tile_outlines_(take(p.bounded ? round_up(p.tile, kBoundChunks * kChunk) * kOutline * 4 : 0)),
           query_(take(p.block * p.heads * p.query_words * 4)),
-          factor_(take(p.block * p.heads * 4)),
+          factor_(take(p.block * p.selections * p.heads * 4)),
           start_(take(p.block * p.heads * 4)),
           row_(take(p.dim * 4)),
           bytes_(take(p.dim)),
           outlines_(take(p.bounded ? p.block * p.heads * kOutline * 4 : 0)),
-          bound_factor_(take(p.bounded ? p.block * p.heads * 4 : 0)),
+          bound_factor_(take(p.bounded ? p.block * p.selections * p.heads * 4 : 0)),
           bounds_(take(p.bounded ? p.block * static_cast<int64_t>(sizeof(Bounds)) : 0)),
           sums_(take(p.bounded ? p.dim * static_cast<int64_t>(sizeof(double)) : 0)),
           ranges_(take(p.block * static_cast<int64_t>(sizeof(Range)))),
-          best_(take(p.block * static_cast<int64_t>(sizeof(Candidates)))),
-          pairs_(take(p.block * capacity * 8)) {}
+          best_(take(p.block * p.selections * static_cast<int64_t>(sizeof(Candidates)))),
+          scores_(take(p.selections * kSpan * 4)),
+          pairs_(take(p.block * p.selections * capacity * 8)),
+          selections_(p.selections) {}
 
     int64_t bytes() const { return used_; }
     void use(char* memory) { memory_ = memory; }
@@ -52,12 +54,24 @@ class Workspace {
     Bounds* bounds() const { return at<Bounds>(bounds_); }
     double* sums() const { return at<double>(sums_); }
     Range* ranges() const { return at<Range>(ranges_); }
-    Candidates* best() const { return at<Candidates>(best_); }
+    // One for each selection of a query.
+    Candidates* best(int64_t slot) const { return at<Candidates>(best_) + slot * selections_; }
     Query query_at(const Problem& p, int64_t slot) const {
-        return {query() + slot * p.heads * p.query_words, factor() + slot * p.heads, start() + slot * p.heads};
+        const int64_t head = slot * p.heads;
+        return {query() + head * p.query_words, factor() + head * selections_, start() + head, p.heads};
     }
-    int32_t* order(int64_t query) const { return at<int32_t>(pairs_) + query * 2 * capacity; }
-    int32_t* position(int64_t query) const { return order(query) + capacity; }
+    Scoring scoring(const Problem& p) const { return {p.words, p.heads, selections_, at<float>(scores_)}; }
+    // Begins the selections of a query; `guess(selection)` is what their scores must exceed.
+    template <class Guess>
+    void begin(int64_t slot, int64_t wanted, const Guess& guess) const {
+        for (int64_t s = 0; s < selections_; ++s) {
+            int32_t* order = at<int32_t>(pairs_) + (slot * selections_ + s) * 2 * capacity;
+            best(slot)[s].begin(wanted, order, order + capacity, guess(best(slot)[s]));
+        }
+    }
+    void begin(int64_t slot, int64_t wanted) const {
+        begin(slot, wanted, [](const Candidates&) { return __builtin_nanf(""); });
+    }
 
     const int64_t capacity;
 
@@ -74,11 +88,11 @@ class Workspace {
 
     int64_t used_ = 0;
     const int64_t tile_, tile_scale_, tile_outlines_, query_, factor_, start_, row_, bytes_, outlines_, bound_factor_, bounds_,
-        sums_, ranges_, best_, pairs_;
+        sums_, ranges_, best_, scores_, pairs_, selections_;
     char* memory_ = nullptr;
 };
 
-// What the segments of a block's keys have found, for the merge: [B * T, segments] lists of `wanted` pairs.
+// What the segments of a block's keys have found, for the merge: [B * T * Gs, segments] lists of `wanted` pairs.
 struct Lists {
     int32_t* order;
     int32_t* position;
@@ -94,22 +108,31 @@ struct Outlines {
 // Brings one query into the form in which it is scored; `slot` is its place in the block.
 void prepare_query(const Problem& p, const Workspace& space, const Outlines& outlines, int64_t b, int64_t t, int64_t slot) {
     Bounds bounds{{}, 0, 0, 0};
+    const int64_t first = slot * p.heads;
+    float *factors = space.factor() + first * p.selections, *bound_factors = space.bound_factor() + first * p.selections;
     for (int64_t head = 0; head < p.heads; ++head) {
-        const int64_t place = slot * p.heads + head;
-        int32_t* words = space.query() + place * p.query_words;
-        const float factor = space.factor()[place] = read_query(p, b, t, head, space.row(), space.row_bytes());
-        space.start()[place] = p.quantised ? pack_query(space.row_bytes(), p.dim, words) : 0;
+        int32_t* words = space.query() + (first + head) * p.query_words;
+        const float scale = read_query(p, b, t, head, space.row(), space.row_bytes());
+        space.start()[first + head] = p.quantised ? pack_query(space.row_bytes(), p.dim, words) : 0;
         if (!p.quantised) memcpy(words, space.row(), static_cast<size_t>(p.dim) * 4);
+        bool raises = false;
+        for (int64_t s = 0; s < p.selections; ++s) {
+            const float factor = factors[s * p.heads + head] = factor_of(p, b, t, s, head, scale);
+            raises |= !(factor <= 0.0f);
+        }
         // Other heads add nothing or less. One whose weight is not a number makes every score so, which no bound says.
-        if (!outlines.keys || factor <= 0.0f) continue;
-        const int64_t to = slot * p.heads + bounds.heads++;
-        outlines.basis->of_query(space.row(), space.sums(), space.outlines() + to * kOutline);
-        space.bound_factor()[to] = factor * (1.0f + 1.2e-7f * static_cast<float>(p.heads + 8));
+        if (!outlines.keys || !raises) continue;
+        const int64_t kept = bounds.heads++;
+        outlines.basis->of_query(space.row(), space.sums(), space.outlines() + (first + kept) * kOutline);
+        for (int64_t s = 0; s < p.selections; ++s) {
+            const float factor = factors[s * p.heads + head];
+            bound_factors[s * p.heads + kept] =
+                factor <= 0.0f ? 0.0f : factor * (1.0f + 1.2e-7f * static_cast<float>(p.heads + 8));
+        }
     }
     if (!outlines.keys) return;
-    const int64_t first = slot * p.heads;
-    bounds.query = {reinterpret_cast<const int32_t*>(space.outlines()) + first * kOutline, space.bound_factor() + first,
-                    space.start() + first};
+    bounds.query = {reinterpret_cast<const int32_t*>(space.outlines()) + first * kOutline, bound_factors, space.start() + first,
+                    p.heads};
     space.bounds()[slot] = bounds;
 }
 
@@ -197,7 +220,7 @@ struct Segment {
 };
 
 // Scores the keys of a segment for the queries [first, last) of its block.
-template <class Keys>
+template <class Keys, bool kOne>
 void scan_segment(const Problem& p, const Workspace& space, const Segment& s, int64_t first, int64_t last) {
     for (int64_t top = s.high; top > s.low; top -= p.tile) {
         const int64_t bottom = larger(s.low, top - p.tile);
@@ -206,21 +229,22 @@ void scan_segment(const Problem& p, const Workspace& space, const Segment& s, in
             const Range& range = space.ranges()[r];
             const int64_t begin = larger<int64_t>(0, top - range.end), end = top - larger(bottom, range.begin);
             if (begin >= end || range.begin >= range.end) continue;
-            Candidates& best = space.best()[r];
-            Bounds* bounds = s.outlines.keys && space.bounds()[r].looks(best.threshold()) ? space.bounds() + r : nullptr;
+            Candidates* best = space.best(r);
+            const float threshold = kOne ? best->threshold() : lowest_threshold(best, p.selections);
+            Bounds* bounds = s.outlines.keys && space.bounds()[r].looks(threshold) ? space.bounds() + r : nullptr;
             if (!packed) pack_tile(p, space, s.batch, top - 1, top - bottom);
             if (bounds && !outlines_packed) pack_outlines(p, space, s.outlines, s.batch, top - 1, top - bottom);
             packed = true;
             outlines_packed |= bounds != nullptr;
             const Tile tile{space.tile(), space.tile_scale(), space.tile_outlines(), top - 1};
-            scan_tile<Keys>(tile, begin, end, p.words, p.heads, space.query_at(p, r), bounds, best);
+            scan_tile<Keys, kOne>(tile, begin, end, space.scoring(p), space.query_at(p, r), bounds, best);
         }
     }
 }
 
 // Guesses each query's threshold from the scores of a sample of the keys: low enough that hardly ever fewer than
 // `wanted` keys exceed it, and high enough that most that will not be selected never become candidates.
-template <class Keys>
+template <class Keys, bool kOne>
 void guess_thresholds(const Problem& p, const Workspace& space, const Segment& s) {
     const int64_t rounds = ceil_div(kSampledKeys, p.tile), sampled = rounds * p.tile;
     const int64_t step = (s.high - s.low) / sampled;
@@ -243,7 +267,7 @@ void guess_thresholds(const Problem& p, const Workspace& space, const Segment& s
         const int64_t some = seen(range, begin, end);
         // A rank deep within the sample would exclude too little, and must fit the room for candidates.
         const int64_t wanted = some > 0 ? rank(range, some) : p.wanted;
-        space.best()[r].begin(4 * wanted <= some && wanted <= p.wanted ? wanted : 0, space.order(r), space.position(r));
+        space.begin(r, 4 * wanted <= some && wanted <= p.wanted ? wanted : 0);
     }
     for (int64_t round = 0; round < rounds; ++round) {
         const int64_t first = round * p.tile, newest = s.high - 1 - first * step;
@@ -251,24 +275,22 @@ void guess_thresholds(const Problem& p, const Workspace& space, const Segment& s
         const Tile tile{space.tile(), space.tile_scale(), nullptr, newest};
         for (int64_t r = 0; r < s.rows; ++r) {
             const Range& range = space.ranges()[r];
-            if (range.begin >= range.end || space.best()[r].wanted() == 0 || seen(range, begin, end) == 0) continue;
+            if (range.begin >= range.end || space.best(r)->wanted() == 0 || seen(range, begin, end) == 0) continue;
             begin = larger<int64_t>(0, begin - first);
             end = smaller(p.tile, end - first);
             if (begin < end)
-                scan_tile<Keys>(tile, begin, end, p.words, p.heads, space.query_at(p, r), nullptr, space.best()[r]);
+                scan_tile<Keys, kOne>(tile, begin, end, space.scoring(p), space.query_at(p, r), nullptr, space.best(r));
         }
     }
     for (int64_t r = 0; r < s.rows; ++r) {
         const Range& range = space.ranges()[r];
         if (range.begin >= range.end) continue;
-        Candidates& best = space.best()[r];
-        const float guess = best.wanted() == 0 ? __builtin_nanf("") : best.bound_of_kept();
-        best.begin(p.wanted, space.order(r), space.position(r), guess);
+        space.begin(r, p.wanted, [](Candidates& best) { return best.wanted() == 0 ? __builtin_nanf("") : best.bound_of_kept(); });
     }
 }
 
 // One block of queries over one segment of the keys that they see.
-template <class Keys>
+template <class Keys, bool kOne>
 void scan_block(const Problem& p, const Workspace& space, const Outlines& outlines, int64_t item, const Lists& lists) {
     const int64_t segment = item % p.segments, b = item / p.segments % p.batch;
     // The last queries see most: they go first, so that no thread is left with much at the end.
@@ -278,11 +300,12 @@ void scan_block(const Problem& p, const Workspace& space, const Outlines& outlin
     for (int64_t r = 0; r < rows; ++r) {
         Range& range = space.ranges()[r] = p.range(b, row + r);
         if (range.begin >= range.end) {
-            if (segment == 0) write_selection(p, range, p.selection(b, row + r), nullptr);
+            for (int64_t s = 0; segment == 0 && s < p.selections; ++s)
+                write_selection(p, range, p.selection(b, row + r, s), nullptr);
             continue;
         }
         prepare_query(p, space, outlines, b, row + r, r);
-        space.best()[r].begin(p.wanted, space.order(r), space.position(r));
+        space.begin(r, p.wanted);
         low = smaller(low, range.begin);
         high = larger(high, range.end);
     }
@@ -293,43 +316,47 @@ void scan_block(const Problem& p, const Workspace& space, const Outlines& outlin
     }
     if (p.wanted > 0 && low < high) {
         const Segment keys{b, rows, low, high, outlines};
-        guess_thresholds<Keys>(p, space, keys);
-        scan_segment<Keys>(p, space, keys, 0, rows);
+        guess_thresholds<Keys, kOne>(p, space, keys);
+        scan_segment<Keys, kOne>(p, space, keys, 0, rows);
         for (int64_t r = 0; r < rows; ++r) {
             const Range& range = space.ranges()[r];
-            if (range.begin >= range.end || !space.best()[r].guessed_too_high()) continue;
-            space.best()[r].begin(p.wanted, space.order(r), space.position(r));
-            scan_segment<Keys>(p, space, keys, r, r + 1);
+            bool too_high = false;
+            for (int64_t s = 0; s < p.selections; ++s) too_high |= space.best(r)[s].guessed_too_high();
+            if (range.begin >= range.end || !too_high) continue;
+            space.begin(r, p.wanted);
+            scan_segment<Keys, kOne>(p, space, keys, r, r + 1);
         }
     }
     for (int64_t r = 0; r < rows; ++r) {
         const Range& range = space.ranges()[r];
         if (range.begin >= range.end) continue;
-        Candidates& best = space.best()[r];
-        best.shrink();
-        if (p.segments == 1) {
-            write_selection(p, range, p.selection(b, row + r), &best);
-            continue;
+        for (int64_t s = 0; s < p.selections; ++s) {
+            Candidates& best = space.best(r)[s];
+            best.shrink();
+            if (p.segments == 1) {
+                write_selection(p, range, p.selection(b, row + r, s), &best);
+                continue;
+            }
+            const int64_t list = ((b * p.tokens + row + r) * p.selections + s) * p.segments + segment;
+            const size_t bytes = static_cast<size_t>(best.count()) * 4;
+            memcpy(lists.order + list * p.wanted, best.order(), bytes);
+            memcpy(lists.position + list * p.wanted, best.position(), bytes);
+            lists.count[list] = best.count();
         }
-        const int64_t list = (b * p.tokens + row + r) * p.segments + segment;
-        const size_t bytes = static_cast<size_t>(best.count()) * 4;
-        memcpy(lists.order + list * p.wanted, best.order(), bytes);
-        memcpy(lists.position + list * p.wanted, best.position(), bytes);
-        lists.count[list] = best.count();
     }
 }
 
-// The best of what the segments have found; the first segment is the newest.
-void merge(const Problem& p, const Workspace& space, int64_t query, const Lists& lists) {
-    const int64_t b = query / p.tokens, t = query % p.tokens;
+// The best of what the segments have found for one selection; the first segment is the newest.
+void merge(const Problem& p, const Workspace& space, int64_t item, const Lists& lists) {
+    const int64_t s = item % p.selections, query = item / p.selections, b = query / p.tokens, t = query % p.tokens;
     const Range range = p.range(b, t);
     if (range.begin >= range.end) return;
-    Candidates best;
-    best.begin(p.wanted, space.order(0), space.position(0));
-    for (int64_t list = query * p.segments; list < (query + 1) * p.segments; ++list)
+    space.begin(0, p.wanted);
+    Candidates& best = *space.best(0);
+    for (int64_t list = item * p.segments; list < (item + 1) * p.segments; ++list)
         best.add(lists.order + list * p.wanted, lists.position + list * p.wanted, lists.count[list]);
     best.shrink();
-    write_selection(p, range, p.selection(b, t), &best);
+    write_selection(p, range, p.selection(b, t, s), &best);
 }
 
 // A basis from a sample of queries and keys; false where that says nothing.
@@ -339,9 +366,13 @@ bool find_basis(const Problem& p, const Workspace& space, OutlineBasis* basis) {
     basis->clear();
     for (int64_t i = 0; i < some_queries; ++i) {
         const int64_t at = i * queries / some_queries;
-        for (int64_t head = 0; head < p.heads; ++head)
-            if (read_query(p, at / p.tokens, at % p.tokens, head, space.row(), space.row_bytes()) > 0.0f)
-                add_moments(space.row(), p.dim, basis->query_moments);
+        const int64_t b = at / p.tokens, t = at % p.tokens;
+        for (int64_t head = 0; head < p.heads; ++head) {
+            const float scale = read_query(p, b, t, head, space.row(), space.row_bytes());
+            bool raises = false;
+            for (int64_t s = 0; s < p.selections; ++s) raises |= factor_of(p, b, t, s, head, scale) > 0.0f;
+            if (raises) add_moments(space.row(), p.dim, basis->query_moments);
+        }
     }
     for (int64_t i = 0; i < some_keys; ++i) {
         const int64_t at = i * keys / some_keys;
@@ -369,7 +400,7 @@ int index_topk(const dsa_index_topk_args& args) {
     if (items == 0) return DSA_OK;
     const int threads = static_cast<int>(larger<int64_t>(1, smaller<int64_t>(args.threads, items)));
     Workspace space(p);
-    const int64_t list_count = p.segments > 1 ? p.batch * p.tokens * p.segments : 0;
+    const int64_t list_count = p.segments > 1 ? p.batch * p.tokens * p.selections * p.segments : 0;
     const int64_t list_bytes = round_up(list_count * p.wanted * 4, 64);
     Scratch scratch(threads * space.bytes() + 2 * list_bytes + list_count * 8);
     if (scratch.failed()) return DSA_OUT_OF_MEMORY;
@@ -393,14 +424,13 @@ int index_topk(const dsa_index_topk_args& args) {
         outlines = {&basis, outline_scratch.at<float>()};
     }
     for_each_item(items, threads, [&](int64_t item, int worker) {
-        if (p.quantised)
-            scan_block<Bytes>(p, workspace(worker), outlines, item, lists);
-        else
-            scan_block<Floats>(p, workspace(worker), outlines, item, lists);
+        const auto scan = p.quantised ? (p.selections == 1 ? scan_block<Bytes, true> : scan_block<Bytes, false>)
+                                      : (p.selections == 1 ? scan_block<Floats, true> : scan_block<Floats, false>);
+        scan(p, workspace(worker), outlines, item, lists);
     });
     if (p.segments == 1) return DSA_OK;
-    for_each_item(p.batch * p.tokens, threads,
-                  [&](int64_t query, int worker) { merge(p, workspace(worker), query, lists); });
+    for_each_item(p.batch * p.tokens * p.selections, threads,
+                  [&](int64_t item, int worker) { merge(p, workspace(worker), item, lists); });
     return DSA_OK;
 }
 

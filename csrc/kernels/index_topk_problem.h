@@ -1,6 +1,6 @@
 // What index_topk is asked, how the work is cut, and how queries and keys are read.
 //
-// Shapes: B batch, T query tokens, S key tokens, Hi/Di index heads / index head dim, K top-k.
+// Shapes: B batch, T query tokens, S key tokens, Hi/Di index heads / index head dim, Gs selections of a query, K top-k.
 #pragma once
 
 #include "dsa/index_topk.h"
@@ -41,7 +41,8 @@ class Problem {
           heads(args.query.size[2]),
           dim(args.query.size[3]),
           keys(args.key.size[1]),
-          top_k(args.selection.size[2]),
+          selections(args.weight.dims == 4 ? args.weight.size[2] : 1),
+          top_k(args.selection.size[args.selection.dims - 1]),
           wanted(top_k - args.sinks - args.local),
           quantised(args.key.dtype == DSA_I8),
           words(quantised ? Bytes::words(dim) : Floats::words(dim)),
@@ -67,8 +68,8 @@ class Problem {
         return r;
     }
 
-    int32_t* selection(int64_t b, int64_t t) const {
-        return static_cast<int32_t*>(args.selection.data) + (b * tokens + t) * top_k;
+    int32_t* selection(int64_t b, int64_t t, int64_t s) const {
+        return static_cast<int32_t*>(args.selection.data) + ((b * tokens + t) * selections + s) * top_k;
     }
 
     template <class T>
@@ -77,7 +78,7 @@ class Problem {
     }
 
     const dsa_index_topk_args& args;
-    const int64_t batch, tokens, heads, dim, keys, top_k;
+    const int64_t batch, tokens, heads, dim, keys, selections, top_k;
     const int64_t wanted;  // how many a query chooses apart from sinks and local tokens
     const bool quantised;
     const int64_t words, query_words;  // of a key, and of a query's head
@@ -108,9 +109,10 @@ bool fit(const Problem& p, const dsa_tensor& bound) {
     return true;
 }
 
-float weight_of(const Problem& p, int64_t b, int64_t t, int64_t head) {
+float weight_of(const Problem& p, int64_t b, int64_t t, int64_t s, int64_t head) {
     const dsa_tensor& w = p.args.weight;
-    const int64_t offset = b * w.stride[0] + t * w.stride[1] + head * w.stride[2];
+    const int64_t selection = w.dims == 4 ? s * w.stride[2] : 0;
+    const int64_t offset = b * w.stride[0] + t * w.stride[1] + selection + head * w.stride[w.dims - 1];
     switch (w.dtype) {
         case DSA_BF16: return widen(static_cast<const Bf16*>(w.data)[offset]);
         case DSA_F16: return widen(static_cast<const F16*>(w.data)[offset]);
@@ -128,15 +130,19 @@ void widen_query(const Problem& p, int64_t b, int64_t t, int64_t head, float* ro
     }
 }
 
-// Head `head` of a query as it is scored: its numbers in `row` and, where keys are quantised, in `bytes`. Returns what the
-// head's product is multiplied by.
+// Head `head` of a query as it is scored: its numbers in `row` and, where keys are quantised, in `bytes`. Returns the scale of
+// the numbers.
 float read_query(const Problem& p, int64_t b, int64_t t, int64_t head, float* row, int8_t* bytes) {
-    const float weight = weight_of(p, b, t, head);
     widen_query(p, b, t, head, row);
-    if (!p.quantised) return weight * p.args.scale;
+    if (!p.quantised) return 1.0f;
     const float scale = quantize_row(row, p.dim, kQueryLevels, bytes);
     for (int64_t i = 0; i < p.dim; ++i) row[i] = bytes[i];
-    return (weight * scale) * p.args.scale;
+    return scale;
+}
+
+// What the product of a head, whose numbers have this scale, is multiplied by in selection `s`.
+float factor_of(const Problem& p, int64_t b, int64_t t, int64_t s, int64_t head, float scale) {
+    return (weight_of(p, b, t, s, head) * scale) * p.args.scale;
 }
 
 // A key's numbers, and what they are multiplied by.

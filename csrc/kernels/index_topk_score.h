@@ -18,11 +18,20 @@ struct Tile {
     int64_t newest;           // position of the first
 };
 
-// One query: the words of its heads as `Keys::add` takes them, the factor of each head, and what each head's sum starts from.
+// One query: the words of its heads as `Keys::add` takes them, the factor of each head in each selection, and what each head's
+// sum starts from.
 struct Query {
     const int32_t* words;
-    const float* factor;
+    const float* factor;  // of the first selection; the next one's are `stride` further on
     const int32_t* start;
+    int64_t stride;
+};
+
+// What is the same for all queries, and room for the scores of a span: [selections, kSpan].
+struct Scoring {
+    int64_t words;  // of a key
+    int64_t heads, selections;
+    float* scores;
 };
 
 // Index keys in eight bits: integers, with one scale a key.
@@ -76,13 +85,12 @@ constexpr int kBoundChunks = 2;
 constexpr int kBoundChunks = 1;
 #endif
 
-// Adds `kHeads` heads to the scores of `kVectors` vectors of keys.
+// The products of `kHeads` heads with `kVectors` vectors of keys.
 template <class Keys, int kHeads, int kVectors>
-DSA_INLINE void add_heads(const int32_t* DSA_RESTRICT keys, int64_t words, const Query& query, int64_t head,
-                          F32* DSA_RESTRICT scores) {
+DSA_INLINE void multiply_heads(const int32_t* DSA_RESTRICT keys, int64_t words, const Query& query, int64_t head,
+                               typename Keys::Sum (&sum)[kHeads][kVectors]) {
     const int64_t query_words = words / Keys::kWords * Keys::kQueryWords;
     const int32_t* DSA_RESTRICT from = query.words + head * query_words;
-    typename Keys::Sum sum[kHeads][kVectors];
 #pragma GCC unroll 8
     for (int h = 0; h < kHeads; ++h) {
         const typename Keys::Sum start = Keys::start(query.start[head + h]);
@@ -100,6 +108,14 @@ DSA_INLINE void add_heads(const int32_t* DSA_RESTRICT keys, int64_t words, const
 #pragma GCC unroll 8
             for (int v = 0; v < kVectors; ++v) sum[h][v] = Keys::add(sum[h][v], key[v], from + h * query_words);
     }
+}
+
+// Adds `kHeads` heads to the scores of `kVectors` vectors of keys.
+template <class Keys, int kHeads, int kVectors>
+DSA_INLINE void add_heads(const int32_t* DSA_RESTRICT keys, int64_t words, const Query& query, int64_t head,
+                          F32* DSA_RESTRICT scores) {
+    typename Keys::Sum sum[kHeads][kVectors];
+    multiply_heads<Keys, kHeads, kVectors>(keys, words, query, head, sum);
 #pragma GCC unroll 8
     for (int h = 0; h < kHeads; ++h) {
         const F32 factor = broadcast(query.factor[head + h]);
@@ -154,6 +170,76 @@ DSA_INLINE void score_chunk(const int32_t* DSA_RESTRICT keys, const float* DSA_R
         store(out + v * kWidth, Keys::kScaled ? scores[v] * load(scale + v * kWidth) : scores[v]);
 }
 
+// The same heads in the scores of every selection, [selections, kSpan] in `out`: multiplied once, weighed for each. They wait in
+// the first cache between the heads.
+template <class Keys, int kHeads>
+DSA_INLINE void add_heads_to_each(const int32_t* DSA_RESTRICT keys, const float* DSA_RESTRICT scale, const Scoring& scoring,
+                                  const Query& query, int64_t head, float* DSA_RESTRICT out) {
+    typename Keys::Sum sum[kHeads][kVectors];
+    multiply_heads<Keys, kHeads, kVectors>(keys, scoring.words, query, head, sum);
+    F32 dot[kHeads][kVectors];
+#pragma GCC unroll 8
+    for (int h = 0; h < kHeads; ++h)
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectors; ++v) dot[h][v] = Keys::relu(sum[h][v]);
+    const bool first = head == 0, last = head + kHeads == scoring.heads;
+    const float* DSA_RESTRICT factor = query.factor + head;
+    for (int64_t s = 0; s < scoring.selections; ++s, factor += query.stride, out += kSpan) {
+        F32 scores[kVectors];
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectors; ++v) scores[v] = first ? zero() : load(out + v * kWidth);
+#pragma GCC unroll 8
+        for (int h = 0; h < kHeads; ++h) {
+            const F32 of_head = broadcast(factor[h]);
+#pragma GCC unroll 8
+            for (int v = 0; v < kVectors; ++v) scores[v] = scores[v] + dot[h][v] * of_head;
+        }
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectors; ++v)
+            store(out + v * kWidth, Keys::kScaled && last ? scores[v] * load(scale + v * kWidth) : scores[v]);
+    }
+}
+
+// Scores kChunk keys for every selection.
+template <class Keys>
+DSA_INLINE void score_chunk_for_each(const int32_t* DSA_RESTRICT keys, const float* DSA_RESTRICT scale, const Scoring& scoring,
+                                     const Query& query, float* DSA_RESTRICT out) {
+    int64_t head = 0;
+    for (; head + kHeadsAtATime <= scoring.heads; head += kHeadsAtATime)
+        add_heads_to_each<Keys, kHeadsAtATime>(keys, scale, scoring, query, head, out);
+    for (; head < scoring.heads; ++head) add_heads_to_each<Keys, 1>(keys, scale, scoring, query, head, out);
+}
+
+// `exceeding_chunks` for several selections: chunks that can matter to one of them at least.
+__attribute__((noinline)) int64_t chunks_exceeding_any(const int32_t* DSA_RESTRICT outlines, const Query& query,
+                                                       const Scoring& bounding, const Candidates* best, int64_t first,
+                                                       int64_t last, int32_t* DSA_RESTRICT chunks) {
+    int64_t count = 0;
+    for (int64_t at = first; at < last; at += kChunk) {
+        score_chunk_for_each<Floats>(outlines + at * kOutline, nullptr, bounding, query, bounding.scores);
+        uint32_t below = kAllLanes;
+        for (int64_t s = 0; s < bounding.selections; ++s) {
+            const F32 threshold = broadcast(best[s].threshold());
+#pragma GCC unroll 8
+            for (int v = 0; v < kVectors; ++v) below &= above(threshold, load(bounding.scores + s * kSpan + v * kWidth));
+        }
+        chunks[count] = static_cast<int32_t>(at);
+        count += below != kAllLanes;
+    }
+    return count;
+}
+
+// What a score must exceed to join a selection, for the selection that is joined most easily; NaN while one takes everything.
+DSA_INLINE float lowest_threshold(const Candidates* best, int64_t selections) {
+    float lowest = best->threshold();
+    for (int64_t s = 1; s < selections; ++s) {
+        const float threshold = best[s].threshold();
+        if (!(threshold >= lowest)) lowest = threshold;
+        if (lowest != lowest) break;
+    }
+    return lowest;
+}
+
 // A query's outlines: of those heads that can raise a score.
 struct Bounds {
     Query query;
@@ -177,20 +263,27 @@ constexpr int64_t kProbedChunks = 8, kExceedingOfProbed = 6;
 // After looking in vain, twice as many tiles as before pass without, up to this.
 constexpr int32_t kLongestPause = 7;
 
-// Scores the keys [begin, end) of a tile and hands those that beat the threshold to `best`; if there are `bounds`, not those
-// of chunks where no key can.
-template <class Keys>
-void scan_tile(const Tile& tile, int64_t begin, int64_t end, int64_t words, int64_t heads, const Query& query, Bounds* bounds,
-               Candidates& best) {
-    alignas(64) float scores[kSpan];
+// Scores the keys [begin, end) of a tile and hands those that beat the threshold to `best`, one for each selection; if there
+// are `bounds`, not those of chunks where no key can. `kOne`: there is one selection, whose scores stay in registers.
+template <class Keys, bool kOne>
+void scan_tile(const Tile& tile, int64_t begin, int64_t end, const Scoring& scoring, const Query& query, Bounds* bounds,
+               Candidates* best) {
+    const int64_t words = scoring.words, selections = kOne ? 1 : scoring.selections;
+    float* scores = scoring.scores;
     int32_t chunks[kSpan / kChunk + 1];
     bool bounded = bounds != nullptr, probed = false;
     for (int64_t first = begin / kChunk * kChunk; first < end;) {
         const int64_t last = smaller(first + (bounded && !probed ? kProbedChunks * kChunk : kSpan), end);
         int64_t count = 0;
         if (bounded) {
-            const F32 threshold = broadcast(best.threshold());
-            count = exceeding_chunks(tile.outlines, bounds->query, bounds->heads, threshold, first, last, chunks);
+            const Query& outline = bounds->query;
+            if constexpr (kOne) {
+                const F32 threshold = broadcast(best->threshold());
+                count = exceeding_chunks(tile.outlines, outline, bounds->heads, threshold, first, last, chunks);
+            } else {
+                const Scoring bounding{kOutline, bounds->heads, selections, scores};
+                count = chunks_exceeding_any(tile.outlines, outline, bounding, best, first, last, chunks);
+            }
             if (!probed) {
                 probed = true;
                 bounded = count <= kExceedingOfProbed;
@@ -200,9 +293,16 @@ void scan_tile(const Tile& tile, int64_t begin, int64_t end, int64_t words, int6
         } else {
             for (int64_t at = first; at < last; at += kChunk) chunks[count++] = static_cast<int32_t>(at);
         }
-        for (int64_t i = 0; i < count; ++i)
-            score_chunk<Keys>(tile.words + chunks[i] * words, tile.scale + chunks[i], words, heads, query, scores + i * kChunk);
-        best.add(scores, chunks, count, begin, end, tile.newest);
+        for (int64_t i = 0; i < count; ++i) {
+            const int32_t* keys = tile.words + chunks[i] * words;
+            const float* scale = tile.scale + chunks[i];
+            if constexpr (kOne)
+                score_chunk<Keys>(keys, scale, words, scoring.heads, query, scores + i * kChunk);
+            else
+                score_chunk_for_each<Keys>(keys, scale, scoring, query, scores + i * kChunk);
+        }
+        for (int64_t s = 0; s < selections; ++s)
+            best[s].add(scores + s * kSpan, chunks, count, begin, end, tile.newest);
         first = last;
     }
 }

@@ -14,6 +14,7 @@ struct Shape {
     int32_t top_k, sinks, local;
     bool ranges, int8, tied;
     bool few_dims = false;  // whether nearly all of a product comes from few dims, as in a trained indexer
+    int64_t selections = 0;  // of each query; 0 leaves the dim out
 };
 
 // Rows of whole numbers that reach `levels`: eight bits hold them as they are, with scale 1, where no rotation comes
@@ -49,7 +50,8 @@ void check_shape(const Shape& s, int threads, unsigned seed) {
     std::mt19937 generator(seed);
     auto query = whole_numbers(s.batch * s.tokens * s.heads, s, 63, generator);
     auto key = whole_numbers(s.batch * s.keys, s, 127, generator);
-    auto weight = normal(s.batch * s.tokens * s.heads, seed + 1);
+    const int64_t selections = std::max<int64_t>(1, s.selections);
+    auto weight = normal(s.batch * s.tokens * selections * s.heads, seed + 1);
     auto key_scale = normal(s.batch * s.keys, seed + 2);
     if (s.tied) {
         for (auto& w : weight) w = std::copysign(1.0f, w);
@@ -69,15 +71,17 @@ void check_shape(const Shape& s, int threads, unsigned seed) {
             start[row] = static_cast<int32_t>(generator() % (s.keys + 1));
             end[row] = static_cast<int32_t>(generator() % (s.keys + 1));
         }
-    std::vector<int32_t> selection(s.batch * s.tokens * s.top_k, INT32_MAX);
+    std::vector<int32_t> selection(s.batch * s.tokens * selections * s.top_k, INT32_MAX);
     dsa_index_topk_args args{};
     args.query = tensor(query, {s.batch, s.tokens, s.heads, s.dim}, DSA_F32);
     args.key = s.int8 ? tensor(bytes, {s.batch, s.keys, s.dim}, DSA_I8) : tensor(key, {s.batch, s.keys, s.dim}, DSA_F32);
     if (s.int8) args.key_scale = tensor(key_scale, {s.batch, s.keys}, DSA_F32);
-    args.weight = tensor(weight, {s.batch, s.tokens, s.heads}, DSA_F32);
+    args.weight = s.selections ? tensor(weight, {s.batch, s.tokens, selections, s.heads}, DSA_F32)
+                               : tensor(weight, {s.batch, s.tokens, s.heads}, DSA_F32);
     if (s.ranges) args.key_start = tensor(start, {s.batch, s.tokens}, DSA_I32);
     if (s.ranges) args.key_end = tensor(end, {s.batch, s.tokens}, DSA_I32);
-    args.selection = tensor(selection, {s.batch, s.tokens, s.top_k}, DSA_I32);
+    args.selection = s.selections ? tensor(selection, {s.batch, s.tokens, selections, s.top_k}, DSA_I32)
+                                  : tensor(selection, {s.batch, s.tokens, s.top_k}, DSA_I32);
     args.scale = 0.37f;
     args.sinks = s.sinks;
     args.local = s.local;
@@ -85,9 +89,10 @@ void check_shape(const Shape& s, int threads, unsigned seed) {
     CHECK(dsa_index_topk(&args) == DSA_OK);
 
     // Sorting every row of many queries would take minutes.
-    const int64_t every = std::max<int64_t>(1, s.batch * s.tokens / 64);
+    const int64_t every = std::max<int64_t>(1, s.batch * s.tokens * selections / 64);
     std::vector<float> scores(static_cast<size_t>(s.keys));
-    for (int64_t row = 0; row < s.batch * s.tokens; row += every) {
+    for (int64_t at = 0; at < s.batch * s.tokens * selections; at += every) {
+        const int64_t row = at / selections;
         for (int64_t p = 0; p < s.keys; ++p) {
             const int64_t k = row / s.tokens * s.keys + p;
             float score = 0.0f;
@@ -96,12 +101,12 @@ void check_shape(const Shape& s, int threads, unsigned seed) {
                 int dot = 0;
                 for (int64_t i = 0; i < s.dim; ++i)
                     dot += static_cast<int>(query[q * s.dim + i]) * static_cast<int>(key[k * s.dim + i]);
-                score = score + (weight[q] * args.scale) * static_cast<float>(std::max(dot, 0));
+                score = score + (weight[at * s.heads + head] * args.scale) * static_cast<float>(std::max(dot, 0));
             }
             scores[p] = score * key_scale[k];
         }
         const auto expected = expected_row(scores, start[row], end[row], s);
-        CHECK(std::equal(expected.begin(), expected.end(), selection.begin() + row * s.top_k));
+        CHECK(std::equal(expected.begin(), expected.end(), selection.begin() + at * s.top_k));
     }
 }
 
@@ -116,11 +121,15 @@ void selections_are_those_of_a_sort(int threads) {
             check_shape({1, 1, 9001, 8, 33, 4097, 0, 1, false, int8, tied}, threads, ++seed);
             check_shape({1, 5, 40, 1, 1, 6, 2, 4, true, int8, tied}, threads, ++seed);
             check_shape({1, 4, 0, 1, 5, 3, 0, 0, false, int8, tied}, threads, ++seed);
+            check_shape({2, 37, 401, 5, 24, 19, 2, 3, true, int8, tied, false, 3}, threads, ++seed);
+            check_shape({1, 1, 9001, 4, 33, 300, 1, 1, false, int8, tied, false, 2}, threads, ++seed);
+            check_shape({1, 9, 17000, 3, 3, 40, 0, 0, false, int8, tied, false, 4}, threads, ++seed);
         }
     // Enough queries and keys for bounds, which are tight in the first.
     for (bool int8 : {true, false}) {
         check_shape({1, 600, 3000, 8, 17, 70, 2, 40, false, int8, false, true}, threads, ++seed);
         check_shape({2, 300, 3000, 9, 17, 90, 0, 0, true, int8, false}, threads, ++seed);
+        check_shape({1, 600, 3000, 6, 17, 70, 2, 40, false, int8, false, true, 3}, threads, ++seed);
     }
 }
 

@@ -1,7 +1,7 @@
 """The cases that every implementation of every operation is tested on, and the inputs made from them.
 
 Shapes: `B` batch, `T` query tokens, `S` key tokens, `Hi`/`Di` index heads / index head dim, `H`/`G` query / KV heads,
-`D`/`Dv` head dims of keys / values, `K` top-k.
+`D`/`Dv` head dims of keys / values, `Gs` selections of a query, `K` top-k.
 """
 
 from __future__ import annotations
@@ -111,6 +111,7 @@ class Case:
         index_heads: `Hi`.
         index_dim: `Di`.
         top_k: `K`.
+        selections: `Gs`; `None` leaves the dim out of index weights and indices.
         sinks: Always selected, left out of the loss.
         local: Always selected, left out of the loss.
         ranges: Makes the visible ranges from `B, T, S`.
@@ -134,6 +135,7 @@ class Case:
     index_heads: int = 4
     index_dim: int = 16
     top_k: int = 7
+    selections: int | None = None
     sinks: int = 0
     local: int = 0
     ranges: Callable[[int, int, int], Ranges] = causal
@@ -207,6 +209,32 @@ CASES = (
 )
 
 
+SELECTION_CASES = (
+    Case("of_each_group", selections=3),
+    Case("of_two_groups", heads=8, groups=4, selections=2),
+    Case("one_of_all", selections=1),
+    Case("one_of_one", groups=1, selections=1),
+    Case("each_decode", batch=1, tokens=1, keys=53, selections=3),
+    Case("each_decode_padded", batch=3, tokens=1, keys=53, ranges=left_padded, selections=3, sinks=1, local=2),
+    Case("each_everything", tokens=13, keys=13, top_k=13, selections=3),
+    Case("each_more_places", tokens=9, keys=13, top_k=31, selections=3),
+    Case("each_scattered", ranges=scattered, tokens=23, keys=47, selections=3, sinks=2, local=2),
+    Case("each_packed", ranges=packed, top_k=5, selections=3, index_heads=5),
+    Case("each_only_always_read", selections=3, sinks=3, local=4),
+    Case("each_tied", content="tied", selections=3, sinks=1, local=2, index_heads=1),
+    Case("each_not_finite", content="poisoned", tokens=19, keys=31, selections=3),
+    Case("each_strided", strided=True, ranges=right_padded, value_dim=5, selections=3),
+    Case("each_bf16", dtype=torch.bfloat16, selections=3),
+    Case("each_fp64", dtype=torch.float64, selections=3),
+    Case("each_nothing_visible", ranges=nothing, tokens=5, selections=3),
+    Case("each_no_queries", tokens=0, keys=5, selections=3),
+    Case("each_no_batch", batch=0, tokens=3, keys=5, selections=3),
+    Case("each_no_keys", tokens=3, keys=0, selections=3),
+    Case("each_softcap_and_sink_logits", softcap=2.0, sink=True, selections=3, sinks=2, local=3),
+)
+"""Of operations over several selections of a query."""
+
+
 @dataclass(frozen=True)
 class Inputs:
     """Tensors for every operation, made from one case; names and shapes are those of the operations."""
@@ -237,7 +265,8 @@ def make_inputs(case: Case, device: torch.device | str = "cpu") -> Inputs:
         return _fill(sizes, case, generator).to(device=device, dtype=dtype)
 
     key_dtype = case.key_dtype or case.dtype
-    places = torch.rand(batch, tokens, keys, generator=generator).argsort(dim=-1)[..., : case.top_k].int()
+    several = () if case.selections is None else (case.selections,)
+    places = torch.rand(batch, tokens, *several, keys, generator=generator).argsort(dim=-1)[..., : case.top_k].int()
     places = torch.nn.functional.pad(places, (0, case.top_k - places.shape[-1]), value=-1)
     unused = torch.rand(places.shape, generator=generator) < 0.3
     ranges = case.ranges(batch, tokens, keys) or (None, None)
@@ -248,7 +277,7 @@ def make_inputs(case: Case, device: torch.device | str = "cpu") -> Inputs:
         sink_logits=_sinks(case, generator).to(device, case.dtype) if case.sink else None,
         q_index=tensor(batch, tokens, case.index_heads, case.index_dim),
         k_index=tensor(batch, keys, case.index_dim),
-        w_index=tensor(batch, tokens, case.index_heads),
+        w_index=tensor(batch, tokens, *several, case.index_heads),
         key_start=None if ranges[0] is None else ranges[0].to(device),
         key_end=None if ranges[1] is None else ranges[1].to(device),
         query_mask=(torch.rand(batch, tokens, generator=generator) < 0.7).to(device),

@@ -41,7 +41,8 @@ def index_topk(
     `score[t, s] = scale * sum_j w[t, j] * relu(q[t, j] . k[s])`. Nothing of size `T x S` is kept, and no
     gradient passes. Queries that see at most `K` tokens select all of them without scoring.
 
-    Shapes: `B` batch, `T` query tokens, `S` key tokens, `Hi`/`Di` index heads / index head dim, `K` top-k.
+    Shapes: `B` batch, `T` query tokens, `S` key tokens, `Hi`/`Di` index heads / index head dim, `Gs` selections of a
+    query, `K` top-k.
 
     Args:
         q: Index queries `[B, T, Hi, Di]`, any strides.
@@ -49,7 +50,8 @@ def index_topk(
             too and the dot products are exact integers, so the selection is the same everywhere. `PagedKeys` are
             brought into one piece first (read in their pages by the Triton kernels); the selection is that of
             positions in the sequences.
-        w: Head weights `[B, T, Hi]`.
+        w: Head weights `[B, T, Hi]`, or `[B, T, Gs, Hi]` for `Gs` selections of each query, which weigh the same dot
+            products differently. The Triton kernels and the vendor's compute the products for each selection.
         top_k: `K`, at least 1.
         scale: Factor on the scores; `None` means `Di**-0.5`.
         sinks: How many of the first visible tokens are always selected; they count towards `top_k`.
@@ -60,9 +62,9 @@ def index_topk(
         impl: Which implementation runs; an explicit choice never falls back.
 
     Returns:
-        int32 `[B, T, K]`: positions among the `S` keys, ascending, padded at the end with `-1`. Among equal
-        scores the most recent token wins; `-0.0` equals `0.0`. A NaN score ranks below every number, above
-        tokens that are not visible.
+        int32 `[B, T, K]`, or `[B, T, Gs, K]`: positions among the `S` keys, ascending, padded at the end with `-1`.
+        Among equal scores the most recent token wins; `-0.0` equals `0.0`. A NaN score ranks below every number,
+        above tokens that are not visible.
 
     Raises:
         TypeError: An argument of the wrong type or kind of dtype.
@@ -82,7 +84,12 @@ def index_topk(
             raise ValueError(f"{_OP}: k must be on {q.device} like the queries, got {k.device}; use k.to()")
     else:
         check_tensor(_OP, "k", k, "[B, S, Di]", (batch, None, head_dim), device=q.device)
-    check_tensor(_OP, "w", w, "[B, T, Hi]", (batch, tokens, heads), device=q.device)
+    if isinstance(w, Tensor) and w.ndim == 4:
+        check_tensor(_OP, "w", w, "[B, T, Gs, Hi]", (batch, tokens, None, heads), device=q.device)
+        if w.shape[2] == 0:
+            raise ValueError(f"{_OP}: w must be for at least one selection, got {describe(w)}")
+    else:
+        check_tensor(_OP, "w", w, "[B, T, Hi]", (batch, tokens, heads), device=q.device)
     check_count(_OP, "top_k", top_k, 1)
     check_count(_OP, "sinks", sinks, 0)
     check_count(_OP, "local", local, 0)
@@ -103,7 +110,7 @@ def index_topk(
         gaps["vendor"] = vendor.gap(q, k)
     chosen = resolve_impl(_OP, impl, gaps)
     if impl == "auto" and gaps.get("vendor", "") is None:
-        shape = batch, tokens.bit_length(), k.shape[1].bit_length(), heads, head_dim, top_k
+        shape = batch, tokens.bit_length(), k.shape[1].bit_length(), heads, head_dim, w.shape[2:-1], top_k
         runs = {name: partial(_run, name, q, k, w, top_k, options) for name in (chosen, "vendor")}
         chosen = vendor_support.faster(_OP, vendor.LIBRARY, shape, q.device, chosen, runs)
     return _run(chosen, q, k, w, top_k, options)
@@ -113,6 +120,8 @@ def _run(
     chosen: str, q: Tensor, k: Tensor | QuantizedKeys | PagedKeys, w: Tensor, top_k: int, options: dict[str, Any]
 ) -> Tensor:
     """One implementation that can take the arguments."""
+    if w.ndim == 4 and chosen in ("triton", "vendor"):
+        return torch.stack([_run(chosen, q, k, part, top_k, options) for part in w.unbind(2)], dim=2)
     if chosen == "triton":
         from dsa.ops.index_topk import triton
 

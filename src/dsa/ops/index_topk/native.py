@@ -1,6 +1,7 @@
 """`index_topk` through the compiled kernel.
 
-Shapes: `B` batch, `T` query tokens, `S` key tokens, `Hi`/`Di` index heads / index head dim, `K` top-k.
+Shapes: `B` batch, `T` query tokens, `S` key tokens, `Hi`/`Di` index heads / index head dim, `Gs` selections of a query,
+`K` top-k. The dim `Gs` is there where the weights have it.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def index_topk(
     key_start: Tensor | None,
     key_end: Tensor | None,
 ) -> Tensor:
-    """int32 `[B, T, K]`; arguments as in `api.index_topk`, validated but for the ranges."""
+    """int32 `[B, T, (Gs,) K]`; arguments as in `api.index_topk`, validated but for the ranges."""
     key, key_scale = (k.data, k.scale) if isinstance(k, QuantizedKeys) else (k, None)
     if key.dtype == torch.float8_e4m3fn:
         # int8 queries are rotated in the kernel, where they are quantised; these are not quantised.
@@ -71,7 +72,7 @@ def _(
     q: Tensor, key: Tensor, key_scale: Tensor | None, w: Tensor, start: Tensor | None, end: Tensor | None, top_k: int,
     *_: object,
 ) -> Tensor:  # fmt: skip
-    return q.new_empty((*q.shape[:2], top_k), dtype=torch.int32)
+    return q.new_empty((*w.shape[:-1], top_k), dtype=torch.int32)
 
 
 def _select(
@@ -90,7 +91,7 @@ def _select(
     keys = key.shape[1]
     start = _range("key_start", key_start, batch, tokens, keys)
     end = _range("key_end", key_end, batch, tokens, keys)
-    selection = torch.empty(batch, tokens, top_k, dtype=torch.int32)
+    selection = torch.empty(*w.shape[:-1], top_k, dtype=torch.int32)
     scalars = _pack_scalars(scale, sinks, local, native_support.threads())
     arguments = native_support.pack(q, key, key_scale, w, start, end, selection) + scalars
     try:

@@ -1,7 +1,7 @@
 """Lightning indexer and top-k selection in plain torch: the specification of `index_topk`.
 
-Shapes: `B` batch, `T` query tokens, `S` key tokens, `Hi`/`Di` index heads / index head dim, `K` top-k;
-`n` query tokens and `s` key columns of one block.
+Shapes: `B` batch, `T` query tokens, `S` key tokens, `Hi`/`Di` index heads / index head dim, `Gs` selections of a query,
+`K` top-k; `n` query tokens and `s` key columns of one block. The dim `Gs` is there where the weights have it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class ScoreInputs(NamedTuple):
     Args:
         query: `[B, T, Hi, Di]`, in the dtype of the dot products.
         key: `[B, S, Di]`, in the dtype of the dot products.
-        coefficient: `[B, T, Hi]`, in the dtype of the scores.
+        coefficient: `[B, T, (Gs,) Hi]`, in the dtype of the scores.
         key_scale: `[B, S]` in the dtype of the scores, or `None` for 1.
     """
 
@@ -50,11 +50,13 @@ def prepare_scores(q: Tensor, k: Tensor | QuantizedKeys, w: Tensor, scale: float
     data, query_scale = quantize_queries_int8(q)
     largest = KEY_LEVELS * QUERY_LEVELS * q.shape[-1]
     exact = torch.float32 if largest < 1 << 24 else torch.float64
+    if w.ndim == 4:
+        query_scale = query_scale.unsqueeze(2)
     return ScoreInputs(data.to(exact), k.data.to(exact), (w.float() * query_scale) * scale, k.scale)
 
 
 def score_block(inputs: ScoreInputs, block: Block) -> Tensor:
-    """Scores `[B, n, s]` of one block: products and sums are rounded one by one, head after head."""
+    """Scores `[B, n, (Gs,) s]` of one block: products and sums are rounded one by one, head after head."""
     query = inputs.query[block.batch, block.rows].transpose(1, 2)
     batch, heads, rows, head_dim = query.shape
     key = inputs.key[block.batch, block.columns]
@@ -63,11 +65,14 @@ def score_block(inputs: ScoreInputs, block: Block) -> Tensor:
     dots = dots.view(batch, heads, rows, block.width)
     scores = None
     for head in range(heads):
-        term = dots[:, head].to(coefficient.dtype).relu_().mul_(coefficient[:, :, head, None])
+        passed = dots[:, head].to(coefficient.dtype).relu_()
+        # The same products, whatever is made of them.
+        term = (passed.unsqueeze(2) if coefficient.ndim == 4 else passed) * coefficient[..., head, None]
         scores = term if scores is None else scores.add_(term)
     assert scores is not None
     if inputs.key_scale is not None:
-        scores.mul_(inputs.key_scale[block.batch, None, block.columns])
+        key_scale = inputs.key_scale[block.batch, None, block.columns]
+        scores.mul_(key_scale.unsqueeze(2) if scores.ndim == 4 else key_scale)
     return scores
 
 
@@ -82,7 +87,7 @@ def index_topk(
     local: int,
     ranges: VisibleRanges,
 ) -> Tensor:
-    """int32 `[B, T, K]`; arguments as in `api.index_topk`, validated and resolved."""
+    """int32 `[B, T, (Gs,) K]`; arguments as in `api.index_topk`, validated and resolved."""
     rows = crowded_rows(ranges, top_k).to(q.device)
     inputs = prepare_scores(q[:, rows], k, w[:, rows], scale) if rows.numel() else None
 
@@ -91,5 +96,6 @@ def index_topk(
         return score_block(inputs, block)
 
     size = 8 if inputs is None else inputs.query.element_size()
-    bytes_per_pair = q.shape[0] * (q.shape[2] * size + 12)
-    return select_by_blocks(ranges, top_k, sinks, local, score, bytes_per_pair)
+    selections = w.shape[2] if w.ndim == 4 else None
+    bytes_per_pair = q.shape[0] * (q.shape[2] * size + 12 * (selections or 1))
+    return select_by_blocks(ranges, top_k, sinks, local, score, bytes_per_pair, selections)

@@ -1,6 +1,7 @@
 """From scores of blocks of queries to the selection, in plain torch: shared by the implementations that select with it.
 
-Shapes: `B` batch, `T` query tokens, `S` key tokens, `K` top-k; `n` query tokens and `s` key columns of one block.
+Shapes: `B` batch, `T` query tokens, `S` key tokens, `Gs` selections of a query, `K` top-k; `n` query tokens and `s` key
+columns of one block.
 """
 
 from __future__ import annotations
@@ -25,14 +26,18 @@ def select_by_blocks(
     local: int,
     score: Callable[[Block], Tensor],
     bytes_per_pair: int,
+    selections: int | None = None,
 ) -> Tensor:
     """int32 `[B, T, K]`: the sinks, the local window and the highest scores of each query.
 
     Args:
         score: Scores `[B, n, s]` of a block, whose rows count the tokens of `crowded_rows`.
         bytes_per_pair: What a block needs for each of its query tokens times each of its columns.
+        selections: `Gs`, where scores are `[B, n, Gs, s]` and the result `[B, T, Gs, K]`.
     """
     selection = _everything_visible(ranges, top_k)
+    if selections is not None:
+        selection = selection.unsqueeze(2).repeat(1, 1, selections, 1)
     crowded = crowded_rows(ranges, top_k)
     if not crowded.numel():
         return selection
@@ -45,7 +50,8 @@ def select_by_blocks(
         _force_edges(keys, ranges, optional, block, torch.iinfo(keys.dtype))
         columns = select_highest(keys, top_k) + block.columns.start
         targets = rows[block.rows]
-        is_crowded = (ranges.end - ranges.start)[:, block.rows, None] > top_k
+        is_crowded = (ranges.end - ranges.start)[:, block.rows] > top_k
+        is_crowded = is_crowded.view(*is_crowded.shape, *(1 for _ in columns.shape[2:]))
         selection[:, targets] = torch.where(is_crowded, columns.int(), selection[:, targets])
     return selection
 
@@ -96,5 +102,6 @@ def _force_edges(
     first = block.columns.start
     for left, right in optional.edges_within(block):
         edge = keys[..., left - first : right - first]
-        edge.masked_fill_(~optional.visible(block, left, right), limits.max)
-        edge.masked_fill_(~visible.visible(block, left, right), limits.min)
+        for seen, key in ((optional, limits.max), (visible, limits.min)):
+            hidden = ~seen.visible(block, left, right)
+            edge.masked_fill_(hidden if edge.ndim == 3 else hidden.unsqueeze(2), key)

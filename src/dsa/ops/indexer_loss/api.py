@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from dsa.ops import native_support, triton_support
 from dsa.ops.checks import check_attention, check_count, check_indices, check_scale, check_tensor, describe
 from dsa.ops.indexer_loss import reference
+from dsa.ops.per_selection import check_selected, check_selections, parts_of
 from dsa.ops.ranges import resolve_ranges
 from dsa.ops.types import Impl, resolve_impl
 
@@ -37,22 +39,24 @@ def indexer_loss(
 ) -> Tensor:
     """`KL(p || softmax(I))`, averaged over queries (arXiv 2512.02556, eq. 3 and 4).
 
-    `p` is the main attention summed over its heads and L1-normalised, `I` the index scores. Differentiable
+    `p` is the main attention summed over its heads and L1-normalised, `I` the index scores. Of several selections each
+    has the heads that read it for its target, and the mean of their losses is the loss. Differentiable
     once, in the three index tensors only; `q`, `k` and `sink_logits` are constants. Nothing of size `T x S`
     is kept: memory is `O(T + S + block)`.
 
     Shapes: `B` batch, `T` query tokens, `S` key tokens, `Hi`/`Di` index heads / index head dim, `H`/`G`
-    query / KV heads, `D` head dim, `K` selected tokens.
+    query / KV heads, `D` head dim, `Gs` selections of a query, `K` selected tokens.
 
     Args:
         q_index: `[B, T, Hi, Di]`. `T` may be any subset of a sequence's queries, given their ranges.
         k_index: `[B, S, Di]`.
-        w_index: `[B, T, Hi]`.
+        w_index: `[B, T, Hi]`, or `[B, T, Gs, Hi]` for `Gs` selections, a divisor of `G`: selection `i` is compared with
+            the `i`-th part of the KV heads and their query heads.
         q: Queries of the main attention `[B, T, H, D]`.
         k: Keys of the main attention `[B, S, G, D]`, `G` a divisor of `H`.
         indices: Integers `[B, T, K]` in `[-1, S)`: both distributions are over these tokens (eq. 4), the main
             attention's heads being normalised over them too. `-1` and positions outside the visible range are
-            skipped. `None` takes all visible tokens (eq. 3).
+            skipped. `None` takes all visible tokens (eq. 3). `[B, T, Gs, K]` where the weights are for `Gs` selections.
         index_scale: Factor on the index scores; `None` means `Di**-0.5`.
         attention_scale: Factor on `q . k`; `None` means `D**-0.5`.
         key_start: First visible key of each query, integers `[B, T]` in `[0, S]`; `None` means 0.
@@ -84,9 +88,19 @@ def indexer_loss(
     if index_heads == 0 or index_dim == 0:
         raise ValueError(f"{_OP}: q_index must have at least one head and one dim, got {describe(q_index)}")
     check_tensor(_OP, "k_index", k_index, "[B, S, Di]", (batch, keys, index_dim), device=device)
-    check_tensor(_OP, "w_index", w_index, "[B, T, Hi]", (batch, tokens, index_heads), device=device)
+    several = isinstance(w_index, Tensor) and w_index.ndim == 4
+    if several:
+        check_tensor(_OP, "w_index", w_index, "[B, T, Gs, Hi]", (batch, tokens, None, index_heads), device=device)
+        check_selections(_OP, "w_index", w_index, k.shape[2])
+    else:
+        check_tensor(_OP, "w_index", w_index, "[B, T, Hi]", (batch, tokens, index_heads), device=device)
     if indices is not None:
-        check_tensor(_OP, "indices", indices, "[B, T, K]", (batch, tokens, None), device=device, integer=True)
+        check_selected(_OP, indices, q, k.shape[2])
+        if indices.shape[2:-1] != w_index.shape[2:-1]:
+            raise ValueError(
+                f"{_OP}: indices and w_index must be for the same selections, got indices {describe(indices)} and "
+                f"w_index {describe(w_index)}"
+            )
     if query_mask is not None and (
         not isinstance(query_mask, Tensor)
         or query_mask.dtype != torch.bool
@@ -101,6 +115,29 @@ def indexer_loss(
     check_count(_OP, "local", local, 0)
     index_scale = check_scale(_OP, "index_scale", index_scale, index_dim**-0.5)
     attention_scale = check_scale(_OP, "attention_scale", attention_scale, head_dim**-0.5)
+    if several:
+        parts = partial(parts_of, selections=w_index.shape[2])
+        losses = [
+            indexer_loss(
+                q_index,
+                k_index,
+                weight,
+                *heads,
+                indices=None if indices is None else indices[:, :, i],
+                index_scale=index_scale,
+                attention_scale=attention_scale,
+                key_start=key_start,
+                key_end=key_end,
+                query_mask=query_mask,
+                sinks=sinks,
+                local=local,
+                softcap=softcap,
+                sink_logits=None if sink_logits is None else parts(sink_logits, 0)[i],
+                impl=impl,
+            )
+            for i, (weight, *heads) in enumerate(zip(w_index.unbind(2), parts(q, 2), parts(k, 2)))
+        ]
+        return torch.stack(losses).mean()
     floating = (q, k, sink_logits, q_index, k_index, w_index)
     gaps = triton_support.with_triton({"native": native_support.gap(*floating), "reference": None}, *floating)
     chosen = resolve_impl(_OP, impl, gaps)

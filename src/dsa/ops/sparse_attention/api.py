@@ -13,6 +13,7 @@ from dsa.ops.checks import check_attention, check_indices, check_scale, check_so
 from dsa.ops.packed_latents.gradient import without_gradient
 from dsa.ops.packed_latents.types import PackedLatents
 from dsa.ops.paging.types import PagedLatents
+from dsa.ops.per_selection import check_selected, parts_of
 from dsa.ops.sparse_attention import reference, vendor
 from dsa.ops.types import Impl, resolve_impl
 
@@ -32,11 +33,12 @@ def sparse_attention(
 ) -> tuple[Tensor, Tensor]:
     """Attention of each query over the tokens selected for it (arXiv 2512.02556, eq. 2).
 
-    All heads of a query read the same tokens. Differentiable in `q, k, v, sink_logits`; the backward pass
-    recomputes, so memory is `O((T + S) * heads + block)`. Accumulation is fp32, fp64 for fp64 queries.
+    All heads of a query read the same tokens, or each selection's heads their own. Differentiable in
+    `q, k, v, sink_logits`; the backward pass recomputes, so memory is `O((T + S) * heads + block)`. Accumulation is
+    fp32, fp64 for fp64 queries.
 
     Shapes: `B` batch, `T` query tokens, `S` key tokens, `H`/`G` query / KV heads, `D`/`Dv` head dims of
-    keys / values, `K` selected tokens.
+    keys / values, `Gs` selections of a query, `K` selected tokens.
 
     Args:
         q: `[B, T, H, D]`, any strides.
@@ -46,7 +48,8 @@ def sparse_attention(
         v: `[B, S, G, Dv]`; may be narrower than `q`, and a view into `k` (MLA: `v = k[..., :Dv]`). `None` with FP8
             rows, whose first `L = Dv` numbers are the values.
         indices: Integers `[B, T, K]` in `[-1, S)`, any order; `-1` is skipped wherever it stands. A position
-            that stands twice counts twice.
+            that stands twice counts twice. Or `[B, T, Gs, K]`, `Gs` a divisor of `G`: KV head `g` and its query heads
+            read selection `g // (G / Gs)`.
         scale: Factor on `q . k`; `None` means `D**-0.5`.
         softcap: Scores become `softcap * tanh(score / softcap)`, after `scale`.
         sink_logits: `[H]`: one more logit per head in the softmax's denominator, without a value.
@@ -69,15 +72,38 @@ def sparse_attention(
     if v is None:
         raise TypeError(f"{_OP}: v must be a tensor [B, S, G, Dv] unless k is PackedLatents or PagedLatents, got None")
     check_attention(_OP, q, k, v, sink_logits, softcap)
-    batch, tokens, _, head_dim = q.shape
-    check_tensor(_OP, "indices", indices, "[B, T, K]", (batch, tokens, None), device=q.device, integer=True)
+    head_dim = q.shape[-1]
+    check_selected(_OP, indices, q, k.shape[2])
     scale = check_scale(_OP, "scale", scale, head_dim**-0.5)
+    if indices.ndim == 4:
+        return _each_selection(q, k, v, indices, scale, softcap, sink_logits, impl)
     native_gap = native_support.gap(q, k, v, sink_logits)
     if impl == "auto" and native_gap is None:
         return _run("native", q, k, v, indices, scale, softcap, sink_logits)
     gaps = triton_support.with_triton({"native": native_gap, "reference": None}, q, k, v, sink_logits)
     chosen = _resolve(impl, gaps, q, k, v, indices, scale, softcap, sink_logits)
     return _run(chosen, q, k, v, indices, scale, softcap, sink_logits)
+
+
+def _each_selection(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    scale: float,
+    softcap: float | None,
+    sink_logits: Tensor | None,
+    impl: Impl,
+) -> tuple[Tensor, Tensor]:
+    """The same over `indices` `[B, T, Gs, K]`: the heads of each selection for themselves."""
+    selections = indices.shape[2]
+    heads = zip(*(parts_of(x, 2, selections) for x in (q, k, v)), indices.unbind(2))
+    sinks = [None] * selections if sink_logits is None else parts_of(sink_logits, 0, selections)
+    done = [
+        sparse_attention(*part, scale=scale, softcap=softcap, sink_logits=sink, impl=impl)
+        for part, sink in zip(heads, sinks)
+    ]
+    return torch.cat([out for out, _ in done], dim=2), torch.cat([lse for _, lse in done], dim=2)
 
 
 def _resolve(
@@ -161,7 +187,7 @@ def _over_packed(
     check_softcap(_OP, softcap)
     batch, _, width = k.shape
     check_tensor(_OP, "q", q, "[B, T, H, L + R]", (batch, None, None, width), device=k.device)
-    tokens, heads = q.shape[1:3]
+    heads = q.shape[2]
     if heads == 0:
         raise ValueError(f"{_OP}: q must have at least one head, got {describe(q)}")
     if v is not None:
@@ -170,7 +196,8 @@ def _over_packed(
         )
     if sink_logits is not None:
         check_tensor(_OP, "sink_logits", sink_logits, "[H]", (heads,), device=q.device)
-    check_tensor(_OP, "indices", indices, "[B, T, K]", (batch, tokens, None), device=q.device, integer=True)
+    check_selected(_OP, indices, q, groups=1)
+    indices = indices.flatten(2)
     scale = check_scale(_OP, "scale", scale, width**-0.5)
     gaps = triton_support.with_triton({"native": native_support.gap(q, sink_logits), "reference": None}, q, sink_logits)
     if gaps["triton"] is None:

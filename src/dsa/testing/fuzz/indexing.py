@@ -1,6 +1,7 @@
 """Random calls of `index_topk`, over keys in one piece or in pages.
 
-Shapes: `B` batch, `T` query tokens, `S` key tokens, `Hi`/`Di` index heads / index head dim, `K` top-k.
+Shapes: `B` batch, `T` query tokens, `S` key tokens, `Hi`/`Di` index heads / index head dim, `Gs` selections of a query,
+`K` top-k.
 """
 
 from __future__ import annotations
@@ -52,22 +53,28 @@ def fuzz_index_topk(draws: Draws) -> None:
         stored = quantize_index_keys(k_given, kind, impl="reference")
         if draws.chance(0.3):
             stored = _in_pages(draws, stored)
+    several = draws.pick(((), (), (draws.whole(1, 4),)))
+    if several:
+        turns = draws.numbers.choice((-1.0, 0.0, 0.5, 1.0), (batch, tokens, *several, heads))
+        w_given = draws.lay_out(w[:, :, None] * turns, w_given.dtype)
     draws.note(
-        shape=f"B{batch} T{tokens} S{keys} Hi{heads} Di{dim} K{top_k}", sinks=sinks, local=local, kind=kind,
+        shape=f"B{batch} T{tokens} S{keys} Hi{heads} Di{dim} Gs{several} K{top_k}", sinks=sinks, local=local, kind=kind,
         whole=whole, dtype=dtype, scale=scale, paged=isinstance(stored, PagedKeys),
     )  # fmt: skip
     selection = index_topk(
         q_given, stored, w_given, top_k, scale=scale, sinks=sinks, local=local, key_start=start, key_end=end, impl=impl
     )
     factor = dim**-0.5 if scale is None else scale
-    scores, off = _scores(q_given, k_given, w_given, factor, kind, impl == "reference")
-    if whole and kind == "float" and scale == -1.0:
-        off = np.zeros_like(off)
-    for b, t in np.ndindex(batch, tokens):
-        first = 0 if start is None else int(start[b, t])
-        last = max(keys - tokens + t + 1, 0) if end is None else int(end[b, t])
-        seen = np.arange(first, last)
-        _judge(selection[b, t].numpy(), seen, scores[b, t], off[b, t], top_k, sinks, local, f"query {b}, {t}")
+    for part, weights in enumerate(w_given.unbind(2) if several else (w_given,)):
+        scores, off = _scores(q_given, k_given, weights, factor, kind, impl == "reference")
+        if whole and kind == "float" and scale == -1.0:
+            off = np.zeros_like(off)
+        rows = (selection[:, :, part] if several else selection).numpy()
+        for b, t in np.ndindex(batch, tokens):
+            first = 0 if start is None else int(start[b, t])
+            last = max(keys - tokens + t + 1, 0) if end is None else int(end[b, t])
+            what = f"query {b}, {t}, selection {part}"
+            _judge(rows[b, t], np.arange(first, last), scores[b, t], off[b, t], top_k, sinks, local, what)
 
 
 def _in_pages(draws: Draws, keys: QuantizedKeys) -> PagedKeys:
