@@ -23,6 +23,7 @@ class LayerConfig:
         top_k: Tokens read per query in this layer. `None` takes the model's.
         local: Most recent tokens that this layer always reads. `None` takes the model's.
         share: Reuse the selection of this earlier layer; it gets no indexer (IndexShare, IndexCache).
+        selections: How many selections this layer makes for each query. `None` takes the model's.
     """
 
     __pydantic_config__ = _NO_OTHER_FIELDS
@@ -31,6 +32,7 @@ class LayerConfig:
     top_k: int | None = None
     local: int | None = None
     share: int | None = None
+    selections: int | str | None = None
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,9 @@ class DSAConfig:
             tell what a token is however far away it is. Ignored on models and layers without RoPE.
         sinks: The first visible tokens, always read.
         local: The last visible tokens, always read.
+        selections: How many selections of `top_k` tokens each query makes: 1 for all heads, `"kv"` for one for each KV
+            head, or a number that divides the KV heads. As many rows of K and V are read; only selecting is done more
+            often, and what is selected fits the heads better.
         index_dtype: Storage of the index keys: `"int8"` or `"fp8"` (e4m3), with one scale per token, or `"fp32"`.
         kv_dtype: How caches keep K and V, or the rows of latent attention: `"fp32"`, `"bf16"` or `"fp16"`, but never
             wider than the model computes; `None` as it computes.
@@ -64,6 +69,7 @@ class DSAConfig:
     index_rope_dim: int | None = None
     sinks: int = 4
     local: int = 256
+    selections: int | str = 1
     index_dtype: str = "int8"
     kv_dtype: str | None = None
     layers: Mapping[int, LayerConfig] = field(default_factory=dict)
@@ -81,6 +87,7 @@ class DSAConfig:
                     f"index_rope_dim must be even and at most index_head_dim ({self.index_head_dim}), "
                     f"got {self.index_rope_dim}"
                 )
+        _require_selections("selections", self.selections)
         if self.index_dtype not in INDEX_DTYPES:
             raise ValueError(f"index_dtype must be one of {INDEX_DTYPES}, got {self.index_dtype!r}")
         if self.kv_dtype not in (None, *KV_DTYPES):
@@ -103,11 +110,11 @@ class DSAConfig:
         if number < 0:
             raise ValueError(f"layers: a layer number must not be negative, got {number}")
         if layer.share is not None:
-            others = (layer.dense, layer.top_k is not None, layer.local is not None)
-            if any(others):
+            others = (layer.top_k, layer.local, layer.selections)
+            if layer.dense or any(other is not None for other in others):
                 raise ValueError(
                     f"{name}: share={layer.share} reuses another layer's selection as it is; "
-                    "it cannot be combined with dense, top_k or local"
+                    "it cannot be combined with dense, top_k, local or selections"
                 )
             source = self.layers.get(layer.share, LayerConfig())
             if not 0 <= layer.share < number or source.dense or source.share is not None:
@@ -116,6 +123,8 @@ class DSAConfig:
             _require_int(f"{name}.top_k", layer.top_k, minimum=1)
         if layer.local is not None:
             _require_int(f"{name}.local", layer.local, minimum=0)
+        if layer.selections is not None:
+            _require_selections(f"{name}.selections", layer.selections)
         if not layer.dense and layer.share is None:
             self._check_budget(
                 f"{name}.top_k" if layer.top_k is not None else "top_k",
@@ -153,6 +162,29 @@ class DSAConfig:
         source = self.shared_with(layer)
         own = self.layers.get(layer if source is None else source, LayerConfig()).local
         return self.local if own is None else own
+
+    def layer_selections(self, layer: int, groups: int) -> int:
+        """How many selections this layer reads by.
+
+        Args:
+            layer: Layer number.
+            groups: KV heads of the layer.
+
+        Raises:
+            ValueError: They are not a multiple of the selections.
+        """
+        source = self.shared_with(layer)
+        own = self.layers.get(layer if source is None else source, LayerConfig()).selections
+        wanted = self.selections if own is None else own
+        if wanted == "kv":
+            return groups
+        assert isinstance(wanted, int)
+        if groups % wanted:
+            raise ValueError(
+                f"selections must divide the KV heads of layer {layer}: got {wanted} for {groups}; use 1, 'kv' for one "
+                "for each KV head, or a divisor"
+            )
+        return wanted
 
     def replace(self, **changes: Any) -> DSAConfig:
         """A copy with some fields changed, validated again.
@@ -214,3 +246,12 @@ def _require_int(name: str, value: object, *, minimum: int) -> None:
         raise ValueError(f"{name} must be a whole number, got {value!r}")
     if value < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {value}")
+
+
+def _require_selections(name: str, value: object) -> None:
+    if value == "kv":
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(
+            f"{name} must be a whole number of at least 1, or 'kv' for one for each KV head, got {value!r}"
+        )

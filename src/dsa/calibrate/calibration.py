@@ -432,6 +432,12 @@ def _check_report(report: AttachReport, settings: CalibrationSettings) -> None:
             f"indexers: these were calibrated already (layer {shared[0]} shares another's selection and has no indexer "
             "of its own); give the ones that `dsa train` wrote"
         )
+    several = [row.layer for row in report.layers if row.selections > 1]
+    if several:
+        raise ValueError(
+            f"indexers: layer {several[0]} makes {report.layers[several[0]].selections} selections for each query, and "
+            "calibration measures one for all heads; train indexers with selections=1 to calibrate them"
+        )
     if not report.count("sparse"):
         raise ValueError(f"indexers: no layer of {report.model} has one, so there is nothing to calibrate")
     dense = [row.layer for row in report.layers if row.kind == "dense"]

@@ -46,6 +46,8 @@ def config_changes(options: IndexerOptions) -> dict[str, Any]:
     """The fields of `DSAConfig` that the options set."""
     names = ("top_k", "local", "sinks", "index_heads", "index_head_dim", "index_rope_dim")
     changes: dict[str, Any] = {name: getattr(options, name) for name in names}
+    if options.selections is not None:
+        changes["selections"] = int(options.selections) if options.selections.isdecimal() else options.selections
     if options.dense_layers is not None:
         changes["layers"] = {layer: LayerConfig(dense=True) for layer in parse_layers(options.dense_layers)}
     return {name: given for name, given in changes.items() if given is not None}

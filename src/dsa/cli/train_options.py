@@ -40,7 +40,8 @@ PANELS = {
     "Dense and sparse stage": ("parameters", "mixed_precision", "gradient_checkpointing"),
     "Dense stage": ("from_scratch", "expert_bias_rate"),
     "Indexers": (
-        *("indexers", "top_k", "local", "sinks", "index_heads", "index_head_dim", "index_rope_dim", "dense_layers"),
+        *("indexers", "top_k", "local", "sinks", "index_heads", "index_head_dim", "index_rope_dim"),
+        *("selections", "dense_layers"),
     ),
 }
 """The panels of the help."""
@@ -208,6 +209,14 @@ class IndexerOptions:
         typer.Option(
             metavar="N",
             help="Dims of a head that carry RoPE; by default a quarter, with latent attention the model's",
+        ),
+    ] = None
+    selections: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N|kv",
+            help="Selections of each query: `1` for all heads, `kv` for one for each KV head, or a divisor of the KV "
+            "heads; by default 1",
         ),
     ] = None
     dense_layers: Annotated[

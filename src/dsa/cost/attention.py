@@ -32,6 +32,7 @@ class AttentionShape:
         index_head_dim: `Di`.
         kv_bytes: Bytes of one number of K and V in the cache.
         index_bytes: Bytes of one number of an index key; int8 keys also carry an fp32 scale per token.
+        selections: Selections of each query, which read parts of the KV heads.
     """
 
     heads: int
@@ -42,6 +43,7 @@ class AttentionShape:
     index_head_dim: int
     kv_bytes: int = 4
     index_bytes: int = 1
+    selections: int = 1
 
     @property
     def operations_per_token_read(self) -> int:
@@ -50,8 +52,8 @@ class AttentionShape:
 
     @property
     def operations_per_token_scanned(self) -> int:
-        """The indexer's dot products and their weighted sum: `2 Hi (Di + 1)`."""
-        return 2 * self.index_heads * (self.index_head_dim + 1)
+        """The indexer's dot products and their weighted sum for each of `Gs` selections: `2 Hi (Di + Gs)`."""
+        return 2 * self.index_heads * (self.index_head_dim + self.selections)
 
     @property
     def bytes_per_token_read(self) -> int:

@@ -114,6 +114,7 @@ class IndexerShape:
         heads: `Hi`.
         head_dim: `Di`.
         dtype: `"int8"` and `"fp8"` keys carry one fp32 scale a token, `"fp32"` keys none.
+        selections: `Gs`, selections of each query.
     """
 
     hidden: int
@@ -121,6 +122,7 @@ class IndexerShape:
     heads: int
     head_dim: int
     dtype: str = "int8"
+    selections: int = 1
 
     @property
     def key_projection(self) -> int:
@@ -130,12 +132,12 @@ class IndexerShape:
     @property
     def query_projections(self) -> int:
         """Multiply-adds of a token's index queries and head weights, needed where tokens are scored."""
-        return self.query_from * self.heads * self.head_dim + self.hidden * self.heads
+        return self.query_from * self.heads * self.head_dim + self.hidden * self.heads * self.selections
 
     @property
     def pair(self) -> int:
-        """The score of one token: `Hi` dot products, their weighted sum, and the key's scale where it has one."""
-        return self.heads * (self.head_dim + 1) + (self.dtype != "fp32")
+        """The score of one token: `Hi` dot products, and for each selection their weighted sum and the key's scale."""
+        return self.heads * self.head_dim + self.selections * (self.heads + (self.dtype != "fp32"))
 
     @property
     def key_bytes(self) -> int:
@@ -221,7 +223,15 @@ class ModelShape:
         query_from = self.hidden
         if isinstance(attention, LatentAttention) and attention.query_latent is not None:
             query_from = attention.query_latent
-        return IndexerShape(self.hidden, query_from, config.index_heads, config.index_head_dim, config.index_dtype)
+        groups = attention.kv_heads if isinstance(attention, GroupedAttention) else 1
+        return IndexerShape(
+            self.hidden,
+            query_from,
+            config.index_heads,
+            config.index_head_dim,
+            config.index_dtype,
+            config.layer_selections(layer, groups),
+        )
 
     @property
     def head(self) -> int:

@@ -210,7 +210,7 @@ def _work(
                 multiply_adds=scanned * indexer.pair,
                 cache_read=scanned * indexer.key_bytes / shared,
             )
-            add("selection", comparisons=scanned)
+            add("selection", comparisons=scanned * indexer.selections)
         block = layer.feed_forward
         add(
             "feed_forward",

@@ -15,7 +15,7 @@ import torch
 
 from dsa.config import DSAConfig
 from dsa.eval.mass import PROBABILITIES_AT_ONCE, mean_probabilities
-from dsa.eval.selections import Selection
+from dsa.eval.selections import Selection, selections_of
 from dsa.models.context import AttentionCall
 from dsa.ops import index_topk
 
@@ -51,6 +51,8 @@ def indexer_selection(config: DSAConfig) -> Selection:
 class LayerObserver:
     """An observer for a pass with `mode="dense"`; afterwards `figures()` has what every layer's selections keep.
 
+    Where queries make several selections, each is measured on the heads that read it; figures are means over these.
+
     Args:
         config: What the model is attached with.
         selections: By name. The oracle is measured next to them.
@@ -71,9 +73,11 @@ class LayerObserver:
                 "index_query": call.index_query[:, self.start :],
                 "index_weight": call.index_weight[:, self.start :],
             }
-        part = dataclasses.replace(call, **cut)
-        chosen = {name: select(part) for name, select in self.selections.items()}
-        self.rows[call.layer] = kept_by(part, chosen, self.config.layer_top_k(call.layer))
+        top_k = self.config.layer_top_k(call.layer)
+        found = []
+        for part in dataclasses.replace(call, **cut).by_selection(selections_of(call, self.config)):
+            found.append(kept_by(part, {name: select(part) for name, select in self.selections.items()}, top_k))
+        self.rows[call.layer] = {name: torch.stack([each[name] for each in found]).mean(dim=0) for name in found[0]}
 
     def figures(self) -> list[dict[str, Any]]:
         """One row a layer: `mass` and `recall` by selection, and both in eight stretches of equal length."""

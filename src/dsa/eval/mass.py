@@ -2,7 +2,8 @@
 
 For every query past `start`, the attention probabilities of all heads are computed once, a block of queries at a
 time, and three selections of the same size are read off them: the indexer's, "4 sinks + sliding window", and the
-oracle (the tokens with the most attention, summed over heads).
+oracle (the tokens with the most attention, summed over heads). Where each query makes several selections, each is
+measured on the heads that read it, next to the oracle of these heads, and the figures are means over the selections.
 
 Shapes: `B = 1` text, `T` query tokens, `S` key tokens, `H`/`G` query / KV heads, `K` tokens read per query.
 """
@@ -69,7 +70,16 @@ class MassObserver:
 
 
 def measure_layer(call: AttentionCall, config: DSAConfig, start: int) -> LayerMass:
-    """The figures of one layer, over its queries from `start` on.
+    """The figures of one layer, over its queries from `start` on."""
+    selections = config.layer_selections(call.layer, call.key.shape[2])
+    rows = [_measure(part, config, start) for part in call.by_selection(selections)]
+    names = ("dsa", "window", "oracle", "tokens_mean", "recall")
+    means = {name: sum(getattr(row, name) for row in rows) / len(rows) for name in names}
+    return LayerMass(call.layer, tokens_max=max(row.tokens_max for row in rows), **means)
+
+
+def _measure(call: AttentionCall, config: DSAConfig, start: int) -> LayerMass:
+    """The figures of one selection and the heads that read it.
 
     The selection is what the layer would read with these activations: `index_topk` on the stored index keys
     with the layer's own budget.

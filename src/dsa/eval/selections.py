@@ -5,7 +5,8 @@ layer's own budget; layers that the configuration leaves dense are never asked. 
 choose for themselves here.
 
 All return what `index_topk` does: int32 `[B, T, K]`, positions among the keys, ascending, inside each query's visible
-range, padded at the end with -1. Queries that see at most `K` tokens read all of them.
+range, padded at the end with -1. Queries that see at most `K` tokens read all of them. In layers that read by several
+selections the oracle is one for each, `[B, T, Gs, K]`; the others are for all heads.
 
 Shapes: `B` batch, `T` query tokens, `S` key tokens, `H`/`G` query / KV heads, `D` head dim, `K` tokens read per query;
 `n` queries of one chunk, `N` blocks of keys.
@@ -57,8 +58,23 @@ def selection(name: str, config: DSAConfig, seed: int = 0) -> Selection:
             return random(call, config.layer_top_k(call.layer), generators[device])
 
         return randomly
-    function = {"window": window, "pattern": pattern, "blocks": blocks, "oracle": oracle}[name]
+    if name == "oracle":
+
+        def best(call: AttentionCall) -> Tensor:
+            parts = call.by_selection(selections_of(call, config))
+            found = [oracle(part, config.layer_top_k(call.layer)) for part in parts]
+            return found[0] if len(found) == 1 else torch.stack(found, dim=2)
+
+        return best
+    function = {"window": window, "pattern": pattern, "blocks": blocks}[name]
     return lambda call: function(call, config.layer_top_k(call.layer))
+
+
+def selections_of(call: AttentionCall, config: DSAConfig) -> int:
+    """How many selections the layer reads by: 1 where the call is for the heads of one already."""
+    if call.index_weight is not None:
+        return call.index_weight.shape[2] if call.index_weight.ndim == 4 else 1
+    return config.layer_selections(call.layer, call.key.shape[2])
 
 
 def window(call: AttentionCall, top_k: int) -> Tensor:

@@ -83,6 +83,13 @@ class Watch:
             return
         if self._ranks.setdefault(call.layer, len(self._ranks)) % WATCHED_EVERY:
             return
+        selections = call.indices.shape[2] if call.indices.ndim == 4 else 1
+        for part in call.by_selection(selections):
+            self._add(part, 1 / selections)
+
+    def _add(self, call: AttentionCall, share: float) -> None:
+        """Adds what the heads of one selection read."""
+        assert call.indices is not None
         chosen = call.indices[0, 0].long()
         chosen = chosen[chosen >= 0]
         groups = call.key.shape[2]
@@ -94,7 +101,7 @@ class Watch:
         places = chosen.cpu()
         recent = int(call.key_end[0, 0]) - self._config.layer_local(call.layer)
         far = (places >= self._config.sinks) & (places < min(recent, self._tokens))
-        self.weights.index_add_(0, places[far], weights[far])
+        self.weights.index_add_(0, places[far], share * weights[far])
 
     def sources(self, prompt: Prompt, *, pages: int = 3, passages: int = 5) -> Sources:
         """What was read of the document, at most so many pages and passages.

@@ -38,6 +38,7 @@ class LayerReport:
         local: Most recent tokens always read.
         share: The layer whose selection is reused.
         layer_type: transformers' word for the layer.
+        selections: Selections of each query.
     """
 
     layer: int
@@ -46,12 +47,14 @@ class LayerReport:
     local: int | None = None
     share: int | None = None
     layer_type: str = "full_attention"
+    selections: int = 1
 
     def describe(self) -> str:
         """One phrase, equal for layers that were treated the same."""
         if self.kind == "sparse":
             always = f", the last {self.local} always" if self.local else ""
-            return f"sparse, reads {self.top_k} tokens per query{always}"
+            several = f" by each of {self.selections} selections" if self.selections > 1 else ""
+            return f"sparse, reads {self.top_k} tokens per query{several}{always}"
         if self.kind == "shared":
             return f"sparse, reads what layer {self.share} selected"
         if self.kind == "dense":

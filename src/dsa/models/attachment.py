@@ -134,7 +134,7 @@ def put_on(model: PreTrainedModel, taken: Attachment, **overrides: Any) -> Attac
             model is then not attached.
     """
     config = taken.config.replace(**overrides)
-    for name in ("index_heads", "index_head_dim", "rope_dim"):
+    for name in ("index_heads", "index_head_dim", "rope_dim", "selections"):
         if getattr(config, name) != getattr(taken.config, name):
             raise ValueError(f"{name} is {getattr(taken.config, name)} in these indexers, got {getattr(config, name)}")
     full = full_attention_layers(model.config)

@@ -160,6 +160,8 @@ def _index_few_tokens(
     if made is not None:
         index.key = stored.index_keys()
         index.query, index.weight = made
+        if indexer.selections > 1:
+            index.weight = indexer.head_weights(hidden_states)
     return True
 
 

@@ -168,7 +168,7 @@ def check_indexers(stored: StoredIndexers, model: PreTrainedModel, config: DSACo
             "train indexers for this model"
         )
     _check_scaling(stored, ours["rope_scaling"])
-    for name in ("index_heads", "index_head_dim", "rope_dim"):
+    for name in ("index_heads", "index_head_dim", "rope_dim", "selections"):
         if getattr(config, name) != getattr(stored.config, name):
             raise ValueError(
                 f"indexers: {stored.path} has {name}={getattr(stored.config, name)}, but the config asks for "

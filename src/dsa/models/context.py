@@ -5,18 +5,19 @@ keyword argument `dsa_context`. Nothing of a pass is kept in a module, so checkp
 calls cannot mix passes up.
 
 Shapes: `B` batch, `T` query tokens, `S` key tokens, `H`/`G` query / KV heads, `D`/`Dv` head dims of keys / values,
-`K` top-k, `Lq` dims of a query latent.
+`Gs` selections of a query, `K` top-k, `Lq` dims of a query latent.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
 import torch
 
 from dsa.ops.index_projection import Rope
+from dsa.ops.per_selection import parts_of
 from dsa.ops.quantize.types import QuantizedKeys
 
 Result = TypeVar("Result")
@@ -37,8 +38,9 @@ class AttentionCall:
         index_query: `[B, T, Hi, Di]`; all three are `None` in layers without an indexer, which only
             `select` sees, and an observer of `every_layer`.
         index_key: Index keys of all `S` tokens as the cache stores them: fp32 `[B, S, Di]` or `QuantizedKeys`.
-        index_weight: fp32 `[B, T, Hi]`.
-        indices: int32 `[B, T, K]`, what was selected; `None` where the layer ran dense.
+        index_weight: fp32 `[B, T, Hi]`, `[B, T, Gs, Hi]` of several selections.
+        indices: int32 `[B, T, K]`, what was selected, `[B, T, Gs, K]` of several selections; `None` where the layer
+            ran dense.
         key_start: int32 `[B, T]`, first visible key per query.
         key_end: int32 `[B, T]`, one past the last visible key.
         scale: Factor on `query . key`.
@@ -64,6 +66,19 @@ class AttentionCall:
     softcap: float | None = None
     sink_logits: torch.Tensor | None = None
     query_latent: torch.Tensor | None = None
+
+    def by_selection(self, selections: int) -> tuple[AttentionCall, ...]:
+        """One call for each of `Gs` selections, with the heads that read it; views. This call where there is one."""
+        if selections == 1:
+            return (self,)
+        heads = {name: parts_of(getattr(self, name), 2, selections) for name in ("query", "key", "value")}
+        if self.sink_logits is not None:
+            heads["sink_logits"] = parts_of(self.sink_logits, 0, selections)
+        if self.index_weight is not None:
+            heads["index_weight"] = self.index_weight.unbind(2)
+        if self.indices is not None and self.indices.ndim == 4:
+            heads["indices"] = self.indices.unbind(2)
+        return tuple(replace(self, **{name: part[i] for name, part in heads.items()}) for i in range(selections))
 
 
 @dataclass

@@ -35,6 +35,7 @@ def install(model: PreTrainedModel, config: DSAConfig, *, family: Family, traine
     attentions = family.attention_layers(model)
     types, full = layer_types(model.config), full_attention_layers(model.config)
     _check_layers(type(model).__name__, config, types)
+    selections = _selections(model, config, family, attentions, full)
     implementation = model.config._attn_implementation
     dsa_attention.register()
     model.set_attn_implementation(IMPLEMENTATION)
@@ -46,7 +47,7 @@ def install(model: PreTrainedModel, config: DSAConfig, *, family: Family, traine
     rows, handles, originals = [], [], []
     name = type(model).__name__
     for layer, (block, module) in enumerate(zip(family.blocks(model), attentions)):
-        rows.append(_layer_report(config, layer, types[layer]))
+        rows.append(_layer_report(config, layer, types[layer], selections.get(layer, 1)))
         if not full[layer]:
             continue
         if family.latent is not None:
@@ -57,7 +58,7 @@ def install(model: PreTrainedModel, config: DSAConfig, *, family: Family, traine
             setattr(module, PLAN, HookedPlan(layer, config, family, parameters))
             handles.append(module.register_forward_pre_hook(before_attention, with_kwargs=True))
         if config.has_indexer(layer):
-            module.indexer = _new_indexer(model, block, module, config)
+            module.indexer = _new_indexer(model, block, module, config, selections[layer])
     handles.append(
         decoder_of(model).register_forward_pre_hook(partial(before_decoder, undo="dsa.detach"), with_kwargs=True)
     )
@@ -104,22 +105,47 @@ def _check_layers(name: str, config: DSAConfig, types: list[str]) -> None:
             )
 
 
-def _layer_report(config: DSAConfig, layer: int, layer_type: str) -> LayerReport:
+def _selections(
+    model: PreTrainedModel, config: DSAConfig, family: Family, attentions: list[nn.Module], full: list[bool]
+) -> dict[int, int]:
+    """How many selections each sparse layer reads by; all heads of latent attention read the same rows.
+
+    Raises:
+        ValueError: They do not divide a layer's KV heads.
+    """
+    sparse = [layer for layer, whole in enumerate(full) if whole and not config.is_dense(layer)]
+    if config.selections == 1 and not any(layer.selections for layer in config.layers.values()):
+        return dict.fromkeys(sparse, 1)
+    text = model.config.get_text_config(decoder=True)
+    heads = text.num_attention_heads
+    found = {}
+    for layer in sparse:
+        module = attentions[layer]
+        shared = getattr(module, "num_key_value_groups", None)
+        groups = heads // shared if shared else getattr(text, "num_key_value_heads", None) or heads
+        found[layer] = config.layer_selections(layer, 1 if family.latent is not None else groups)
+    return found
+
+
+def _layer_report(config: DSAConfig, layer: int, layer_type: str, selections: int) -> LayerReport:
     if layer_type != FULL:
         windows = ("sliding_attention", "chunked_attention")
         return LayerReport(layer, "sliding" if layer_type in windows else "other", layer_type=layer_type)
     if config.is_dense(layer):
         return LayerReport(layer, "dense")
     budget: dict[str, Any] = {"top_k": config.layer_top_k(layer), "local": config.layer_local(layer)}
+    budget["selections"] = selections
     share = config.shared_with(layer)
     return LayerReport(layer, "sparse" if share is None else "shared", share=share, **budget)
 
 
-def _new_indexer(model: PreTrainedModel, block: nn.Module, attention: nn.Module, config: DSAConfig) -> Indexer:
+def _new_indexer(
+    model: PreTrainedModel, block: nn.Module, attention: nn.Module, config: DSAConfig, selections: int
+) -> Indexer:
     text = model.config.get_text_config(decoder=True)
     with torch.device(execution_device(block)):
         if isinstance(attention, LatentAttention):
             indexer: Indexer = LatentIndexer(text.hidden_size, config, text.q_lora_rank)
         else:
-            indexer = Indexer(text.hidden_size, config)
+            indexer = Indexer(text.hidden_size, config, selections)
         return indexer.to(compute_dtype(block)).train(attention.training)

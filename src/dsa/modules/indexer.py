@@ -1,6 +1,7 @@
 """The lightning indexer: a few small heads that score every earlier token (arXiv 2512.02556, eq. 1).
 
-Shapes: `B` batch, `T` tokens, `Hi`/`Di` index heads / index head dim, `R` rotated dims, `Lq` dims of a query latent.
+Shapes: `B` batch, `T` tokens, `Hi`/`Di` index heads / index head dim, `Gs` selections of a query, `R` rotated dims,
+`Lq` dims of a query latent.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from dsa.ops.index_projection import IndexWeights, Rope, rotate_half_split
 
 class IndexInputs(NamedTuple):
     """What an indexer makes of hidden states: queries `[B, T, Hi, Di]`, keys `[B, T, Di]`, weights `[B, T, Hi]`.
+
+    Of several selections the weights are `[B, T, Gs, Hi]`.
 
     The weights are fp32 and carry the factor `Hi**-0.5`; the factor `Di**-0.5` belongs to the scores.
     """
@@ -62,17 +65,19 @@ class Indexer(nn.Module):
     Args:
         hidden_size: Width of the hidden states.
         config: Gives `index_heads`, `index_head_dim` and `rope_dim`.
+        selections: `Gs`; each has head weights of its own, row `i * Hi + j` of `weights_proj` those of head `j`.
     """
 
-    def __init__(self, hidden_size: int, config: DSAConfig) -> None:
+    def __init__(self, hidden_size: int, config: DSAConfig, selections: int = 1) -> None:
         super().__init__()
         self.heads = config.index_heads
         self.head_dim = config.index_head_dim
         self.rope_dim = config.rope_dim
+        self.selections = selections
         self.wq = IndexProjection(hidden_size, self.heads * self.head_dim)
         self.wk = IndexProjection(hidden_size, self.head_dim)
         self.k_norm = nn.LayerNorm(self.head_dim, eps=1e-6)
-        self.weights_proj = IndexProjection(hidden_size, self.heads)
+        self.weights_proj = IndexProjection(hidden_size, selections * self.heads)
         self._looked: tuple[int, IndexWeights | None] = -1, None
 
     def forward(self, hidden_states: torch.Tensor, rope: Rope | None = None) -> IndexInputs:
@@ -93,7 +98,7 @@ class Indexer(nn.Module):
     def queries(
         self, hidden_states: torch.Tensor, rope: Rope | None = None, query_latent: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The index queries `[B, T, Hi, Di]` and weights `[B, T, Hi]` alone; arguments as in `forward`.
+        """The index queries `[B, T, Hi, Di]` and weights `[B, T, (Gs,) Hi]` alone; arguments as in `forward`.
 
         Args:
             hidden_states: `[B, T, hidden_size]`.
@@ -105,7 +110,12 @@ class Indexer(nn.Module):
         if rope is not None and self.rope_dim:
             cos, sin = rope
             query = rotate_half_split(query, cos.unsqueeze(2), sin.unsqueeze(2))
-        return query, self.weights_proj(hidden_states).float() * self.heads**-0.5
+        return query, self.head_weights(hidden_states)
+
+    def head_weights(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The weights fp32 `[B, T, Hi]` alone, `[B, T, Gs, Hi]` of several selections."""
+        weight = self.weights_proj(hidden_states).float() * self.heads**-0.5
+        return weight if self.selections == 1 else weight.unflatten(-1, (self.selections, self.heads))
 
     def keys(self, hidden_states: torch.Tensor, rope: Rope | None = None) -> torch.Tensor:
         """The index keys `[B, T, Di]` alone; arguments as in `forward`."""
@@ -127,7 +137,8 @@ class Indexer(nn.Module):
     def plain_weights(self) -> IndexWeights | None:
         """The weights, for `index_projection` to compute with; `None` where that would skip something.
 
-        Such as a hook on one of the projections, or a module that replaces one (an adapter).
+        Such as a hook on one of the projections, or a module that replaces one (an adapter). Of several selections the
+        head weights are those of the first.
         """
         query, key, head, norm = self.wq, self.wk, self.weights_proj, self.k_norm
         if type(norm) is not nn.LayerNorm or _is_watched(norm):
@@ -135,7 +146,8 @@ class Indexer(nn.Module):
         for projection in (query, key, head):
             if type(projection) is not IndexProjection or _is_watched(projection):
                 return None
-        return IndexWeights(query.weight, key.weight, head.weight, norm.weight, norm.bias)
+        of_one = head.weight if self.selections == 1 else head.weight[: self.heads]
+        return IndexWeights(query.weight, key.weight, of_one, norm.weight, norm.bias)
 
 
 class LatentIndexer(Indexer):

@@ -143,11 +143,13 @@ class Recorder:
         if call.indices is None or counts.top_k is None:
             counts.read += int(ends.sum())
             return
-        counts.read += int((call.indices >= 0).sum())
+        indices = call.indices[0].cpu()
+        # A row of K or V belongs to one KV head: of several selections each reads its own part of a token.
+        counts.read += int((indices >= 0).sum()) // (indices.shape[1] if indices.ndim == 3 else 1)
         chooses = ends > counts.top_k
         if not bool(chooses.any()):
             return
-        indices, far_end = call.indices[0].cpu(), (ends - counts.local)[:, None]
+        indices, far_end = each_once(indices), (ends - counts.local)[:, None]
         far = (indices >= self.config.sinks) & (indices < far_end) & chooses[:, None]
         flat = torch.where(far, indices, self.tokens).flatten()
         counts.selected += torch.bincount(flat, minlength=self.tokens + 1)[: self.tokens].int()
@@ -177,16 +179,55 @@ class Recorder:
         return (self.distance_sum / self.distance_count.clamp(min=1)).float()
 
 
+def each_once(indices: Tensor) -> Tensor:
+    """What any of several selections `[T, Gs, K]` reads, `[T, Gs * K]` with each token once and -1 elsewhere.
+
+    One selection `[T, K]` stays as it is.
+    """
+    if indices.ndim == 2:
+        return indices
+    ordered = indices.flatten(1).sort(dim=1).values
+    again = torch.zeros_like(ordered, dtype=torch.bool)
+    again[:, 1:] = ordered[:, 1:] == ordered[:, :-1]
+    return ordered.masked_fill(again, -1)
+
+
 def measure(call: AttentionCall, row: int, top_k: int | None, entries: int) -> Row:
     """What one query of a call read, and what its attention would be on everything.
 
-    Sink logits, where a model has them, belong to no token and are left out: shares are of what goes to tokens.
+    Of several selections: the tokens that any of them read, with their attention, a mean over all heads; 0 from the
+    heads that did not read them. Shares are means over the selections, `read` and `selected_outside` too, in whole
+    tokens.
 
     Args:
         call: The layer's attention.
         row: The query.
         top_k: `K`; `None` in a layer that reads everything.
         entries: Tokens to keep at most.
+    """
+    selections = 1 if call.indices is None or call.indices.ndim == 3 else call.indices.shape[2]
+    if selections == 1:
+        return _measure(call, row, top_k, entries)
+    found = [_measure(part, row, top_k, call.key.shape[1]) for part in call.by_selection(selections)]
+    weights = torch.zeros(call.key.shape[1])
+    for each in found:
+        weights[each.positions.long()] += each.weights / selections
+    positions = each_once(torch.cat([each.positions for each in found])[None, None])[0]
+    positions = positions[positions >= 0].long()
+    if len(positions) > entries:
+        positions = positions[weights[positions].topk(entries, sorted=False).indices].sort().values
+    means = (
+        sum(getattr(each, name) for each in found) / selections
+        for name in ("read", "kept", "window_kept", "outside", "selected_outside")
+    )
+    read, kept, window_kept, outside, selected_outside = means
+    return Row(positions.int(), weights[positions], round(read), kept, window_kept, outside, round(selected_outside))
+
+
+def _measure(call: AttentionCall, row: int, top_k: int | None, entries: int) -> Row:
+    """`measure` for one selection and the heads that read it.
+
+    Sink logits, where a model has them, belong to no token and are left out: shares are of what goes to tokens.
     """
     start, end = int(call.key_start[0, row]), int(call.key_end[0, row])
     scores = _scores(call, row, start, end)

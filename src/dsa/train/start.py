@@ -261,5 +261,5 @@ def _install(indexer: Indexer, query_weight: Tensor, key_weight: Tensor, hidden:
     indexer.wk.weight.copy_(key_weight)
     indexer.query_projection.weight[:dim] = query_weight * factor
     indexer.query_projection.weight[dim : 2 * dim] = -query_weight * factor
-    indexer.weights_proj.weight[0] = constant * factor
-    indexer.weights_proj.weight[1] = -constant * factor
+    for head_weights in indexer.weights_proj.weight.split(indexer.heads):  # Each selection begins as all heads' one.
+        head_weights[0], head_weights[1] = constant * factor, -constant * factor
