@@ -115,6 +115,18 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
         dsa.attach(fresh, TINY_CONFIG, indexers=tmp_path / "indexers")
 
 
+def test_indexers_of_one_selection_serve_each_of_several(tmp_path: Path) -> None:
+    model, tokens = tiny_model("llama"), tiny_tokens(1, 40)
+    dsa.attach(model, TINY_CONFIG)
+    expected = calls_of(model, tokens)
+    dsa.save_indexers(model, tmp_path)
+    dsa.detach(model)
+    dsa.attach(model, indexers=tmp_path, selections="kv")
+    for layer, call in calls_of(model, tokens).items():
+        assert torch.equal(call.indices[:, :, 0], expected[layer].indices)
+        assert torch.equal(call.indices[:, :, 1], expected[layer].indices)
+
+
 def test_files_from_before_have_one_selection(tmp_path: Path) -> None:
     plain = TINY_CONFIG.to_dict()
     del plain["selections"]

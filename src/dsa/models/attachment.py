@@ -134,7 +134,7 @@ def put_on(model: PreTrainedModel, taken: Attachment, **overrides: Any) -> Attac
             model is then not attached.
     """
     config = taken.config.replace(**overrides)
-    for name in ("index_heads", "index_head_dim", "rope_dim", "selections"):
+    for name in ("index_heads", "index_head_dim", "rope_dim"):
         if getattr(config, name) != getattr(taken.config, name):
             raise ValueError(f"{name} is {getattr(taken.config, name)} in these indexers, got {getattr(config, name)}")
     full = full_attention_layers(model.config)
@@ -144,7 +144,7 @@ def put_on(model: PreTrainedModel, taken: Attachment, **overrides: Any) -> Attac
         raise ValueError(f"layer {missing[0]} had no indexer, so it cannot become sparse without training; leave it")
     report = _install_savable(model, config, family_of(model), trained=taken.trained)
     for layer, indexer in indexers_of(model).items():
-        indexer.load_state_dict(taken.weights[layer])
+        indexer.fill(taken.weights[layer])
     return report
 
 

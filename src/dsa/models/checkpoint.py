@@ -169,14 +169,16 @@ def check_indexers(stored: StoredIndexers, model: PreTrainedModel, config: DSACo
         )
     _check_scaling(stored, ours["rope_scaling"])
     for name in ("index_heads", "index_head_dim", "rope_dim", "selections"):
-        if getattr(config, name) != getattr(stored.config, name):
+        have = getattr(stored.config, name)
+        # Indexers of one selection serve each of several.
+        if getattr(config, name) != have and (name, have) != ("selections", 1):
             raise ValueError(
-                f"indexers: {stored.path} has {name}={getattr(stored.config, name)}, but the config asks for "
+                f"indexers: {stored.path} has {name}={have}, but the config asks for "
                 f"{getattr(config, name)}; leave {name} out to take the file's"
             )
-    have = {int(name.split(".")[1]) for name in stored.weights}
+    stored_layers = {int(name.split(".")[1]) for name in stored.weights}
     want = {layer for layer in range(theirs["num_hidden_layers"]) if config.has_indexer(layer)}
-    missing = sorted(want & set(_full_layers(model)) - have)
+    missing = sorted(want & set(_full_layers(model)) - stored_layers)
     if missing:
         raise ValueError(
             f"indexers: {stored.path} has none for layer {missing[0]}, which the config makes sparse; "
@@ -212,7 +214,7 @@ def fill_indexers(model: PreTrainedModel, stored: StoredIndexers) -> None:
         prefix = f"layers.{layer}."
         weights = {k.removeprefix(prefix): v for k, v in stored.weights.items() if k.startswith(prefix)}
         try:
-            indexer.load_state_dict(weights)
+            indexer.fill(weights)
         except RuntimeError as error:
             raise ValueError(f"indexers: {stored.path} does not fit layer {layer}: {error}") from error
 

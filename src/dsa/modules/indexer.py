@@ -7,6 +7,7 @@ Shapes: `B` batch, `T` tokens, `Hi`/`Di` index heads / index head dim, `Gs` sele
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -121,6 +122,17 @@ class Indexer(nn.Module):
         """The index keys `[B, T, Di]` alone; arguments as in `forward`."""
         key = self.k_norm(self.wk(hidden_states))
         return key if rope is None or not self.rope_dim else rotate_half_split(key, *rope)
+
+    def fill(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Takes stored weights, in place. Head weights of one selection serve each of several.
+
+        Raises:
+            RuntimeError: A weight is missing, left over, or has another shape.
+        """
+        rows = weights.get("weights_proj.weight")
+        if rows is not None and len(rows) == self.heads:
+            weights = {**weights, "weights_proj.weight": rows.repeat(self.selections, 1)}
+        self.load_state_dict(weights)
 
     def weights_for(self, cache: int) -> IndexWeights | None:
         """`plain_weights()`, looked at once for each cache: looking takes longer than computing a token's key.

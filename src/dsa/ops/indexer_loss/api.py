@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -88,19 +87,7 @@ def indexer_loss(
     if index_heads == 0 or index_dim == 0:
         raise ValueError(f"{_OP}: q_index must have at least one head and one dim, got {describe(q_index)}")
     check_tensor(_OP, "k_index", k_index, "[B, S, Di]", (batch, keys, index_dim), device=device)
-    several = isinstance(w_index, Tensor) and w_index.ndim == 4
-    if several:
-        check_tensor(_OP, "w_index", w_index, "[B, T, Gs, Hi]", (batch, tokens, None, index_heads), device=device)
-        check_selections(_OP, "w_index", w_index, k.shape[2])
-    else:
-        check_tensor(_OP, "w_index", w_index, "[B, T, Hi]", (batch, tokens, index_heads), device=device)
-    if indices is not None:
-        check_selected(_OP, indices, q, k.shape[2])
-        if indices.shape[2:-1] != w_index.shape[2:-1]:
-            raise ValueError(
-                f"{_OP}: indices and w_index must be for the same selections, got indices {describe(indices)} and "
-                f"w_index {describe(w_index)}"
-            )
+    several = _check_weights(w_index, indices, q, k, index_heads)
     if query_mask is not None and (
         not isinstance(query_mask, Tensor)
         or query_mask.dtype != torch.bool
@@ -116,28 +103,18 @@ def indexer_loss(
     index_scale = check_scale(_OP, "index_scale", index_scale, index_dim**-0.5)
     attention_scale = check_scale(_OP, "attention_scale", attention_scale, head_dim**-0.5)
     if several:
-        parts = partial(parts_of, selections=w_index.shape[2])
-        losses = [
-            indexer_loss(
-                q_index,
-                k_index,
-                weight,
-                *heads,
-                indices=None if indices is None else indices[:, :, i],
-                index_scale=index_scale,
-                attention_scale=attention_scale,
-                key_start=key_start,
-                key_end=key_end,
-                query_mask=query_mask,
-                sinks=sinks,
-                local=local,
-                softcap=softcap,
-                sink_logits=None if sink_logits is None else parts(sink_logits, 0)[i],
-                impl=impl,
-            )
-            for i, (weight, *heads) in enumerate(zip(w_index.unbind(2), parts(q, 2), parts(k, 2)))
-        ]
-        return torch.stack(losses).mean()
+        options = {
+            "index_scale": index_scale,
+            "attention_scale": attention_scale,
+            "key_start": key_start,
+            "key_end": key_end,
+            "query_mask": query_mask,
+            "sinks": sinks,
+            "local": local,
+            "softcap": softcap,
+            "impl": impl,
+        }
+        return _each_selection(q_index, k_index, w_index, q, k, indices, sink_logits, options)
     floating = (q, k, sink_logits, q_index, k_index, w_index)
     gaps = triton_support.with_triton({"native": native_support.gap(*floating), "reference": None}, *floating)
     chosen = resolve_impl(_OP, impl, gaps)
@@ -169,3 +146,51 @@ def indexer_loss(
         return native.indexer_loss(q_index, k_index, w_index, native.Constants(**constants, sinks=sinks, local=local))
     inputs = reference.LossInputs(**constants, kept=visible.shrink(sinks, local))
     return reference.indexer_loss(q_index, k_index, w_index, inputs)
+
+
+def _check_weights(w_index: Tensor, indices: Tensor | None, q: Tensor, k: Tensor, index_heads: int) -> bool:
+    """Checks the head weights and the indices; says whether they are for several selections, with a dim for these."""
+    batch, tokens = q.shape[:2]
+    several = isinstance(w_index, Tensor) and w_index.ndim == 4
+    if several:
+        check_tensor(_OP, "w_index", w_index, "[B, T, Gs, Hi]", (batch, tokens, None, index_heads), device=q.device)
+        check_selections(_OP, "w_index", w_index, k.shape[2])
+    else:
+        check_tensor(_OP, "w_index", w_index, "[B, T, Hi]", (batch, tokens, index_heads), device=q.device)
+    if indices is not None:
+        check_selected(_OP, indices, q, k.shape[2])
+        if indices.shape[2:-1] != w_index.shape[2:-1]:
+            raise ValueError(
+                f"{_OP}: indices and w_index must be for the same selections, got indices {describe(indices)} and "
+                f"w_index {describe(w_index)}"
+            )
+    return several
+
+
+def _each_selection(
+    q_index: Tensor,
+    k_index: Tensor,
+    w_index: Tensor,
+    q: Tensor,
+    k: Tensor,
+    indices: Tensor | None,
+    sink_logits: Tensor | None,
+    options: dict[str, Any],
+) -> Tensor:
+    """The mean over the selections, each with the heads that read it."""
+    selections = w_index.shape[2]
+    sinks = None if sink_logits is None else parts_of(sink_logits, 0, selections)
+    heads = zip(w_index.unbind(2), parts_of(q, 2, selections), parts_of(k, 2, selections))
+    losses = [
+        indexer_loss(
+            q_index,
+            k_index,
+            weight,
+            *own,
+            indices=None if indices is None else indices[:, :, i],
+            sink_logits=None if sinks is None else sinks[i],
+            **options,
+        )
+        for i, (weight, *own) in enumerate(heads)
+    ]
+    return torch.stack(losses).mean()
