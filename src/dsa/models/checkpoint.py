@@ -246,6 +246,8 @@ def _check_format(file: Path, metadata: dict[str, str]) -> None:
 def _check_shapes(file: Path, opened: Any, config: DSAConfig, base_model: dict[str, Any]) -> None:
     """Compares the tensors with the configuration by the file's header, before any is read or made."""
     queries, dim, hidden = config.index_heads * config.index_head_dim, config.index_head_dim, base_model["hidden_size"]
+    latent = any(name.endswith(".wq_b.weight") for name in opened.keys())  # noqa: SIM118
+    groups = 1 if latent else base_model["num_key_value_heads"]
     # The queries of latent attention come from its latent, whose size the file does not say.
     wanted = {
         "wq.weight": [queries, hidden],
@@ -253,14 +255,18 @@ def _check_shapes(file: Path, opened: Any, config: DSAConfig, base_model: dict[s
         "wk.weight": [dim, hidden],
         "k_norm.weight": [dim],
         "k_norm.bias": [dim],
-        "weights_proj.weight": [config.index_heads, hidden],
     }
+    names = {*wanted, "weights_proj.weight"}
     parts: dict[int, set[str]] = {}
     for name in opened.keys():  # noqa: SIM118
         tensor, found = opened.get_slice(name), _NAME.fullmatch(name)
-        if found is None or int(found[1]) >= base_model["num_hidden_layers"] or found[2] not in wanted:
+        if found is None or int(found[1]) >= base_model["num_hidden_layers"] or found[2] not in names:
             raise ValueError(f"indexers: {file} has {name}, which is no weight of an indexer; {_REMEDY}")
-        shape, expected = tensor.get_shape(), wanted[found[2]]
+        try:
+            rows = config.index_heads * config.layer_selections(int(found[1]), groups)
+        except ValueError as error:
+            raise ValueError(f"indexers: {file}: {error}") from error
+        shape, expected = tensor.get_shape(), wanted.get(found[2], [rows, hidden])
         if len(shape) != len(expected) or any(b not in (None, a) for a, b in zip(shape, expected)):
             raise ValueError(
                 f"indexers: {name} in {file} is {shape}, but its index_heads={config.index_heads}, "
@@ -273,7 +279,7 @@ def _check_shapes(file: Path, opened: Any, config: DSAConfig, base_model: dict[s
             )
         parts.setdefault(int(found[1]), set()).add(found[2])
     for layer, have in parts.items():
-        missing = set(wanted) - have - {"wq_b.weight" if "wq.weight" in have else "wq.weight"}
+        missing = names - have - {"wq_b.weight" if "wq.weight" in have else "wq.weight"}
         if missing:
             raise ValueError(f"indexers: layers.{layer}.{min(missing)} is missing in {file}; {_REMEDY}")
 
