@@ -65,9 +65,10 @@ def score_block(inputs: ScoreInputs, block: Block) -> Tensor:
     dots = dots.view(batch, heads, rows, block.width)
     scores = None
     for head in range(heads):
-        passed = dots[:, head].to(coefficient.dtype).relu_()
-        # The same products, whatever is made of them.
-        term = (passed.unsqueeze(2) if coefficient.ndim == 4 else passed) * coefficient[..., head, None]
+        term = dots[:, head].to(coefficient.dtype).relu_()
+        if coefficient.ndim == 4:
+            term = term.unsqueeze(2).repeat(1, 1, coefficient.shape[2], 1)
+        term.mul_(coefficient[..., head, None])
         scores = term if scores is None else scores.add_(term)
     assert scores is not None
     if inputs.key_scale is not None:
