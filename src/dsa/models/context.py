@@ -71,7 +71,9 @@ class AttentionCall:
         """One call for each of `Gs` selections, with the heads that read it; views. This call where there is one."""
         if selections == 1:
             return (self,)
-        heads = {name: parts_of(getattr(self, name), 2, selections) for name in ("query", "key", "value")}
+        heads: dict[str, Any] = {
+            name: parts_of(getattr(self, name), 2, selections) for name in ("query", "key", "value")
+        }
         if self.sink_logits is not None:
             heads["sink_logits"] = parts_of(self.sink_logits, 0, selections)
         if self.index_weight is not None:

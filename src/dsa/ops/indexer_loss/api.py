@@ -103,7 +103,7 @@ def indexer_loss(
     index_scale = check_scale(_OP, "index_scale", index_scale, index_dim**-0.5)
     attention_scale = check_scale(_OP, "attention_scale", attention_scale, head_dim**-0.5)
     if several:
-        options = {
+        same: dict[str, Any] = {
             "index_scale": index_scale,
             "attention_scale": attention_scale,
             "key_start": key_start,
@@ -114,7 +114,7 @@ def indexer_loss(
             "softcap": softcap,
             "impl": impl,
         }
-        return _each_selection(q_index, k_index, w_index, q, k, indices, sink_logits, options)
+        return _each_selection(q_index, k_index, w_index, q, k, indices, sink_logits, same)
     floating = (q, k, sink_logits, q_index, k_index, w_index)
     gaps = triton_support.with_triton({"native": native_support.gap(*floating), "reference": None}, *floating)
     chosen = resolve_impl(_OP, impl, gaps)
