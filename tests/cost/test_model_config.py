@@ -138,12 +138,12 @@ def test_mistakes_in_a_name(tmp_path: Path) -> None:
         read_model("./nowhere")
     with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
         read_model(str(tmp_path))
-    for text, message in (("{", "no valid JSON"), ("[1]", "holds a list, expected an object")):
+    for text, message in (("{", "is not JSON"), ("[1]", "expected an object")):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(ValueError, match=message):
             read_model(str(tmp_path))
     (tmp_path / "config.json").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match="is no text"):
+    with pytest.raises(ValueError, match="is not JSON"):
         read_model(str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps(PRESETS["SmolLM2-360M"]))
     assert read_model(str(tmp_path))[0].hidden == 960
@@ -176,7 +176,7 @@ def test_the_text_part_of_a_model_that_sees() -> None:
 def test_a_broken_budget_of_an_attached_model() -> None:
     from dsa.cost.source import _read
 
-    with pytest.raises(ValueError, match=r"the field 'dsa' must be what dsa\.attach wrote, got 5"):
+    with pytest.raises(ValueError, match=r"the field dsa has content = 5, expected an object"):
         _read({**PRESETS["SmolLM2-360M"], "dsa": 5}, "mine")
-    with pytest.raises(ValueError, match="no field 'topk'"):
+    with pytest.raises(ValueError, match="has topk, a field that is not known here"):
         _read({**PRESETS["SmolLM2-360M"], "dsa": {"topk": 5}}, "mine")

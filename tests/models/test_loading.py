@@ -98,7 +98,7 @@ def _no_tokenizer(folder: Path) -> None:
         (_encoder, "not a causal language model (it is BertForMaskedLM"),
         (_encoder_decoder, "not a causal language model (it is T5ForConditionalGeneration"),
         (_no_config, "without config.json"),
-        (_broken_config, "is no JSON"),
+        (_broken_config, "is not JSON"),
         (_unknown_architecture, "martian"),
         (_only_pickle, "only safetensors weights are read, never pickle"),
         (_no_weights, "a configuration without weights; `dsa train --stage dense --from-scratch`"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from dsa import ops
 from dsa.bench.measure import Figure, Timing, quantiles
 from dsa.ops import native_support
 from dsa.runs.files import write_json
+from dsa.runs.json_files import read_json
 from dsa.runs.machine import describe_machine
 
 FORMAT = "dsa bench 1"
@@ -103,11 +103,8 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         OSError: It cannot be read.
         ValueError: It is something else.
     """
-    try:
-        plain = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON ({error}); expected what `dsa bench --json` writes") from error
-    if not isinstance(plain, dict) or plain.get("format") != FORMAT or not isinstance(plain.get("rows"), list):
+    plain = read_json(path, dict[str, Any], str(path), "expected what `dsa bench --json` writes")
+    if plain.get("format") != FORMAT or not isinstance(plain.get("rows"), list):
         raise ValueError(f"{path} holds no results of `dsa bench`; give the name of a new file")
     return [_without_samples(row) for row in plain["rows"]]
 

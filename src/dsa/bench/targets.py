@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from dsa.runs.json_files import read_json
 
 FORMAT = "dsa bench targets 1"
 TEXTS = ("row", "case", "figure")
@@ -52,11 +53,8 @@ def read_targets(path: Path, rows: Collection[str]) -> tuple[Target, ...]:
         OSError: It cannot be read.
         ValueError: It is something else, or an entry is wrong.
     """
-    try:
-        plain = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"targets: {path} is not JSON ({error})") from error
-    if not isinstance(plain, dict) or plain.get("format") != FORMAT or not isinstance(plain.get("targets"), list):
+    plain = read_json(path, dict[str, Any], f"targets: {path}", "see docs/benchmarks.md")
+    if plain.get("format") != FORMAT or not isinstance(plain.get("targets"), list):
         raise ValueError(
             f'targets: expected {{"format": "{FORMAT}", "targets": [...]}} in {path}; see docs/benchmarks.md'
         )

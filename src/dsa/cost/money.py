@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from dsa.runs.json_files import read_json
 
 
 def price_per_million(price: float, speed: float) -> float:
@@ -92,7 +93,8 @@ def measured_speeds(path: str | Path, tokens: int) -> dict[str, Measured]:
     """
     found: dict[str, list[Measured]] = {phase: [] for phase in PHASES}
     try:
-        for row in json.loads(Path(path).expanduser().read_text(encoding="utf-8"))["rows"]:
+        remedy = "give what `dsa bench e2e --json` wrote"
+        for row in read_json(Path(path).expanduser(), dict[str, Any], f"measured: {path}", remedy)["rows"]:
             for phase, speeds in _speeds_of(row).items():
                 found[phase].append(Measured(int(row["length"]), speeds))
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -11,6 +11,7 @@ from dsa.config import DSAConfig
 from dsa.cost.model_config import shape_from
 from dsa.cost.presets import PRESETS, find_preset, nearest_presets
 from dsa.cost.shape import ModelShape
+from dsa.runs.json_files import parse_json, read_json
 
 DEFAULT = "default"
 DEFAULT_PRESET = "SmolLM2-135M"
@@ -65,25 +66,13 @@ def _read(raw: Mapping[str, Any], name: str) -> tuple[ModelShape, DSAConfig | No
     shape, saved = shape_from(raw, name), raw.get("dsa")
     if saved is None:
         return shape, shape.trained_dsa
-    if not isinstance(saved, Mapping):
-        raise ValueError(f"model {name}: the field 'dsa' must be what dsa.attach wrote, got {saved!r}")
-    return shape, DSAConfig.from_dict(saved)
+    return shape, parse_json(json.dumps(saved), DSAConfig, f"model {name}: the field dsa", "save the model again")
 
 
 def _parse(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"model: {path.parent} has no {path.name}; expected what save_pretrained wrote")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"model: {path} is no text ({error.reason}); expected a model's config.json") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"model: {path} is no valid JSON (line {error.lineno}: {error.msg}); copy it again, or name a preset"
-        ) from error
-    if not isinstance(raw, dict):
-        raise ValueError(f"model: {path} holds a {type(raw).__name__}, expected an object: a model's config.json")
-    return raw
+    return read_json(path, dict[str, Any], f"model: {path}", "copy it again, or name a preset")
 
 
 def _fetch(name: str) -> Mapping[str, Any]:

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from dsa.runs.json_files import parse_json, shown
+
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
@@ -33,10 +35,7 @@ def parse_scaling(text: str) -> RopeScaling:
         ValueError: Neither of them, an unknown kind, or a factor that is not above 1.
     """
     if text.lstrip().startswith("{"):
-        try:
-            scaling = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"rope-scaling: {text!r} is not JSON ({error})") from error
+        scaling = parse_json(text, dict[str, Any], f"rope-scaling: {shown(text)}", "give it as transformers takes it")
         if "type" in scaling:
             scaling["rope_type"] = scaling.pop("type")
     else:

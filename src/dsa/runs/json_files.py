@@ -36,7 +36,7 @@ def read_json(path: Path, expected: type[Value], subject: str, remedy: str) -> V
 
     Raises:
         OSError: The file cannot be read.
-        ValueError: It is larger than `MAX_BYTES`, no JSON, nested too deeply, or something in it is not what it must
+        ValueError: It is larger than `MAX_BYTES`, not JSON, nested too deeply, or something in it is not what it must
             be; the message names the field, what was expected and what came.
     """
     with path.open("rb") as file:
@@ -74,7 +74,7 @@ def _in_words(error: ValidationError) -> str:
     first = error.errors(include_url=False)[0]
     if first["type"] == "json_invalid":
         reason = str(first.get("ctx", {}).get("error", first["msg"]))
-        deep = "is nested too deeply" if "recursion" in reason else "is no JSON"
+        deep = "is nested too deeply" if "recursion" in reason else "is not JSON"
         return f"{deep} ({reason})"
     where = ".".join(str(each) for each in first["loc"])
     name = f"has {where}" if where else "has content"

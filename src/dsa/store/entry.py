@@ -19,17 +19,43 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+from typing_extensions import TypedDict
 
 from dsa.runs.files import write_atomically
+from dsa.runs.json_files import Count, Size, parse_json, read_json
 from dsa.store.binding import Binding
 from dsa.store.layout import TOKEN_IDS, VERSION, Layout, LayoutError, NewerVersion, read
 
 ROWS, STATE, CHECKS = "rows.safetensors", "state.json", "checks.json"
 
 MASK = (1 << 64) - 1
+
+
+class _Sliding(TypedDict):
+    """How the cache of a layer with a sliding window is made."""
+
+    kind: Literal["sliding"]
+    window: Size
+
+
+class _Indexed(TypedDict):
+    """The same of a layer that keeps all tokens."""
+
+    kind: Literal["indexed"]
+    index_dtype: Literal["int8", "fp8", "fp32"] | None
+    dtype: Literal["float64", "float32", "float16", "bfloat16"]
+
+
+class _Latent(_Indexed):
+    """The same of a layer that keeps latents."""
+
+    kind: Literal["latent"]  # type: ignore[misc]
+    latent_dim: Size
+    rows_dtype: Literal["full", "fp8"]
+    rope_dim: Count | None
 
 
 @dataclass(frozen=True)
@@ -87,7 +113,7 @@ class Entry:
 
     @cached_property
     def binding(self) -> Binding:
-        return Binding(json.loads(self.layout.metadata["binding"]))
+        return Binding(_of_metadata(self.layout, "binding", dict[str, Any]))
 
     @property
     def model(self) -> str:
@@ -100,7 +126,7 @@ class Entry:
     @property
     def layers(self) -> list[dict[str, Any]]:
         """How each layer's cache is made, first layer first."""
-        return json.loads(self.layout.metadata["layers"])
+        return _of_metadata(self.layout, "layers", list[_Sliding | _Indexed | _Latent])
 
     @property
     def bytes(self) -> int:
@@ -139,12 +165,12 @@ def load(folder: Path) -> Entry:
         OSError: It cannot be read, or there is none.
     """
     try:
-        plain = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        plain = read_json(folder / STATE, dict[str, Any], STATE, "it is read again")
         version = int(plain["version"])
         if version > VERSION:
             raise NewerVersion(version)
         state = State(int(plain["tokens"]), float(plain["read_s"]), tuple(plain["windows"]))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         if isinstance(error, LayoutError):
             raise
         raise LayoutError(f"{STATE} is damaged") from error
@@ -155,7 +181,17 @@ def load(folder: Path) -> Entry:
         os.close(handle)
     if not 0 < state.tokens <= layout.capacity or not {"binding", "layers"} <= layout.metadata.keys():
         raise LayoutError(f"{STATE} is damaged")
-    return Entry(folder, layout, state)
+    entry = Entry(folder, layout, state)
+    # Looked at now: later nobody expects them to be damaged.
+    _ = entry.binding, entry.layers
+    return entry
+
+
+def _of_metadata(layout: Layout, name: str, expected: Any) -> Any:
+    try:
+        return parse_json(layout.metadata[name], expected, name, "it is read again")
+    except ValueError as error:
+        raise LayoutError(f"its header is damaged ({error})") from error
 
 
 def publish(folder: Path, state: State, checks: list[Check]) -> None:
@@ -169,9 +205,9 @@ def publish(folder: Path, state: State, checks: list[Check]) -> None:
 def checks_of(entry: Entry) -> list[Check]:
     """The sums of every chunk that counts. Raises `LayoutError` where they are damaged, `OSError` as `load`."""
     try:
-        plain = json.loads((entry.folder / CHECKS).read_text(encoding="utf-8"))
+        plain = read_json(entry.folder / CHECKS, list[dict[str, Any]], CHECKS, "it is read again")
         found = [Check(int(each["end"]), dict(each["sums"]), dict(each["crcs"])) for each in plain]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise LayoutError(f"{CHECKS} is damaged") from error
     # A chunk more may be there: its sums are written before it counts.
     counted = [check for check in found if check.end <= entry.state.tokens]

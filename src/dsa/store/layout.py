@@ -14,8 +14,11 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+
+from dsa.runs.json_files import parse_json
 
 FORMAT = "dsa-document"
 VERSION = 1
@@ -148,7 +151,7 @@ def read(handle: int) -> Layout:
     if not 0 < length <= min(MOST_HEADER, size - 8):
         raise LayoutError("it is no safetensors file, or its beginning is damaged")
     try:
-        header = json.loads(os.pread(handle, length, 8))
+        header = parse_json(os.pread(handle, length, 8), dict[str, Any], "its header", "it is read again")
         metadata = header.pop("__metadata__", {})
         if metadata.get("format") != FORMAT:
             raise LayoutError("it was not written by dsa's store, or its header is damaged")
@@ -164,7 +167,7 @@ def read(handle: int) -> Layout:
             if not is_whole or part.offset != end or part.offset % PAGE:
                 raise LayoutError(f"its header is damaged ({name})")
             parts[name], end = part, 8 + length + stop
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         if isinstance(error, LayoutError):
             raise
         raise LayoutError("its header is damaged") from error

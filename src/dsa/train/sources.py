@@ -5,11 +5,11 @@ Each source yields documents one by one, so that none is ever held as a whole bu
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from dsa.runs.json_files import parse_json
 from dsa.text import MOST_BYTES, checked, read_text
 from dsa.train.extras import needed
 
@@ -62,18 +62,15 @@ def _json_lines(path: Path, column: str) -> Iterator[str]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line.decode("utf-8-sig"))
+                row = line.decode("utf-8-sig")
             except UnicodeDecodeError as error:
                 raise ValueError(
                     f"data: line {number} of {path} is not UTF-8 (byte {error.start} is 0x{line[error.start]:02x}); "
                     "convert the file first, e.g. with iconv"
                 ) from error
-            except (json.JSONDecodeError, RecursionError) as error:
-                raise ValueError(
-                    f"data: line {number} of {path} is not JSON ({error}); expected one object a line, such as "
-                    f'{{"{column}": "..."}}'
-                ) from error
-            yield _text_of(row, column, f"line {number} of {path}")
+            remedy = f'expected one object a line, such as {{"{column}": "..."}}'
+            parsed: Any = parse_json(row, object, f"data: line {number} of {path}", remedy)
+            yield _text_of(parsed, column, f"line {number} of {path}")
 
 
 def _parquet(path: Path, column: str) -> Iterator[str]:

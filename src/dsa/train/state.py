@@ -17,12 +17,14 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from safetensors import SafetensorError, safe_open
 
 from dsa.runs.files import check_folder_writable, write_atomically, write_tensors
+from dsa.runs.json_files import Count, parse_json
 
 STATE = "state.safetensors"
 INDEXERS = "indexers.safetensors"
@@ -52,6 +54,20 @@ class TrainingState:
     seconds: float
     identity: dict[str, Any]
     tensors: dict[str, dict[str, torch.Tensor]]
+
+
+_Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class _Damaged(Exception):
+    """A field of a state is not what it must be."""
+
+
+@dataclass(frozen=True)
+class _Logged:
+    """What every line of a log has."""
+
+    step: Count
 
 
 class RunFolder:
@@ -158,12 +174,12 @@ class RunFolder:
                     part, _, name = key.partition(PART_END)
                     tensors.setdefault(part, {})[name] = opened.get_tensor(key)
             return TrainingState(
-                step=int(metadata["step"]),
-                seconds=float(metadata["seconds"]),
-                identity=json.loads(metadata["identity"]),
+                step=_field(metadata, "step", Count),
+                seconds=_field(metadata, "seconds", _Seconds),
+                identity=_field(metadata, "identity", dict[str, Any]),
                 tensors=tensors,
             )
-        except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+        except (SafetensorError, _Damaged) as error:
             saved = f"The indexers of the last checkpoint, without the optimizer, are in {self.indexers_file}"
             raise ValueError(
                 f"resume: {self.state_file} is truncated or corrupt ({error}); start a new run in another folder. "
@@ -180,10 +196,13 @@ class RunFolder:
         for file in (self.log_file, self.holdout_file):
             if not file.is_file():
                 continue
-            kept = []
+            kept: list[bytes] = []
             for line in file.read_bytes().splitlines(keepends=True):
                 # The last line of a killed run may be half a line.
-                if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+                if not line.endswith(b"\n"):
+                    break
+                logged = parse_json(line, _Logged, f"resume: line {len(kept) + 1} of {file}", "start a new run")
+                if logged.step > step:
                     break
                 kept.append(line)
             write_atomically(file, b"".join(kept))
@@ -208,6 +227,13 @@ class RunFolder:
 SETTINGS = "settings"
 FOLLOWING = {"warmup_steps", "decay_steps", "queries_per_update", "updates_per_sequence"}
 """Settings that follow from others where they are not given."""
+
+
+def _field(metadata: dict[str, str], name: str, expected: Any) -> Any:
+    try:
+        return parse_json(metadata.get(name, ""), expected, name, "it is what a checkpoint says of itself")
+    except ValueError as error:
+        raise _Damaged(str(error)) from error
 
 
 def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> Iterator[str]:
