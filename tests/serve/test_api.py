@@ -10,13 +10,14 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import httpx2 as httpx
 import openai
 import pytest
 import uvicorn
 from openai import OpenAI
+from pydantic import BaseModel, Field
 
 import dsa
 from dsa.models.loading import LoadedModel
@@ -235,6 +236,35 @@ def test_other_paths(http: httpx.Client, client: OpenAI) -> None:
     assert "access-control-allow-origin" not in http.get("/health", headers={"origin": "http://else"}).headers
 
 
+class Person(BaseModel):
+    name: Annotated[str, Field(max_length=10)]
+    age: Annotated[int, Field(ge=0, le=150)]
+    kind: Literal["clerk", "cook"]
+
+
+def test_answers_in_a_format(client: OpenAI) -> None:
+    messages: list[Any] = [{"role": "user", "content": "Who?"}]
+    options: dict[str, Any] = {**GREEDY, "max_completion_tokens": 300}
+    made = client.chat.completions.parse(messages=messages, response_format=Person, **options)
+    assert isinstance(made.choices[0].message.parsed, Person)
+    assert made.choices[0].finish_reason == "stop"
+    sampled = client.chat.completions.parse(messages=messages, response_format=Person, n=2, seed=1, **options)
+    assert all(isinstance(choice.message.parsed, Person) for choice in sampled.choices)
+    response = client.responses.parse(
+        model="tiny", input="Who?", text_format=Person, temperature=0, max_output_tokens=300
+    )
+    assert response.output_parsed == made.choices[0].message.parsed
+    # Nothing of it is left for the next answer.
+    free = client.chat.completions.create(messages=messages, **GREEDY)
+    begun = client.chat.completions.create(messages=messages, response_format={"type": "json_object"}, **GREEDY)
+    assert begun.choices[0].message.content.startswith("{")
+    assert not free.choices[0].message.content.startswith("{")
+
+
+def schema_of(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+
+
 HELLO = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}]}
 
 
@@ -244,7 +274,9 @@ HELLO = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}]}
         ("chat/completions", {**HELLO, "model": "gpt"}, 404, "this server has 'tiny' only"),
         ("chat/completions", {**HELLO, "mood": 1}, 400, "mood: this server has no such field"),
         ("chat/completions", {**HELLO, "tools": [{"type": "function"}]}, 400, "tools: "),
-        ("chat/completions", {**HELLO, "response_format": {"type": "json_object"}}, 400, "response_format.type: "),
+        ("chat/completions", {**HELLO, "response_format": {"type": "xml"}}, 400, "response_format"),
+        ("chat/completions", {**HELLO, "response_format": schema_of({"type": "thing"})}, 400, "response_format: "),
+        ("chat/completions", {**HELLO, "response_format": schema_of({"not": {}, "if": 5})}, 400, "response_format: "),
         ("chat/completions", {**HELLO, "temperature": 9}, 400, "temperature: "),
         ("chat/completions", {**HELLO, "temperature": "hot"}, 400, "temperature: "),
         ("chat/completions", {**HELLO, "max_tokens": 0}, 400, "max_tokens: "),

@@ -111,9 +111,10 @@ def _add_answers(app: FastAPI, name: str, inputs: Inputs, asking: Asking) -> Non
         if given.top_logprobs is not None and not given.logprobs:
             raise Refused("top_logprobs: expected `logprobs: true` with it", "top_logprobs")
         asked = await inputs.conversation(given.messages, http)
+        grammar = await inputs.grammar(given.response_format)
         logprobs = (given.top_logprobs or 0) if given.logprobs else None
         new = given.max_tokens if given.max_completion_tokens is None else given.max_completion_tokens
-        request = inputs.request(asked, given, new, http, logprobs=logprobs)
+        request = inputs.request(asked, given, new, http, logprobs=logprobs, grammar=grammar)
         return await answer(Chat(given.model, logprobs, asked.skipped), request, given, http)
 
     @app.post("/v1/completions")
@@ -136,7 +137,8 @@ def _add_answers(app: FastAPI, name: str, inputs: Inputs, asking: Asking) -> Non
         else:
             messages += given.input
         asked = await inputs.conversation(messages, http)
-        request = inputs.request(asked, given, given.max_output_tokens, http)
+        grammar = await inputs.grammar(None if given.text is None else given.text.format)
+        request = inputs.request(asked, given, given.max_output_tokens, http, grammar=grammar)
         answering = asking.submit(request, http)
         response = OpenAIResponse(given, asked.skipped)
         if not given.stream:

@@ -20,7 +20,7 @@ from dsa.serve.prompts import Prompts
 QUIET_S = 10.0
 """Seconds after which a stream says that it is still there."""
 
-STATUS = {"memory": 503, "time": 504, "output": 500, "stopped": 503, "internal": 500}
+STATUS = {"memory": 503, "time": 504, "output": 500, "format": 400, "stopped": 503, "internal": 500}
 
 
 class Asking:

@@ -22,6 +22,7 @@ from dsa.generation.sources import Watch
 from dsa.models.extension import Demand, positions_of
 from dsa.models.loading import LoadedModel
 from dsa.models.sparse import is_sparse, sparse_report_of
+from dsa.serve.grammar import Grammars, OutOfFormat
 from dsa.serve.job import Done, Ended, Event, Failed, Job, Reading, Request
 from dsa.serve.logs import log_mistake
 from dsa.serve.sessions import Sessions
@@ -92,6 +93,7 @@ class Engine:
         self.loaded, self.limits, self.store, self.chunk = loaded, limits or Limits(), store, chunk
         self.config: DSAConfig | None = sparse_report_of(loaded.model).config if is_sparse(loaded.model) else None
         self.positions = positions_of(loaded.model.config)
+        self.grammars = Grammars(loaded)
         self._stores: dict[str, ModelStore] = {}
         self._sessions = Sessions(self._new_session, self.limits.sessions)
         self._changed = threading.Condition()
@@ -318,7 +320,8 @@ class Engine:
             if job.must_stop():
                 return
             watch = Watch(self.config, len(ids)) if request.sources and self.config is not None else None
-            writer = Writer(request, choice, self.loaded.tokenizer, watch)
+            grammar = None if request.grammar is None else self.grammars.begin(request.grammar)
+            writer = Writer(request, choice, self.loaded.tokenizer, watch, grammar)
             with ExitStack() as stack:
                 if watch is not None:
                     stack.enter_context(session.using(watch.context))
@@ -350,5 +353,7 @@ def _failure(error: Exception) -> Failed:
         return Failed("memory", "the server ran out of memory; send a shorter prompt, or try again later")
     if isinstance(error, ValueError) and "not finite" in str(error):
         return Failed("output", "the model's output for this prompt is not finite")
+    if isinstance(error, OutOfFormat):
+        return Failed("format", str(error))
     log_mistake(error)
     return Failed("internal", "the server made a mistake; its log says where")

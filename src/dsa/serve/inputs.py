@@ -17,6 +17,7 @@ from dsa.serve import schemas
 from dsa.serve.engine import Engine
 from dsa.serve.errors import Refused
 from dsa.serve.files import Files, parsed
+from dsa.serve.grammar import ANY_OBJECT
 from dsa.serve.job import Request
 from dsa.serve.prompts import Asked, Message, Prompts
 
@@ -76,6 +77,20 @@ class Inputs:
         if isinstance(prompt, str):
             return await run_in_threadpool(self.prompts.plain, prompt)
         return self.prompts.ids(prompt)
+
+    async def grammar(self, form: Any) -> str | None:
+        """What an answer is kept within, of a format of `dsa.serve.schemas`. Raises `Refused` for what is no schema."""
+        if form is None or isinstance(form, schemas.PlainFormat):
+            return None
+        schema = ANY_OBJECT
+        if isinstance(form, schemas.SchemaFormat):
+            schema = form.json_schema.schema_
+        elif isinstance(form, schemas.FlatSchemaFormat):
+            schema = form.schema_
+        try:
+            return await run_in_threadpool(self.engine.grammars.of_schema, schema)
+        except ValueError as error:
+            raise Refused(f"response_format: {error}", "response_format") from error
 
     def request(self, asked: Asked, given: Any, new: int | None, http: HttpRequest, **more: Any) -> Request:
         """What the engine is to do.

@@ -33,6 +33,7 @@ class Request:
         presence_penalty: Taken off the scores of tokens that the answer has.
         frequency_penalty: The same for each time that it has them.
         sources: Whether to tell where each sentence was read.
+        grammar: What the answer is kept within, of `dsa.serve.grammar`.
     """
 
     prompt: Prompt
@@ -50,6 +51,7 @@ class Request:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     sources: bool = False
+    grammar: str | None = None
 
     @property
     def total(self) -> int:
@@ -147,8 +149,8 @@ class Failed:
     """Nothing more will come.
 
     Args:
-        kind: `"memory"`, `"time"`, `"output"` for output that is not finite, `"stopped"` by the server's end, or
-            `"internal"`.
+        kind: `"memory"`, `"time"`, `"output"` for output that is not finite, `"format"` for an answer that cannot be
+            kept within its format, `"stopped"` by the server's end, or `"internal"`.
         message: For the client.
     """
 

@@ -79,6 +79,10 @@ class Response:
             return "in_progress"
         return "completed" if self.ended.reason == "stop" else "incomplete"
 
+    def _format(self) -> dict[str, Any]:
+        form = None if self.given.text is None else self.given.text.format
+        return {"type": "text"} if form is None else form.model_dump(by_alias=True, exclude_none=True)
+
     def _plain(self, done: Done | None) -> dict[str, Any]:
         given, status = self.given, self._status()
         plain: dict[str, Any] = {
@@ -98,7 +102,7 @@ class Response:
             "store": False,
             "temperature": 1.0 if given.temperature is None else given.temperature,
             "top_p": 1.0 if given.top_p is None else given.top_p,
-            "text": {"format": {"type": "text"}},
+            "text": {"format": self._format()},
             "tool_choice": "none",
             "tools": [],
             "truncation": "disabled",

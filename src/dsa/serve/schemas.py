@@ -117,6 +117,26 @@ class PlainFormat(Strict):
     type: Literal["text"]
 
 
+class ObjectFormat(Strict):
+    type: Literal["json_object"]
+
+
+class Schema(Strict):
+    name: Name | None = None
+    description: Text | None = None
+    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+    strict: bool | None = None
+
+
+class SchemaFormat(Strict):
+    type: Literal["json_schema"]
+    json_schema: Schema
+
+
+class FlatSchemaFormat(Schema):
+    type: Literal["json_schema"]
+
+
 class ChatRequest(Writing):
     """`POST /v1/chat/completions`."""
 
@@ -133,7 +153,7 @@ class ChatRequest(Writing):
     parallel_tool_calls: bool | None = None
     functions: Annotated[list[Any], Field(max_length=0)] | None = None
     function_call: Literal["none"] | None = None
-    response_format: PlainFormat | None = None
+    response_format: Annotated[PlainFormat | ObjectFormat | SchemaFormat | None, Field(discriminator="type")] = None
     modalities: list[Literal["text"]] | None = None
     audio: None = None
     prediction: None = None
@@ -175,7 +195,7 @@ class InputMessage(Strict):
 
 
 class ResponseTextFormat(Strict):
-    format: PlainFormat | None = None
+    format: Annotated[PlainFormat | ObjectFormat | FlatSchemaFormat | None, Field(discriminator="type")] = None
     verbosity: None = None
 
 

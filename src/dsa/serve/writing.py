@@ -8,6 +8,7 @@ from dsa.generation.passages import SENTENCE_END
 from dsa.generation.sampling import Sampling
 from dsa.generation.sources import Watch, sources_of
 from dsa.generation.text import TextPieces
+from dsa.serve.grammar import Grammar
 from dsa.serve.job import Piece, Request, SentenceSources, TokenLogprob
 from dsa.serve.processors import CountPenalty, Likelihoods
 
@@ -18,14 +19,17 @@ class Writer:
     Attributes:
         token_ids: Written so far.
         text: What was told of the answer so far.
-        is_stopped: Whether a stop text was found.
+        is_stopped: Whether a stop text was found, or the answer is complete in its format.
     """
 
-    def __init__(self, request: Request, choice: int, tokenizer: Any, watch: Watch | None) -> None:
+    def __init__(
+        self, request: Request, choice: int, tokenizer: Any, watch: Watch | None = None, grammar: Grammar | None = None
+    ) -> None:
         self.token_ids: list[int] = []
         self.text = ""
         self.is_stopped = False
         self._request, self._choice, self._tokenizer = request, choice, tokenizer
+        self._grammar = grammar
         self._pieces = TextPieces(tokenizer)
         self._held = ""
         self._likelihoods = None if request.logprobs is None else Likelihoods()
@@ -39,6 +43,8 @@ class Writer:
         if request.presence_penalty or request.frequency_penalty:
             prompt = len(request.prompt.ids)
             processors.append(CountPenalty(prompt, request.presence_penalty, request.frequency_penalty))
+        if self._grammar is not None:
+            processors.append(self._grammar)
         seed = None if request.seed is None else request.seed + self._choice
         return Sampling(request.temperature, request.top_p, seed, processors)
 
@@ -47,7 +53,9 @@ class Writer:
         self.token_ids.append(token)
         if self._likelihoods is not None:
             self._told.append(self._likelihood(token, self._likelihoods))
-        return self._tell(self._pieces.add(token), is_last=False)
+        piece = self._tell(self._pieces.add(token), is_last=False)
+        self.is_stopped = self.is_stopped or (self._grammar is not None and self._grammar.take(token))
+        return piece
 
     def end(self) -> Piece | None:
         """What is left to tell after the last token."""
