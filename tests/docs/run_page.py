@@ -90,7 +90,7 @@ def furnish(folder: Path) -> None:
 
     models = {HUB_MODEL: "qwen3", "path/to/DeepSeek-V3": "deepseek_v3", "configs/small": "deepseek_v3"}
     for name, model_type in models.items():
-        layers = {"num_hidden_layers": 8} if name == HUB_MODEL else {}
+        layers = {"num_hidden_layers": 8, "layer_types": ["full_attention"] * 8} if name == HUB_MODEL else {}
         model = tiny_model(model_type, vocab_size=BYTE_VOCABULARY, max_position_embeddings=16_384, **layers)
         model.save_pretrained(folder / name)
         tokenizer = tiny_tokenizer()
