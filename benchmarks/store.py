@@ -145,7 +145,9 @@ def questions(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     asked_of, same, opened = 0, 0, 0
     for document in (both[:tokens], both[tokens:]):
         without = Session(loaded.model)
-        Session(loaded.model, store=store).read(document)
+        first = Session(loaded.model, store=store)
+        first.read(document)
+        first.close()
         turns = list(document)
         for number, topic in enumerate(TOPICS):
             ids = [*document, *question(loaded, topic)]

@@ -5,8 +5,6 @@ from __future__ import annotations
 import errno
 import gc
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -104,12 +102,12 @@ def test_windows_open_where_there_is_a_copy_of_them(tmp_path: Path) -> None:
     assert other.timings.opened == 64
 
 
-def test_what_decides_the_rows_is_a_miss(llama: Any, tmp_path: Path) -> None:
+def test_what_decides_the_rows_is_a_miss(llama: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     answer(session(llama, tmp_path), DOCUMENT)
     binding = only_entry(tmp_path).binding
     others: list[tuple[Any, set[str]]] = [
         (attached(), set()),
-        (attached("llama", rope_theta=5e5), {"config.rope_parameters", "weights"}),
+        (attached("llama", rope_parameters={"rope_type": "default", "rope_theta": 5e5}), {"config.rope_parameters", "weights"}),
     ]
     fewer = tiny_model("llama").double()
     dsa.attach(fewer, TINY_CONFIG.replace(top_k=16))
@@ -126,10 +124,14 @@ def test_what_decides_the_rows_is_a_miss(llama: Any, tmp_path: Path) -> None:
         tuned.model.layers[1].mlp.up_proj.weight[3, 5] += 1e-9
     others.append((tuned, {"weights"}))
     for model, fields in others:
+        caplog.clear()
         found = set(binding.differences(binding_of(model)))
         assert found == fields or (fields and found and found <= fields), (found, fields)
         opened = ModelStore(Store(tmp_path), model, least=16).open(DOCUMENT)
         assert (opened is None) == bool(fields)
+        said = caplog.text.partition("read with other values of ")[2]
+        assert bool(said) == bool(fields)
+        assert all(field in said for field in sorted(found)[:3])
 
 
 def damage_index(entry: Entry) -> None:
@@ -156,7 +158,7 @@ def damage_sums(entry: Entry) -> None:
     (entry.folder / "checks.json").write_text("[]")
 
 
-@pytest.mark.parametrize("damage", [damage_index, damage_header, cut, damage_state, damage_sums])
+@pytest.mark.parametrize("damage", [damage_index, damage_ids, damage_header, cut, damage_state, damage_sums])
 def test_damage_is_named_and_the_text_read_again(
     llama: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: Callable[[Entry], None]
 ) -> None:
@@ -213,6 +215,25 @@ def test_a_full_disk_keeps_nothing_and_answers(
     assert not list((tmp_path / "entries").iterdir())
 
 
+def test_a_disk_that_cannot_be_written_keeps_nothing_and_answers(
+    llama: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(tmp_path))
+
+    answer(session(llama, tmp_path), DOCUMENT[:60])
+    for place in ("dsa.store.folder.start", "dsa.store.entry.os.utime", "dsa.store.tails.write_tensors"):
+        monkeypatch.setattr(place, refuse)
+    kept = session(llama, tmp_path)
+    assert answer(kept, DOCUMENT) == answer(Session(llama, chunk=32), DOCUMENT)
+    kept.keep_answer()
+    # What is there is opened all the same.
+    assert kept.timings.opened == 60
+    assert kept.kept is None
+    assert caplog.text.count("the document is not kept") == 1
+    assert "Read-only file system" in caplog.text
+
+
 def test_least_recently_used_goes_first_and_never_what_is_in_use(llama: Any, tmp_path: Path) -> None:
     texts = [tiny_tokens(1, 40, seed=seed)[0].tolist() for seed in (11, 12, 13)]
     for age, text in enumerate(texts):
@@ -252,45 +273,7 @@ def test_a_file_is_no_store(tmp_path: Path) -> None:
         Store(tmp_path / "file")
 
 
-WRITER = """
-import sys
-from pathlib import Path
-import dsa
-from dsa.generation.session import Session
-from dsa.store import ModelStore, Store
-from dsa.testing.tiny_models import TINY_CONFIG, tiny_model, tiny_tokens
-model = tiny_model("llama").double()
-model.generation_config.eos_token_id = None
-dsa.attach(model, TINY_CONFIG)
-print("ready", flush=True)
-document = tiny_tokens(1, 90)[0].tolist()
-session = Session(model, chunk=4, store=ModelStore(Store(Path(sys.argv[1])), model, least=16))
-for _ in session.chunks(document):
-    print(len(session.token_ids), flush=True)
-session.close()
-"""
-
-
-def test_killed_at_any_moment(llama: Any, tmp_path: Path) -> None:
-    expected = answer(Session(llama, chunk=4), [*DOCUMENT, *QUESTION])
-    for after in (6, 17):
-        folder = tmp_path / str(after)
-        process = subprocess.Popen([sys.executable, "-c", WRITER, str(folder)], stdout=subprocess.PIPE, text=True)
-        assert process.stdout is not None
-        lines = [process.stdout.readline() for _ in range(after + 1)]
-        process.kill()
-        process.wait()
-        read = int(lines[-1])
-        kept = session(llama, folder, chunk=4)
-        assert answer(kept, [*DOCUMENT, *QUESTION], keep=90) == expected
-        # Rows of texts shorter than the least are kept, and opened once there are enough of them.
-        assert kept.timings.opened >= (read - 4 if read - 4 >= 16 else 0)
-        entry = only_entry(folder)
-        assert entry.state.tokens == 90
-        assert Store(folder).verify(entry) == ""
-
-
-def test_two_processes_read_the_same_document(llama: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_two_sessions_read_the_same_document(llama: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     first, second = session(llama, tmp_path), session(llama, tmp_path)
     reading = first.chunks([*DOCUMENT, *QUESTION], new_tokens=NEW, keep=90)
     next(reading)

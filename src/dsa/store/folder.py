@@ -151,6 +151,27 @@ class Store:
             if common:
                 yield entry, common, usable
 
+    def nearest_miss(self, binding: Binding, ids: Sequence[int], least: int) -> tuple[Entry, list[str]] | None:
+        """The entry that has these tokens and is bound to something else: to as little as possible, and to what.
+
+        Args:
+            binding: Of the model.
+            ids: The tokens.
+            least: So many of them it begins with at least.
+        """
+        wanted, best = np.asarray(ids, np.int32), None
+        for entry in self.entries():
+            fields = entry.binding.differences(binding)
+            if not fields or (best is not None and len(fields) >= len(best[1])):
+                continue
+            try:
+                common = common_length(wanted, entry.token_ids())
+            except OSError:
+                continue
+            if common >= least:
+                best = entry, fields
+        return best
+
     def keep_tail(self, binding: Binding, ids: Sequence[int], cache: Any, least: int) -> None:
         """Keeps what a conversation added to a stored document.
 
@@ -199,8 +220,15 @@ class Store:
                 entry = load(folder)
                 if list(entry.token_ids()) != list(ids[: entry.state.tokens]):
                     raise Unkept("another process keeps another text there")
+            replaced = None
+            if entry is None and (folder / STATE).exists():
+                # Its name says that it has these tokens, and it was not found by them.
+                replaced = Damaged(name, "its token ids are damaged", folder)
+                self.set_aside(replaced)
             metadata = metadata_of(binding, model, document)
-            return Recorder(folder, lock, ids, metadata, lambda needed: self._make_room(needed, name), entry)
+            recorder = Recorder(folder, lock, ids, metadata, lambda needed: self._make_room(needed, name), entry)
+            recorder.replaced = replaced
+            return recorder
         except BaseException:
             lock.release()
             raise

@@ -22,6 +22,9 @@ logger = logging.getLogger("dsa")
 LEAST_TOKENS = 1024
 """Shorter texts are read again sooner than they are worth a place."""
 
+MOST_FIELDS = 3
+"""Of those that keep a model from opening an entry, named in a message."""
+
 
 class ModelStore:
     """See the module.
@@ -76,6 +79,8 @@ class ModelStore:
                 self._say(f"the store in {self.store.folder} cannot be read ({error}); the text is read again")
                 return None
             if found is None or found[1] <= held or found[1] < min(self.least, len(ids)):
+                if not held:
+                    self._say_miss(ids)
                 return None
             entry, tokens, tail = found
             try:
@@ -104,10 +109,13 @@ class ModelStore:
         if len(ids) < self.least:
             return None
         try:
-            return self.store.recorder(self.binding, ids, self.name, document)
+            recorder = self.store.recorder(self.binding, ids, self.name, document)
         except (Unkept, LayoutError, OSError) as error:
             self.not_kept(reason_of(error))
             return None
+        if recorder.replaced is not None:
+            self._say_damaged(recorder.replaced.name, recorder.replaced.reason)
+        return recorder
 
     def keep_tail(self, ids: Sequence[int], cache: Any) -> None:
         """Keeps what a conversation added to a stored document, so that its next turn is opened, too.
@@ -136,6 +144,21 @@ class ModelStore:
         if reason:
             self._say(f"the document is not kept: {reason}")
 
+    def _say_miss(self, ids: Sequence[int]) -> None:
+        """Says once why a text that is there cannot be opened: which field of its binding is another."""
+        try:
+            missed = self.store.nearest_miss(self.binding, ids, min(self.least, len(ids)))
+        except OSError:
+            return
+        if missed is not None:
+            entry, fields = missed
+            shown = ", ".join(fields[:MOST_FIELDS])
+            more = f" and {len(fields) - MOST_FIELDS} more" if len(fields) > MOST_FIELDS else ""
+            self._say(
+                f"the stored document {entry.name} has this text, but was read with other values of {shown}{more}; "
+                "it is read again"
+            )
+
     def _set_damaged_aside(self) -> None:
         """What cannot be opened for any model is named once, and taken out of use."""
         for each in list(self.store.look()):
@@ -144,11 +167,14 @@ class ModelStore:
             elif isinstance(each, Damaged) and not each.is_aside:
                 self._set_aside(each, each.reason)
 
-    def _set_aside(self, entry: Entry | Damaged, reason: str) -> bool:
+    def _say_damaged(self, name: str, reason: str) -> None:
         self._say(
-            f"the stored document {entry.name} is damaged ({reason}): it is not used any more, and what is asked for "
-            "is read again; `dsa store prune` removes it"
+            f"the stored document {name} is damaged ({reason}): it is not used any more, and what is asked for is "
+            "read again; `dsa store prune` removes it"
         )
+
+    def _set_aside(self, entry: Entry | Damaged, reason: str) -> bool:
+        self._say_damaged(entry.name, reason)
         try:
             self.store.set_aside(entry)
         except OSError:

@@ -45,6 +45,7 @@ class Recorder:
     Attributes:
         problem: Why no more is kept, once that is so.
         tokens: How many tokens of the entry count by now.
+        replaced: The damaged entry whose place the new one takes, as the store describes it.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class Recorder:
             entry: What is there already and is gone on with; its tokens are the first of `ids`.
         """
         self.folder, self.ids, self.problem = folder, ids, ""
+        self.replaced: Any = None
         self._lock, self._metadata, self._make_room = lock, metadata, make_room
         self._entry, self._handle, self._map = entry, -1, None
         self._layout = None if entry is None else entry.layout
