@@ -107,7 +107,10 @@ def test_what_decides_the_rows_is_a_miss(llama: Any, tmp_path: Path, caplog: pyt
     binding = only_entry(tmp_path).binding
     others: list[tuple[Any, set[str]]] = [
         (attached(), set()),
-        (attached("llama", rope_parameters={"rope_type": "default", "rope_theta": 5e5}), {"config.rope_parameters", "weights"}),
+        (
+            attached("llama", rope_parameters={"rope_type": "default", "rope_theta": 5e5}),
+            {"config.rope_parameters", "weights"},
+        ),
     ]
     fewer = tiny_model("llama").double()
     dsa.attach(fewer, TINY_CONFIG.replace(top_k=16))
