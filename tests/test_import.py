@@ -72,3 +72,59 @@ def test_importing_the_package_needs_no_compiled_library_and_no_triton() -> None
         "from dsa import ops; import torch; "
         "ops.index_topk(torch.ones(1, 2, 1, 4), torch.ones(1, 2, 4), torch.ones(1, 2, 1), 1)"
     )
+
+
+SETTINGS = """
+import locale, logging, os, random, signal, sys, threading, warnings
+import torch
+{before}
+
+def settings():
+    loggers = {{
+        name: (each.level, list(each.handlers), each.propagate, each.disabled)
+        for name, each in logging.root.manager.loggerDict.items()
+        if isinstance(each, logging.Logger) and name.split(".")[0] != "dsa"
+    }}
+    return {{
+        "warnings": (list(warnings.filters), warnings.showwarning, warnings.formatwarning),
+        "threads": ([each.name for each in threading.enumerate()], torch.get_num_threads()),
+        "other threads": torch.get_num_interop_threads(),
+        "locale": [locale.setlocale(getattr(locale, name)) for name in dir(locale) if name.startswith("LC_")],
+        "root logger": (logging.root.level, list(logging.root.handlers), logging.root.manager.disable),
+        "loggers": loggers,
+        "signals": {{number: signal.getsignal(number) for number in signal.valid_signals()}},
+        "environment": dict(os.environ),
+        "sys.path": (list(sys.path), list(sys.path_hooks), os.getcwd()),
+        "hooks": (sys.excepthook, sys.displayhook, sys.unraisablehook, threading.excepthook),
+        "limits": (sys.getrecursionlimit(), sys.getswitchinterval()),
+        "streams": (sys.stdin, sys.stdout, sys.stderr),
+        "random numbers": (random.getstate(), torch.initial_seed(), torch.get_rng_state().tolist()),
+        "torch": (
+            torch.get_default_dtype(), torch.is_grad_enabled(), torch.are_deterministic_algorithms_enabled(),
+            torch.get_float32_matmul_precision(), torch.backends.mkldnn.enabled,
+        ),
+    }}
+
+before = settings()
+{imports}
+after = settings()
+changed = [name for name in before if name != "loggers" and after[name] != before[name]]
+changed += [name for name in before["loggers"] if after["loggers"][name] != before["loggers"][name]]
+assert not changed, {{name: (before.get(name), after.get(name)) for name in changed}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "imports"),
+    [
+        ("", "import dsa, dsa.ops"),
+        # What transformers and torch set as they load is theirs.
+        (
+            "from transformers import AutoModelForCausalLM, LlamaForCausalLM",
+            "import dsa; dsa.attach; dsa.open",
+        ),
+    ],
+    ids=["alone", "after transformers"],
+)
+def test_importing_the_package_changes_no_setting_of_the_host(before: str, imports: str) -> None:
+    run_fresh(SETTINGS.format(before=before, imports=imports))
