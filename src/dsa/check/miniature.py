@@ -81,7 +81,8 @@ def miniature(config: PreTrainedConfig, **changes: Any) -> PreTrainedConfig:
     """
     text = config.get_text_config(decoder=True)
     count = text.num_hidden_layers
-    kept = _layers_with_each_kind(text, count)
+    # Lists by layer are cut to the layers asked for.
+    kept = changes.get("num_hidden_layers", _layers_with_each_kind(text, count))
     given = {name: value for name, value in text.to_dict().items() if name not in _NOT_ARGUMENTS}
     small = {name: _small(value, name, count, kept) for name, value in given.items()}
     for name, size in {**SIZES, "num_hidden_layers": kept}.items():
