@@ -50,9 +50,16 @@ def test_what_the_header_says_of_the_layers(kept: tuple[Any, Path]) -> None:
     """Metadata of the same length in the file, so that its rows stay where they are."""
     model, store = kept
     folder = only_entry(store).folder
-    whole = (folder / ROWS).read_bytes()
-    length = int.from_bytes(whole[:8], "little")
-    header = json.loads(whole[8 : 8 + length])
+    with (folder / ROWS).open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        before = file.read(length)
+    header = json.loads(before)
+
+    def write(content: bytes) -> None:
+        with (folder / ROWS).open("r+b") as file:
+            file.seek(8)
+            file.write(content.ljust(length))
+
     for field in ("layers", "binding"):
         plain = json.loads(header["__metadata__"][field])
         for number, (_, value) in enumerate(mutations(plain, depth=2)):
@@ -60,9 +67,10 @@ def test_what_the_header_says_of_the_layers(kept: tuple[Any, Path]) -> None:
             changed = json.dumps({**header, "__metadata__": metadata}).encode()
             if len(changed) > length:
                 continue
-            (folder / ROWS).write_bytes(whole[:8] + changed.ljust(length) + whole[8 + length :])
+            write(changed)
             if looked_at(folder) is not None and number % 40 == 0 and field == "layers":
                 other = session(model, store)
                 other.read([*DOCUMENT, *QUESTION], new_tokens=NEW, keep=None)
                 other.close()
-    (folder / ROWS).write_bytes(whole)
+    write(before)
+    assert looked_at(folder) is not None
