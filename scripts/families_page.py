@@ -20,10 +20,10 @@ HEAD = "<!-- Written by scripts/families_page.py: change the tables in src/dsa/m
 
 
 INTRODUCTION = (
-    "Of the {all} causal language models of transformers, {working} run sparse. Each is put through the same claims on "
-    "a small random model: a budget of all tokens gives transformers' own logits and greedy tokens, a small one those "
-    "of eager attention masked to what was selected; caches, padding, packing, chunks, beams, saving and a training "
-    "step. `dsa info --models` prints this list."
+    "Of the {all} causal language models of transformers, {working} run sparse. Each is put through the "
+    "[claims](check.md) on a small random model: a budget of all tokens gives transformers' own logits and greedy "
+    "tokens, a small one those of eager attention masked to what was selected; caches, padding, packing, chunks, "
+    "beams, saving and a training step. `dsa info --models` prints this list."
 )
 
 LAYERS = (
@@ -32,13 +32,21 @@ LAYERS = (
     "transformers' own model keeps them apart: a state runs on."
 )
 
+REASONS = "Each by name and with its reason. A model of another name can be tried with [dsa check](check.md)."
+
 
 def page() -> str:
     """The page."""
     listed = causal_models()
     working, refused = [each for each in listed if each.works], [each for each in listed if each.state == "refused"]
     parts = [HEAD, "# Models", INTRODUCTION.format(all=len(listed), working=len(working)), LAYERS]
-    parts += ["## Works", _table(working), "## Refused", "Each by name and with its reason.", _table(refused)]
+    parts += [
+        "## Works",
+        _table(working),
+        "## Refused",
+        REASONS,
+        _table(refused),
+    ]
     return "\n\n".join(parts) + "\n"
 
 

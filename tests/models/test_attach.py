@@ -45,6 +45,18 @@ def test_encoders_are_refused() -> None:
         dsa.attach(t5)
 
 
+def test_attention_patched_by_another_library_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+
+    def forward(self: torch.nn.Module, *args: object, **kwargs: object) -> None:
+        raise AssertionError
+
+    forward.__module__ = "faster_kernels.llama"
+    monkeypatch.setattr(type(model.model.layers[0].self_attn), "forward", forward)
+    with pytest.raises(ValueError, match=r"layer 0 of LlamaForCausalLM .* patched by faster_kernels.llama"):
+        dsa.attach(model)
+
+
 def test_all_sliding_is_refused() -> None:
     with pytest.raises(ValueError, match=r"MistralForCausalLM has nothing to select: .* they are sliding window"):
         dsa.attach(tiny_model("mistral", sliding_window=16))

@@ -11,15 +11,12 @@ import torch
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import dsa
-from dsa.check.claims import CLAIMS, Case, NotTheModels, padding_changes_nothing
+from dsa.check.claims import CLAIMS, IN_FP32, Case, NotTheModels, padding_changes_nothing
 from dsa.check.discovery import find_family
 from dsa.models.attached import indexers_of, report_of
 from dsa.models.families import ATTACHABLE, FAMILIES, INSIDE, full_attention_layers
 from dsa.models.refused import REFUSED
 from dsa.testing.tiny_models import TINY_CONFIG, tiny_model
-
-IN_FP32 = ("all tokens equal dense", "save and load")
-"""The other claims are of fp64 models, so that rounding does not blur what they compare."""
 
 HYBRIDS = {
     *("bamba", "granitemoehybrid", "jamba", "lfm2_moe", "lfm3", "minimax", "nemotron_h", "olmo_hybrid"),

@@ -332,3 +332,6 @@ CLAIMS: dict[str, Callable[[Case], None]] = {
     "save and load": saving_keeps_everything,
 }
 """Claims by their names, the one that most depends on the family first."""
+
+IN_FP32 = ("all tokens equal dense", "save and load")
+"""The claims to try in fp32. The others are of fp64 models, so that rounding does not blur what they compare."""

@@ -18,7 +18,7 @@ from dsa.cli.console import print_error
 
 COMMANDS = (
     *("demo", "info", "models", "train", "calibrate", "read", "generate", "chat", "serve", "eval", "explain"),
-    *("export", "cost", "store", "bench"),
+    *("export", "cost", "check", "store", "bench"),
 )
 
 HELP = """DeepSeek Sparse Attention for pretrained language models.

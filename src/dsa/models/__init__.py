@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from dsa.models.attachment import attach, detach
     from dsa.models.checkpoint import load_indexers, save_indexers
     from dsa.models.context import AttentionCall, DSAContext
+    from dsa.models.families import Family
     from dsa.models.latent.export import export_deepseek_v32
     from dsa.models.packing import PackReport, pack_weights
 
@@ -23,6 +24,7 @@ _HOMES = {
     "AttachReport": "attached",
     "AttentionCall": "context",
     "DSAContext": "context",
+    "Family": "families",
     "LayerReport": "attached",
     "PackReport": "packing",
     "accelerate": "acceleration",
@@ -45,6 +47,7 @@ __all__ = [
     "AttachReport",
     "AttentionCall",
     "DSAContext",
+    "Family",
     "LayerReport",
     "PackReport",
     "accelerate",

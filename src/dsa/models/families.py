@@ -295,8 +295,8 @@ def family_of(model: object) -> Family:
             "dsa attaches to causal decoders only"
         )
     raise ValueError(
-        f"{name}: dsa does not know the architecture {model_type!r}. Known are {len(ATTACHABLE)} families, llama and "
-        "mixtral among them: `dsa info --models`"
+        f"{name}: dsa does not know the architecture {model_type!r}; `dsa check MODEL` tries it and says what it "
+        f"needs. Known are {len(ATTACHABLE)} families: `dsa info --models`"
     )
 
 

@@ -35,6 +35,7 @@ def install(model: PreTrainedModel, config: DSAConfig, *, family: Family, traine
     attentions = family.attention_layers(model)
     types, full = layer_types(model.config), full_attention_layers(model.config)
     _check_layers(type(model).__name__, config, types)
+    _check_patched(type(model).__name__, attentions, full)
     selections = _selections(model, config, family, attentions, full)
     implementation = model.config._attn_implementation
     dsa_attention.register()
@@ -83,6 +84,20 @@ def uninstall(model: PreTrainedModel) -> None:
     vars(decoder_of(model)).pop(WARNED, None)
     model.set_attn_implementation(attached.implementation)
     delattr(model, ATTACHED)
+
+
+def _check_patched(name: str, attentions: list[Any], full: list[bool]) -> None:
+    """Refuses attention whose `forward` is another library's: what it does with the arguments is not known."""
+    for layer, module in enumerate(attentions):
+        if not full[layer] or module is None:
+            continue
+        home: Any = next(cls for cls in type(module).__mro__ if "forward" in vars(cls))
+        made_by = getattr(home.forward, "__module__", home.__module__)
+        if made_by != home.__module__:
+            raise ValueError(
+                f"layer {layer} of {name} has an attention ({home.__name__}) whose forward is patched by {made_by}; "
+                "dsa cannot see what that does: load the model without it"
+            )
 
 
 def _check_layers(name: str, config: DSAConfig, types: list[str]) -> None:

@@ -50,4 +50,4 @@ def _listed(name: str) -> Listed:
         return Listed(name, "attached", "latent attention" if latent else "keys and values")
     if name in REFUSED:
         return Listed(name, "refused", REFUSED[name])
-    return Listed(name, "unknown", "newer than this version of dsa")
+    return Listed(name, "unknown", "newer than this version of dsa: try dsa check")

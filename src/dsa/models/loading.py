@@ -171,13 +171,34 @@ def _resolve(name: str) -> str:
     return name
 
 
+def read_config(name: str) -> PreTrainedConfig:
+    """A causal language model's configuration alone; code that comes with it is not run.
+
+    Args:
+        name: Local directory, its config.json, or Hub id.
+
+    Raises:
+        OSError: No such directory or Hub id, or no network.
+        ValueError: Not a causal language model's, one that transformers cannot read, or one of a class that comes with
+            the model as code.
+    """
+    path = Path(name).expanduser()
+    if path.name == "config.json" and path.is_file():
+        return read_config(str(path.absolute().parent))
+    with quiet_transformers():
+        return _check_causal(
+            name, str(default_model_dir(lambda message: None)) if name == DEFAULT_MODEL else _resolve(name)
+        )
+
+
 def _check_causal(name: str, source: str | Path) -> PreTrainedConfig:
     """The model's configuration, if it is a causal language model's."""
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     try:
-        config = AutoConfig.from_pretrained(source)
+        # Code that comes with a model is never run, and nobody is asked whether it may.
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except OSError as error:
         raise _not_loaded(name, error) from error
     except Exception as error:
