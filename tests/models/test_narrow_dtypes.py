@@ -9,9 +9,9 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 import dsa
-from dsa.models.families import ATTACHABLE, BORN_WITH_DSA
+from dsa.models.families import BORN_WITH_DSA
 from dsa.testing.born_with_dsa import born_model
-from dsa.testing.tiny_models import TINY_CONFIG, tiny_model, tiny_tokens
+from dsa.testing.tiny_models import ONE_OF_EACH_KIND, TINY_CONFIG, tiny_model, tiny_tokens
 
 TOKENS = tiny_tokens(2, 40)
 
@@ -33,7 +33,7 @@ def difference(logits: torch.Tensor, exact: torch.Tensor) -> float:
     return float(((logits - exact).norm(dim=-1) / exact.norm(dim=-1)).median())
 
 
-@pytest.mark.parametrize("model_type", [*ATTACHABLE, *BORN_WITH_DSA])
+@pytest.mark.parametrize("model_type", [*ONE_OF_EACH_KIND, *BORN_WITH_DSA])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(model_type: str, dtype: torch.dtype) -> None:
     """Close to fp32 where everything is read; where it is not, it runs with gradients everywhere, and with a cache."""
@@ -59,7 +59,7 @@ def test_autocast(model_type: str, dtype: torch.dtype) -> None:
     assert difference(step, whole) < 0.3
 
 
-@pytest.mark.parametrize("model_type", [*ATTACHABLE, *BORN_WITH_DSA])
+@pytest.mark.parametrize("model_type", [*ONE_OF_EACH_KIND, *BORN_WITH_DSA])
 def test_bf16_weights(model_type: str) -> None:
     model = made(model_type, top_k=64)
     narrow = copy.deepcopy(model).bfloat16()

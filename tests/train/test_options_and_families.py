@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dsa.models import report_of
-from dsa.models.families import ATTACHABLE
+from dsa.testing.tiny_models import ONE_OF_EACH_KIND
 from dsa.testing.training import attached, random_tokens
 from dsa.train import SparseSettings, train_sparse
 
@@ -24,7 +24,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("model_type", ATTACHABLE)
+@pytest.mark.parametrize("model_type", ONE_OF_EACH_KIND)
 def test_a_step_of_the_sparse_stage(model_type: str, options: str, tmp_path: Path) -> None:
     model = attached(model_type)
     assert not report_of(model).trained
