@@ -115,12 +115,17 @@ class TrainableParameters:
             self.adapter = None
 
 
+def _is_router(module: nn.Module) -> bool:
+    """Whether a linear layer of a model returns more than a product, as Llama 4's router does."""
+    return type(module).__module__.startswith("transformers.models.") and "forward" in vars(type(module))
+
+
 def _with_adapters(model: PreTrainedModel, settings: SparseSettings) -> Any:
     peft = needed("peft", "training low-rank adapters")
     linear = {
         name.rpartition(".")[2]
         for name, module in decoder_of(model).named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and INDEXER not in f".{name}."
+        if isinstance(module, (nn.Linear, Conv1D)) and INDEXER not in f".{name}." and not _is_router(module)
     }
     assert settings.lora is not None
     config = peft.LoraConfig(
