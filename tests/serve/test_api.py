@@ -86,8 +86,9 @@ def about(file: str, question: str) -> list[Any]:
 
 def test_answers_are_those_of_the_command(loaded: LoadedModel, client: OpenAI) -> None:
     questions = [f"Which {number}?" for number in range(8)]
-    answers = [expected(loaded, question) for question in questions]
-    file = client.files.create(file=("part.txt", TEXT.encode()), purpose="user_data")
+    text = TEXT.replace("sea", "shore")
+    answers = [expected(loaded, question, text) for question in questions]
+    file = client.files.create(file=("part.txt", text.encode()), purpose="user_data")
     cold = client.chat.completions.create(messages=about(file.id, questions[0]), **GREEDY)
     assert cold.choices[0].message.content == answers[0]
     assert cold.choices[0].finish_reason == "length"
@@ -118,7 +119,7 @@ def test_answers_are_those_of_the_command(loaded: LoadedModel, client: OpenAI) -
         assert list(pool.map(one, questions)) == answers
         assert list(pool.map(streamed, questions)) == answers
     # The same document inside of the message.
-    data = "data:text/plain;base64," + base64.b64encode(TEXT.encode()).decode()
+    data = "data:text/plain;base64," + base64.b64encode(text.encode()).decode()
     parts = [{"type": "text", "text": questions[1]}, {"type": "file", "file": {"file_data": data, "filename": "a.txt"}}]
     inline = client.chat.completions.create(messages=[{"role": "user", "content": parts}], **GREEDY)  # type: ignore
     assert inline.choices[0].message.content == answers[1]
@@ -126,7 +127,7 @@ def test_answers_are_those_of_the_command(loaded: LoadedModel, client: OpenAI) -
     other = client.with_options(api_key=KEYS[1])
     with pytest.raises(openai.NotFoundError):
         other.chat.completions.create(messages=about(file.id, "Which?"), **GREEDY)
-    theirs = other.files.create(file=("part.txt", TEXT.encode()), purpose="user_data")
+    theirs = other.files.create(file=("part.txt", text.encode()), purpose="user_data")
     made = other.chat.completions.create(messages=about(theirs.id, questions[0]), **GREEDY)
     assert made.usage.prompt_tokens_details.cached_tokens == 0
     assert made.choices[0].message.content == answers[0]
@@ -224,9 +225,10 @@ def test_other_paths(http: httpx.Client, client: OpenAI) -> None:
     assert [each.id for each in client.models.list()] == ["tiny"]
     assert client.models.retrieve("tiny").id == "tiny"
     assert http.post("/tokenize", json={"prompt": "sea"}).json()["count"] == 3
-    messages = [{"role": "user", "content": "sea"}]
+    messages: list[Any] = [{"role": "user", "content": "sea"}]
     assert http.post("/tokenize", json={"messages": messages}).json()["count"] == len("<user>sea\n<assistant>")
     assert http.get("/health", headers={"authorization": ""}).json() == {"status": "ok"}
+    client.chat.completions.create(messages=messages, **GREEDY)
     figures = http.get("/metrics").text
     assert 'dsa_tokens_total{what="written"}' in figures
     assert 'dsa_requests_total{path="/v1/chat/completions",status="200"}' in figures
@@ -349,6 +351,9 @@ def test_uploads_are_bounded(http: httpx.Client) -> None:
     answer = http.post("/v1/files", files={"file": ("a.txt", b"word")}, data={"purpose": "batch"})
     assert "purpose: expected one of" in answer.json()["error"]["message"]
     assert http.post("/v1/files", data={"purpose": "user_data"}).status_code == 400
+    answer = http.post("/v1/files", files={"file": ("a.txt", b"word")}, data={"expires_after": "1"})
+    assert answer.json()["error"]["message"].startswith("expires_after: this server has no such field")
+    assert http.get("/v1/files?limit=1").json()["error"]["message"].startswith("query: ")
 
 
 def test_keys_and_hosts(http: httpx.Client, server: Serving) -> None:

@@ -166,6 +166,9 @@ def _add_files(app: FastAPI, files: Files, engine: Engine, most: int) -> None:
     async def upload(
         http: HttpRequest, file: Annotated[UploadFile, FileField()], purpose: Annotated[str, FormField()] = "user_data"
     ) -> dict[str, Any]:
+        unknown = sorted({*(await http.form())} - {"file", "purpose"})
+        if unknown:
+            raise Refused(f"{unknown[0][:50]}: this server has no such field; leave it out", unknown[0][:50])
         if purpose not in PURPOSES:
             raise Refused(f"purpose: expected one of {', '.join(PURPOSES)}, got {purpose[:50]!r}", "purpose")
         raw = await file.read(most + 1)

@@ -70,7 +70,9 @@ class Answering:
         try:
             while True:
                 try:
-                    event = await asyncio.wait_for(self._events.get(), QUIET_S)
+                    # `wait_for` loses a cancellation that comes together with an event.
+                    async with asyncio.timeout(QUIET_S):
+                        event = await self._events.get()
                 except TimeoutError:
                     yield None
                     continue
@@ -104,6 +106,7 @@ class Answering:
                 return work.result()
             raise Refused("the client has gone", status=499)
         finally:
+            self.job.cancel()
             for task in (work, leaving):
                 task.cancel()
             await asyncio.gather(work, leaving, return_exceptions=True)

@@ -89,11 +89,13 @@ class Door:
             log_request(name, scope["method"], path, passage.status, seconds, state.get("tokens"))
 
     def _owner(self, scope: Any, headers: dict[str, str]) -> str:
-        """Raises `Refused` for a host that is not ours, and for a wrong key."""
+        """Raises `Refused` for a host that is not ours, for what no path takes, and for a wrong key."""
         if not _is_known_host(headers.get("host", ""), self.rules.hosts):
             raise Refused(
                 "Host: this server is not called so; use its address, or start it with --allow-host NAME", status=421
             )
+        if scope["query_string"]:
+            raise Refused("query: this server takes no parameters after `?`; leave them out")
         if scope["path"] in OPEN_PATHS:
             return ""
         owner = self.rules.keys.owner(headers.get("authorization"))
@@ -120,7 +122,8 @@ class Door:
             if is_read:
                 return await receive()
             try:
-                message = await asyncio.wait_for(receive(), PAUSE_S)
+                async with asyncio.timeout(PAUSE_S):
+                    message = await receive()
             except TimeoutError:
                 raise Refused("the body comes too slowly", status=408) from None
             held += len(message.get("body", b""))
