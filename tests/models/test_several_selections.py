@@ -41,7 +41,7 @@ def calls_of(model: PreTrainedModel, tokens: torch.Tensor, **options: object) ->
     return seen
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gemma2", "gpt_oss", "qwen3", "gpt2", "deepseek_v3"])
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "gpt_oss", "laguna", "gpt_bigcode", "gpt2", "deepseek_v3"])
 def test_a_budget_for_everything_equals_dense(model_type: str) -> None:
     model, tokens = tiny_model(model_type).double(), tiny_tokens(2, 30)
     with torch.no_grad():

@@ -266,7 +266,10 @@ def _check_shapes(file: Path, opened: Any, config: DSAConfig, base_model: dict[s
             rows = config.index_heads * config.layer_selections(int(found[1]), groups)
         except ValueError as error:
             raise ValueError(f"indexers: {file}: {error}") from error
-        shape, expected = tensor.get_shape(), wanted.get(found[2], [rows, hidden])
+        shape = tensor.get_shape()
+        # Head weights of one selection serve each of several, and multi-query attention has one KV head.
+        rows = config.index_heads if shape[:1] == [config.index_heads] else rows
+        expected = wanted.get(found[2], [rows, hidden])
         if len(shape) != len(expected) or any(b not in (None, a) for a, b in zip(shape, expected)):
             raise ValueError(
                 f"indexers: {name} in {file} is {shape}, but its index_heads={config.index_heads}, "

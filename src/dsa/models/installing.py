@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from dsa.config import DSAConfig
 from dsa.models import attention as dsa_attention
@@ -132,14 +132,24 @@ def _selections(
     if config.selections == 1 and not any(layer.selections for layer in config.layers.values()):
         return dict.fromkeys(sparse, 1)
     text = model.config.get_text_config(decoder=True)
-    heads = text.num_attention_heads
     found = {}
     for layer in sparse:
-        module = attentions[layer]
-        shared = getattr(module, "num_key_value_groups", None)
-        groups = heads // shared if shared else getattr(text, "num_key_value_heads", None) or heads
-        found[layer] = config.layer_selections(layer, 1 if family.latent is not None else groups)
+        groups = 1 if family.latent is not None else _kv_heads(attentions[layer], text)
+        found[layer] = config.layer_selections(layer, groups)
     return found
+
+
+def _kv_heads(attention: nn.Module, config: PreTrainedConfig) -> int:
+    """Of one layer; the projection of its keys says it where layers differ, and is one with others in some families."""
+    features, width = (
+        getattr(getattr(attention, "k_proj", None), "out_features", None),
+        getattr(attention, "head_dim", 0),
+    )
+    if features and width:
+        return int(features) // int(width)
+    shared = getattr(attention, "num_key_value_groups", None)
+    heads = int(config.num_attention_heads)
+    return heads // shared if shared else getattr(config, "num_key_value_heads", None) or heads
 
 
 def _layer_report(config: DSAConfig, layer: int, layer_type: str, selections: int) -> LayerReport:
