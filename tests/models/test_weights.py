@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 import dsa
 from dsa.models.fingerprint import describe_base_model, distance, is_same
 from dsa.models.weights import compute_dtype, entries, execution_device, matrices
-from dsa.testing.tiny_models import TINY_CONFIG, tiny_model
+from dsa.testing.tiny_models import TINY_CONFIG, tiny_model, tiny_tokens
 
 
 class Packed(nn.Module):
@@ -79,3 +80,27 @@ def test_a_layer_whose_norms_are_fp32_and_whose_weights_are_bytes_computes_in_fp
     block = nn.ModuleDict({"linear": Packed(nn.Linear(4, 4, bias=False), 127), "norm": nn.LayerNorm(4)})
     assert compute_dtype(block) == torch.float32
     assert compute_dtype(block.to(torch.bfloat16)) == torch.bfloat16
+
+
+@pytest.mark.parametrize("model_type", ["llama", "deepseek_v3"])
+def test_weights_on_disk(model_type: str, tmp_path: Path) -> None:
+    """accelerate's offloading: parameters without data, which are read when a layer runs."""
+    pytest.importorskip("accelerate")
+    model = tiny_model(model_type)
+    model.save_pretrained(tmp_path / "model")
+    dsa.attach(model, TINY_CONFIG)
+    file = dsa.save_indexers(model, tmp_path / "a.safetensors")
+    tokens = tiny_tokens(1, 40)
+    kept = {"model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    loaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model",
+        device_map={"model.embed_tokens": "disk", "model.layers": "disk", **kept},
+        offload_folder=tmp_path / "offloaded",
+        dtype=torch.float32,
+    ).eval()
+    dsa.attach(loaded, indexers=file)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(tokens).logits, model(tokens).logits, rtol=1e-4, atol=1e-4)
+    dsa.load_indexers(loaded, dsa.save_indexers(loaded, tmp_path / "b.safetensors"))
+    written = loaded.generate(tokens, max_new_tokens=2, do_sample=False, attention_mask=torch.ones_like(tokens))
+    assert written.shape[1] > 40

@@ -136,7 +136,7 @@ class LatentAttention(nn.Module):
         block = tokens if whole else max(1, QUERY_BYTES // per_token)
         if block < tokens and start is None:
             start, end = causal_ranges(hidden_states, keys)
-        up_key, up_value = self._up_projections()
+        up_key, up_value = self._up_projections(hidden_states)
 
         def blocks() -> Iterator[Block]:
             for begin in range(0, tokens, block):
@@ -184,15 +184,15 @@ class LatentAttention(nn.Module):
         absorbed = torch.einsum("bthn,hnl->bthl", plain, up_key)
         return torch.cat((absorbed, rotated), dim=-1).to(_multiplied_in(hidden_states))
 
-    def _up_projections(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def _up_projections(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`U_k [H, N, L]` and `U_v [H, V, L]`, views of `kv_b_proj`'s weight where it is a plain linear layer."""
         layer = self.kv_b_proj
-        if type(layer) is nn.Linear:
+        if type(layer) is nn.Linear and not layer.weight.is_meta:
             weight = layer.weight
         else:
-            # An adapter or a quantised layer: its columns are what it makes of the unit vectors.
-            example = self.kv_a_layernorm.weight
-            weight = layer(torch.eye(self.latent_dim, dtype=example.dtype, device=example.device)).transpose(0, 1)
+            # An adapter, a quantised layer or one on disk: its columns are what it makes of the unit vectors.
+            dtype = self.kv_a_layernorm.weight.dtype
+            weight = layer(torch.eye(self.latent_dim, dtype=dtype, device=hidden_states.device)).transpose(0, 1)
         heads = weight.unflatten(0, (self.heads, -1))
         return heads[:, : self.nope_dim], heads[:, self.nope_dim :]
 
