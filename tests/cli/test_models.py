@@ -16,12 +16,16 @@ Run = Callable[..., Result]
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A plain model, one saved with indexers, a configuration alone, an encoder, and one that cannot be read."""
+    """A plain model, one saved with indexers, a configuration alone, an unknown family, and one that cannot be read."""
     model = tiny_model("llama", vocab_size=BYTE_VOCABULARY)
     model.save_pretrained(tmp_path / "plain")
     library.attach(model, library.DSAConfig(top_k=64, index_heads=2, index_head_dim=8, sinks=1, local=8))
     model.save_pretrained(tmp_path / "saved")
-    for name, config in (("bare", '{"model_type": "llama"}'), ("encoder", '{"model_type": "bert"}'), ("broken", "{")):
+    for name, config in (
+        ("bare", '{"model_type": "llama"}'),
+        ("unheard", '{"model_type": "unheard_of"}'),
+        ("broken", "{"),
+    ):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(config)
     return tmp_path
@@ -34,11 +38,11 @@ def test_models_in_a_folder(dsa: Run, folder: Path, monkeypatch: pytest.MonkeyPa
     said = json.loads(result.stdout)
     found = {Path(each["name"]).name: each for each in said["models"]}
     states = {name: each["state"] for name, each in found.items() if name != "default"}
-    assert states == {"plain": "attachable", "saved": "trained", "bare": "no", "encoder": "no", "broken": "no"}
-    reasons = {name: found[name]["reason"] for name in ("bare", "encoder", "broken")}
+    assert states == {"plain": "attachable", "saved": "trained", "bare": "no", "unheard": "no", "broken": "no"}
+    reasons = {name: found[name]["reason"] for name in ("bare", "unheard", "broken")}
     assert reasons == {
         "bare": "it has no safetensors weights",
-        "encoder": "dsa does not know the architecture 'bert'",
+        "unheard": "dsa does not know the architecture 'unheard_of'",
         "broken": "its config.json cannot be read",
     }
     assert found["plain"]["bytes"] > (folder / "plain" / "model.safetensors").stat().st_size
