@@ -50,6 +50,7 @@ COMMANDS = {
     "eval": f"eval {{tiny}} --file {{text}} --tokens 64 {SMALL} --json {{out}}.json",
     "explain": f"explain {{tiny}} --file {{text}} --tokens 64 {SMALL} --out {{out}}.html",
     "export": "export {latent} --indexers {latent_indexers} --out {out}",
+    "check": "check {tiny}",
     "cost": "cost --tokens 100000 --top-k 1000 --json {out}.json",
     "bench ops": "bench ops --quick --only quantize --data gaussian --json {out}.json",
     "bench e2e": "bench e2e --quick --only short --model {tiny} --json {out}.json",

@@ -35,6 +35,7 @@ WORK: dict[str, tuple[tuple[str, ...], str]] = {
     "eval": (("eval", "default", "--file", "{text}"), LOADING),
     "explain": (("explain", "default", "--file", "{text}", "--out", "{new}"), LOADING),
     "export": (("export", "default", "--out", "{new}"), LOADING),
+    "check": (("check", "default"), "dsa.models.loading.read_config"),
     "cost": (("cost", "--tokens", "1000", "--model", "Qwen3-8B"), "dsa.cost.read_model"),
     "store": (("store", "verify", "--store", "{new}"), "dsa.store.Store.look"),
     "bench": (("bench", "ops"), "dsa.bench.suites.run"),
