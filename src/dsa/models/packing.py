@@ -166,8 +166,8 @@ def _check(form: str, layers: Mapping[str, nn.Module]) -> None:
 
 
 def has_bf16() -> bool:
-    """Whether this processor multiplies bf16."""
-    has = torch.cpu.get_capabilities()
+    """Whether this processor multiplies bf16, as far as this torch says."""
+    has: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return any(bool(has.get(name)) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
