@@ -131,9 +131,9 @@ def test_names_that_lead_nowhere(no_hub: None, name: str, expected: str) -> None
 
 
 def test_a_file_is_no_model(tmp_path: Path) -> None:
-    file = tmp_path / "weights.gguf"
-    file.write_bytes(b"GGUF")
-    with pytest.raises(OSError, match="is a file; expected a directory"):
+    file = tmp_path / "weights.bin"
+    file.write_bytes(b"PK")
+    with pytest.raises(OSError, match="is a file; expected a GGUF file, a directory"):
         load_model(str(file), device="cpu")
 
 
