@@ -191,7 +191,7 @@ async function start() {
   update();
   shadeText();
   const opened = panel.mostRead(state.query, layersChosen(), 10).find(({ passage }) => meta.passages[passage][2] === "document");
-  if (opened) pane.goTo(passageStart(opened.passage), passageEnd(opened.passage));
+  if (opened) pane.goTo(passageStart(opened.passage), passageEnd(opened.passage), false);
   addEventListener("beforeprint", () => { pane.paintAll(); showMap(); });
   byId("main").setAttribute("aria-busy", "false");
 }

@@ -90,18 +90,20 @@ class TextPane {
     for (const block of this.visible) this.paint(block);
   }
 
-  goTo(start, end) {
+  // Where nobody asked for it the page stays where it is: scrollIntoView would also move the start of the Tab key.
+  goTo(start, end, asked = true) {
     this.found = [start, end];
     const block = this.blocks.find((each) => start < each.end);
     if (!block) return;
-    block.element.scrollIntoView({ block: "nearest", behavior: "instant" });
+    const above = block.element.getBoundingClientRect().top - this.pane.getBoundingClientRect().top;
+    this.pane.scrollBy({ top: above, behavior: "instant" });
     this.visible.add(block);
     for (const each of this.visible) this.paint(each);
     const target = block.element.querySelector(".found") ?? block.element;
     const inside = this.pane.getBoundingClientRect();
     const place = target.getBoundingClientRect();
     this.pane.scrollBy({ top: place.top - inside.top - inside.height / 3, behavior: "instant" });
-    this.show();
+    if (asked) this.show();
   }
 
   // On a narrow screen the text is below what leads to it.
