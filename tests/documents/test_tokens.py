@@ -6,7 +6,7 @@ from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from dsa.documents import SourceDocument
 from dsa.documents.prompt import Turn, make_conversation, make_prompt
-from dsa.documents.tokens import TextEncoder, control_tokens
+from dsa.documents.tokens import Encoded, TextEncoder, control_tokens
 
 SPECIAL = ("<unk>", "<s>", "</s>", "<|end|>")
 ADDED = ("<call>", "\n\n", "[tool]")
@@ -219,3 +219,20 @@ def test_a_conversation_grows(kind: str, chat: bool) -> None:
         assert longer[: len(begin)] == begin
     assert grown[2].count(end) == (5 if chat else 1)
     assert grown[2].count(tokenizer.convert_tokens_to_ids("<s>")) == (1 if chat or kind != "slow" else 0)
+
+
+def test_another_question_does_not_tokenise_the_document_again(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = TextEncoder(made(kind))
+    document = SourceDocument("The winter was long. " * 1200, "a")
+    batch, asked = encoder._batch, 0
+
+    def counted(texts: list[str]) -> list[Encoded]:
+        nonlocal asked
+        asked += sum(map(len, texts))
+        return batch(texts)
+
+    make_conversation(encoder.tokenizer, document, [Turn("Who?")], encoder=encoder)
+    monkeypatch.setattr(encoder, "_batch", counted)
+    again = make_conversation(encoder.tokenizer, document, [Turn("<s> Why?")], encoder=encoder)
+    assert asked < 2000
+    assert again == make_conversation(encoder.tokenizer, document, [Turn("<s> Why?")])

@@ -200,6 +200,7 @@ def make_conversation(
     begin: str | None = None,
     system: str | None = None,
     least: int = 1,
+    encoder: TextEncoder | None = None,
 ) -> Prompt:
     """Questions with their answers, the first after a document where there is one.
 
@@ -215,13 +216,14 @@ def make_conversation(
         begin: The first words of the answer to come.
         system: What the system says, in place of what the template has it say.
         least: Tokens that the document must have.
+        encoder: One of this tokenizer that made earlier prompts, and remembers the document's tokens.
 
     Raises:
         ValueError: As `make_prompt`; no turn, or an earlier one without an answer; or the template refuses these turns.
     """
     if not turns or any(turn.answer is None for turn in turns[:-1]):
         raise ValueError("turns: expected at least one, and an answer in all but the last")
-    encoder = TextEncoder(tokenizer)
+    encoder = encoder or TextEncoder(tokenizer)
     cut = _Cut("", None, False) if document is None else _first_tokens(encoder, document, tokens, least)
     chat = _is_chat(tokenizer, chat, default=True)
     text = cut.text.strip() if chat else cut.text.rstrip()

@@ -20,6 +20,8 @@ _PROBE = "a"
 # What a text in the middle of another is tokenised after, by tokenizers that put a space in front of a string.
 _CONTEXTS = ("\n", ".", "a", "\u4e2d")
 _HEAD = 64
+# A text of so many characters takes milliseconds, and is asked about again; a prompt has it with and without its turn.
+_LONG, _KEPT = 20_000, 4
 _PREFIX_SPACE = "\u2581"
 
 
@@ -69,7 +71,10 @@ def control_tokens(tokenizer: Any) -> dict[int, str]:
 
 
 class TextEncoder:
-    """Makes token ids out of texts and out of a chat template's own words; see the module."""
+    """Makes token ids out of texts and out of a chat template's own words; see the module.
+
+    It remembers the latest long texts: who asks about a document again does not wait for its tokens again.
+    """
 
     def __init__(self, tokenizer: Any) -> None:
         """
@@ -78,6 +83,7 @@ class TextEncoder:
         """
         self.tokenizer = tokenizer
         self._controls = control_tokens(tokenizer)
+        self._latest: dict[tuple[str, bool, bool], Encoded] = {}
 
     @cached_property
     def surrounding(self) -> tuple[list[int], list[int]]:
@@ -105,9 +111,17 @@ class TextEncoder:
         Raises:
             ValueError: A control token comes out of it that cannot be found in it.
         """
-        encoded = self._run(text, first, more)
-        cuts = self._cuts(text, encoded)
-        return encoded if not cuts else self._apart(text, cuts, first, more)
+        wanted = text, first, more
+        encoded = self._latest.pop(wanted, None)
+        if encoded is None:
+            encoded = self._run(text, first, more)
+            cuts = self._cuts(text, encoded)
+            encoded = encoded if not cuts else self._apart(text, cuts, first, more)
+        if len(text) >= _LONG:
+            self._latest[wanted] = encoded
+            while len(self._latest) > _KEPT:
+                del self._latest[next(iter(self._latest))]
+        return encoded
 
     def texts(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of several texts, each with the tokens that the tokenizer adds to a text by itself.

@@ -10,6 +10,7 @@ from typing import Any
 
 from dsa.documents import SourceDocument, read_source
 from dsa.documents.prompt import Prompt, Turn, make_conversation
+from dsa.documents.tokens import TextEncoder
 from dsa.generation.prompt import kept_tokens
 from dsa.generation.sampling import Sampling
 from dsa.generation.session import Session, Timings
@@ -65,6 +66,7 @@ class DocumentSession:
         self.turns = list(turns)
         self.answer: Answer | None = None
         self._tokens, self._chat, self._progress = tokens, chat, progress
+        self._encoder = TextEncoder(tokenizer)
         # The latest prompt and what it was made for: who looks at it first does not make it twice.
         self._made: tuple[object, tuple[Prompt, list[Turn]]] | None = None
 
@@ -128,7 +130,9 @@ class DocumentSession:
         while True:
             if made is None:
                 asked = [*turns, Turn(question)]
-                prompt = make_conversation(self.tokenizer, self.document, asked, tokens=self._tokens, chat=self._chat)
+                prompt = make_conversation(
+                    self.tokenizer, self.document, asked, tokens=self._tokens, chat=self._chat, encoder=self._encoder
+                )
                 made = prompt, turns
             if not turns or positions is None or len(made[0].ids) + max_new_tokens <= positions:
                 self._made = wanted, made
