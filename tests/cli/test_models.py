@@ -48,8 +48,9 @@ def test_models_in_a_folder(dsa: Run, folder: Path, monkeypatch: pytest.MonkeyPa
     assert found["plain"]["bytes"] > (folder / "plain" / "model.safetensors").stat().st_size
     assert found["saved"]["memory"] > 0
     assert "llama" in said["attachable"]
-    monkeypatch.setenv("COLUMNS", "300")
-    table = dsa("models", str(folder / "plain"), "--tokens", "100")
+    # A short name: the table has the width of the terminal.
+    monkeypatch.chdir(folder)
+    table = dsa("models", "plain", "--tokens", "100")
     assert table.exit_code == 0, table.output
     assert "takes indexers (dsa train)" in " ".join(table.stdout.split()), table.stdout
     assert "dsa train Qwen/Qwen3-8B --data TEXTS --steps 400 --out RUN (" in table.stdout

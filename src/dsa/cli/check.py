@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import logging
-
 import typer
 
 from dsa.cli import options
 from dsa.cli.commands import add_command
 from dsa.cli.console import notes, out, print_json
 from dsa.cli.waiting import Steps
+from dsa.runs.quiet import quiet_dsa
 
 STYLES = {"holds": "green", "fails": "red", "not the model's": "yellow"}
 
@@ -37,8 +36,7 @@ def check(model: options.Model, json: options.PrintJson = False) -> None:
 
     config = read_config(model)
     # It attaches a dozen times, with random indexers, and says so each time.
-    logging.getLogger("dsa").setLevel(logging.ERROR)
-    with notes(), Steps() as steps, steps("Checking", len(CLAIMS)) as advance:
+    with quiet_dsa(), notes(), Steps() as steps, steps("Checking", len(CLAIMS)) as advance:
         report = check_config(config, lambda: advance(1))
     if json:
         outcomes = [vars(outcome) for outcome in report.outcomes]

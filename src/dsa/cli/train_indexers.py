@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING, Any
 
 from dsa.cli.console import err, note
 from dsa.cli.train_options import IndexerOptions
 from dsa.config import DSAConfig, LayerConfig
+from dsa.runs.quiet import quiet_dsa
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -131,14 +131,9 @@ def attach_fresh(model: PreTrainedModel, config: DSAConfig, seed: int) -> None:
         note("the model was saved with indexers; new ones are trained in their place")
         dsa.detach(model)
     torch.manual_seed(seed)
-    logger = logging.getLogger("dsa")
-    level = logger.level
     # That the indexers are untrained is what the command is about to change.
-    logger.setLevel(logging.ERROR)
-    try:
+    with quiet_dsa():
         report = dsa.attach(model, config)
-    finally:
-        logger.setLevel(level)
     show_report(report)
 
 

@@ -1,16 +1,27 @@
-"""What transformers and the Hub's client print by themselves, silenced for a while."""
+"""What libraries and our own warnings say by themselves, silenced for a while."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def quiet_dsa() -> Iterator[None]:
+    """Silences our own warnings; errors still come through."""
+    logger = logging.getLogger("dsa")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Silences the progress bars and hints of transformers and of the Hub's client; errors still come through."""
-    import logging
-
     from huggingface_hub import utils as hub
     from transformers.utils import logging as transformers_logging
 

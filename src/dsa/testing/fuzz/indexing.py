@@ -123,6 +123,8 @@ def _scores(q: Tensor, k: Tensor, w: Tensor, scale: float, kind: str, wide: bool
         scores = np.einsum("bth,bths->bts", factor, passed)
         rounding = (q.shape[2] + 6) * EPS * np.einsum("bth,bths->bts", np.abs(factor), passed)
         summing = 1e-12 if wide else (q.shape[-1] / 2 + 6) * EPS
+        # A head of weight 0 adds nothing, whatever its products are.
+        sizes = np.where(factor[..., None] == 0, 0.0, sizes)
         off = rounding + summing * np.einsum("bth,bths->bts", np.abs(factor), sizes)
         # Numbers that become subnormal on the way, before they are multiplied by what comes next.
         lost = 8 * SMALLEST * q.shape[2] * (1 + np.abs(factor).max(axis=-1)[..., None] + sizes.max(axis=2))
