@@ -122,7 +122,8 @@ DSA_INLINE void unpack(const uint8_t* block, Bytes* words) {
 // Scales and minima of a block's rows.
 template <class F>
 struct Scales {
-    F32 super_scale, super_minimum, scale[F::kParts], minimum;
+    // The heads are zero until the first super block, which not every compiler sees is the first block.
+    F32 super_scale = zero(), super_minimum = zero(), scale[F::kParts], minimum;
 
     DSA_INLINE void head(const uint8_t* head, int lane) {
         const F16* halves = reinterpret_cast<const F16*>(head);
