@@ -23,11 +23,12 @@ MARK = re.compile(r"(?P<number>[\d.,]*\d)<!-- (?P<name>[\w.-]+) -->")
 # The pages say machine and date of these records in words: a newer record means reading those sentences again.
 DEMO = "2026-11-25-demo.json"
 END_TO_END = "2026-11-29-e2e.json"
+STORE = "2026-12-01-store.json"
 
 
 def figures() -> dict[str, str]:
     """Every figure by its name, as it is written."""
-    return {**_demo(), **_end_to_end(), **_memory()}
+    return {**_demo(), **_end_to_end(), **_store(), **_memory()}
 
 
 def _demo() -> dict[str, str]:
@@ -76,6 +77,24 @@ def _times(name: str, row: dict[str, Any], dense: str, sparse: str) -> dict[str,
 
 def _ratio_name(name: str) -> str:
     return "prefill, SDPA / DSA" if name.endswith("prefill") else "decode, SDPA / DSA"
+
+
+def _store() -> dict[str, str]:
+    record = json.loads((RESULTS / STORE).read_text())
+    reading, large, limited = record["reading"], record["large"], record["limited"]
+    return {
+        "store.read.s": f"{reading['without']['first_token_s']:.0f}",
+        "store.opened.s": f"{reading['warm']['first_token_s']:.2f}",
+        "store.opened.ratio": f"{reading['first_token_again_over_opened']:.0f}",
+        "store.cold.s": f"{reading['cold']['first_token_s']:.1f}",
+        "store.cold.ratio": f"{reading['first_token_again_over_opened_cold']:.0f}",
+        "store.keeping.ratio": f"{reading['reading_with_store_over_without']:.2f}",
+        "store.large.open.s": f"{large['from_page_cache']['open_s']:.2f}",
+        "store.large.own.gb": f"{large['from_page_cache']['rss_mb']['RssAnon'] / 1000:.1f}",
+        "store.limited.gb": f"{limited['limited']['kv_bytes'] / 1e9:.0f}",
+        "store.limited.ms": f"{limited['limited']['token_ms']:.0f}",
+        "store.unlimited.ms": f"{limited['unlimited']['token_ms']:.0f}",
+    }
 
 
 def _memory() -> dict[str, str]:

@@ -40,7 +40,7 @@ def test_a_mark_always_follows_a_number(script: ModuleType) -> None:
     """One that does not would never be compared."""
     for page in script.pages():
         text = page.read_text()
-        assert len(re.findall(r"<!-- (?:demo|e2e|memory)\.", text)) == len(script.MARK.findall(text)), page.name
+        assert len(re.findall(r"<!-- (?:demo|e2e|memory|store)\.", text)) == len(script.MARK.findall(text)), page.name
 
 
 def test_times_of_the_records_are_named_through_marks_only(script: ModuleType) -> None:
