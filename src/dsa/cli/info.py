@@ -187,13 +187,13 @@ def _kernels() -> str:
 
 def _weights() -> str:
     """What `--weights auto` takes."""
-    from dsa.models.packing import form_of_auto, has_bf16
+    from dsa.models.packing import has_bf16, why_auto
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        form, reason = form_of_auto()
+        reason = why_auto()
     slow = "" if has_bf16() else "; bf16 has no instructions here"
-    return f"auto takes {form or 'fp32'}: {reason}{slow}"
+    return f"auto keeps what is stored: {reason}{slow}"
 
 
 def _cuda() -> str:

@@ -133,11 +133,12 @@ def _gguf_file(name: str, weights: str | None) -> Path | None:
 
 def _packed(model: PreTrainedModel, weights: str | None) -> PackReport | None:
     """Stores the weights as asked for, and says how they are stored where some are packed."""
-    from dsa.models.packing import form_of_auto, pack_weights, report_on, weight_bytes
+    from dsa.models.packing import pack_weights, report_on, weight_bytes
 
-    form = form_of_auto(model)[0] if weights == "auto" else weights
-    before = weight_bytes(model)
-    report = report_on(model, "as stored", before) if form is None else pack_weights(model, cast("Any", form))
+    if weights in (None, "auto"):
+        report = report_on(model, "as stored", weight_bytes(model))
+    else:
+        report = pack_weights(model, cast("Any", weights))
     return report if report.formats else None
 
 
