@@ -18,6 +18,8 @@ Run = Callable[..., Result]
 FEW = ("--max-new-tokens", "4")
 PROMPT = "\x1b[?2004h"
 """What a line editor sends when it begins to read."""
+EDITED = "\x1b[?2004l"
+"""And when it has read a line."""
 
 
 def lines(result: Result) -> list[dict[str, Any]]:
@@ -149,6 +151,14 @@ class Terminal:
         assert found, f"no {words!r} in {before!r}"
         return before
 
+    def wait_for_more(self, seconds: float = 60) -> None:
+        """Until there are words that have not been waited for."""
+        end = time.monotonic() + seconds
+        while not self.seen.strip():
+            assert time.monotonic() < end, "nothing more was written"
+            if select.select([self.handle], [], [], 0.2)[0]:
+                self.seen += os.read(self.handle, 1 << 16).decode(errors="replace")
+
     def ended(self) -> int:
         _, status = os.waitpid(self.process, 0)
         return os.waitstatus_to_exitcode(status)
@@ -171,8 +181,9 @@ def test_in_a_terminal(terminal: Terminal, tmp_path: Path) -> None:
     terminal.wait_for("/forget")
     terminal.type("Which?\r")
     terminal.wait_for("Which?")
-    # The answer takes minutes: Ctrl-C ends it, and not the program.
-    time.sleep(0.3)
+    # The answer takes minutes: once it has begun Ctrl-C ends it, and not the program.
+    terminal.wait_for(EDITED)
+    terminal.wait_for_more()
     os.kill(terminal.process, signal.SIGINT)
     terminal.wait_for("stopped")
     terminal.wait_for(PROMPT)

@@ -64,13 +64,9 @@ class ChatOptions:
             help="Tokens of an answer at most.",
         ),
     ] = 512
-    temperature: Annotated[
-        float, typer.Option(min=0.0, metavar="T", help="0 takes the likeliest token; above 0 samples.")
-    ] = 0.0
-    top_p: Annotated[
-        float, typer.Option(min=0.0, max=1.0, metavar="P", help="Sample from the likeliest tokens of this mass.")
-    ] = 1.0
-    seed: Annotated[int | None, typer.Option(metavar="N", help="Make sampling repeatable.")] = None
+    temperature: options.Temperature = 0.0
+    top_p: options.TopP = 1.0
+    seed: options.Seed = None
     json: Annotated[bool, typer.Option("--json", help="Write a line of JSON for each line read.")] = False
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Write answers and errors, nothing else.")] = False
 

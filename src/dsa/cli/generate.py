@@ -78,13 +78,9 @@ class WritingOptions:
             help="Tokens to write at most.",
         ),
     ] = 128
-    temperature: Annotated[
-        float, typer.Option(min=0.0, metavar="T", help="0 takes the likeliest token; above 0 samples.")
-    ] = 0.0
-    top_p: Annotated[
-        float, typer.Option(min=0.0, max=1.0, metavar="P", help="Sample from the likeliest tokens of this mass.")
-    ] = 1.0
-    seed: Annotated[int | None, typer.Option(metavar="N", help="Make sampling repeatable.")] = None
+    temperature: options.Temperature = 0.0
+    top_p: options.TopP = 1.0
+    seed: options.Seed = None
     json: options.Json = None
     sources: Annotated[
         bool, typer.Option("--sources", help="Show the passages that the answer was read from, too.")

@@ -53,6 +53,11 @@ KvDtype = Annotated[
         "model computes; by default as it computes.",
     ),
 ]
+Temperature = Annotated[float, typer.Option(min=0.0, metavar="T", help="0 takes the likeliest token; above 0 samples.")]
+TopP = Annotated[
+    float, typer.Option(min=0.0, max=1.0, metavar="P", help="Sample from the likeliest tokens of this mass.")
+]
+Seed = Annotated[int | None, typer.Option(metavar="N", help="Make sampling repeatable.")]
 Pages = Annotated[
     str | None,
     typer.Option(metavar="PAGES", help="Read these pages of a PDF only, counted from 1: `12`, `1-50`, `1-10,40-`."),
